@@ -1,0 +1,60 @@
+"""Broadcast of one load to any number of subscribers on the event loop."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from rbee_worker.events import LoadingEvent, LoadingToVram
+
+_KEPT_EVENTS = 256
+
+
+class LoadingBroadcast:
+    """The latest state of a load, its recent events, and a wake-up for everyone who follows it.
+
+    The events are kept once for all subscribers, the newest 256 of them: one who falls further behind misses
+    intermediate counts, which are absolute, but never the terminal event, which is the last. Everything happens on the
+    event loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[LoadingEvent] = deque(maxlen=_KEPT_EVENTS)
+        self._published = 0
+        self._changed = asyncio.Event()
+        self.latest: LoadingEvent | None = None
+        self.latest_counts: LoadingToVram | None = None
+        self.subscribers = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the terminal event has come."""
+        return self.latest is not None and self.latest.terminal
+
+    def publish(self, event: LoadingEvent) -> None:
+        """Take the next event and wake the subscribers."""
+        self._events.append(event)
+        self._published += 1
+        self.latest = event
+        if isinstance(event, LoadingToVram):
+            self.latest_counts = event
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def subscribe(self) -> AsyncIterator[LoadingEvent]:
+        """The latest counts and state at once, then what follows, until the terminal event."""
+        self.subscribers += 1
+        try:
+            seen = self._published
+            snapshot = [event for event in (self.latest_counts, self.latest) if event is not None]
+            for event in dict.fromkeys(snapshot):
+                yield event
+            while not self.ended or seen < self._published:
+                if seen == self._published:
+                    await self._changed.wait()
+                    continue
+                oldest = self._published - len(self._events)
+                event = self._events[max(seen, oldest) - oldest]
+                seen = max(seen, oldest) + 1
+                yield event
+        finally:
+            self.subscribers -= 1

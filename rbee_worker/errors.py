@@ -1,0 +1,218 @@
+"""Every error the worker raises on purpose.
+
+::
+
+    RbeeError                    1   500  INTERNAL_ERROR
+    ├── InvalidRequest           2   400  INVALID_REQUEST      a field is missing, malformed or out of range
+    │   └── ContextTooLong       2   400  CONTEXT_TOO_LONG     the prompt does not fit the context
+    ├── ModelError
+    │   ├── ModelNotFound        3   404  MODEL_NOT_FOUND      no such file, folder, package or hub id
+    │   ├── ModelMalformed       3   422  MODEL_MALFORMED      a file of the model is damaged or inconsistent
+    │   ├── ModelUnsupported     4   422  MODEL_UNSUPPORTED    well-formed, but not something this worker runs
+    │   └── OutOfMemory          5   507  OUT_OF_MEMORY        does not fit on the device
+    ├── DeviceUnavailable        2   400  DEVICE_UNAVAILABLE   the named device is not on this machine
+    ├── WorkerUnreachable        6   502  WORKER_UNREACHABLE   --addr: nobody answers there
+    ├── Cancelled              130   409  CANCELLED            interrupted by the user
+    ├── InferenceError           1   500  INFERENCE_FAILED     a step failed, or there is no model to run
+    │   └── ModelNotLoaded       1   503  INFERENCE_FAILED     (503 with Retry-After)
+    └── RequestRefused
+        ├── Unauthorized         1   401  UNAUTHORIZED
+        ├── Forbidden            1   403  FORBIDDEN
+        ├── NotFound             1   404  NOT_FOUND
+        ├── MethodNotAllowed     1   405  METHOD_NOT_ALLOWED
+        ├── Conflict             1   409  CONFLICT             the job id runs already, a load runs already
+        ├── RequestTimeout       1   408  REQUEST_TIMEOUT      the request body did not arrive in time
+        ├── BodyTooLarge         1   413  BODY_TOO_LARGE
+        ├── QueueFull            1   429  QUEUE_FULL           (Retry-After)
+        └── Unavailable          1   503  UNAVAILABLE          loading or draining (Retry-After)
+
+The columns are the exit code, the HTTP status and the code. The message is for people: what is wrong, with the file,
+the field and the figure; the hint says what to do about it. Neither ever holds the text of a prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class RbeeError(Exception):
+    """Base: a message, an optional hint, and the codes that each surface needs."""
+
+    code: ClassVar[str] = "INTERNAL_ERROR"
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One bad field of a request: its name, the constraint it breaks, and a sentence about it."""
+
+    field: str
+    constraint: str
+    message: str
+
+
+class InvalidRequest(RbeeError):
+    """A request or option is wrong; ``fields`` lists every bad field."""
+
+    code = "INVALID_REQUEST"
+    exit_code = 2
+    http_status = 400
+
+    def __init__(self, message: str, *, fields: Sequence[FieldError] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.fields = tuple(fields)
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt leaves no room in the context."""
+
+    code = "CONTEXT_TOO_LONG"
+
+
+class ModelError(RbeeError):
+    """Something is wrong with the model that was named."""
+
+
+class ModelNotFound(ModelError):
+    """No such file, folder, package or hub id."""
+
+    code = "MODEL_NOT_FOUND"
+    exit_code = 3
+    http_status = 404
+
+
+class ModelMalformed(ModelError):
+    """A file of the model is damaged, missing or inconsistent with another."""
+
+    code = "MODEL_MALFORMED"
+    exit_code = 3
+    http_status = 422
+
+
+class ModelUnsupported(ModelError):
+    """The model is well-formed but not one this worker runs."""
+
+    code = "MODEL_UNSUPPORTED"
+    exit_code = 4
+    http_status = 422
+
+
+class OutOfMemory(ModelError):
+    """The model does not fit where it was to go."""
+
+    code = "OUT_OF_MEMORY"
+    exit_code = 5
+    http_status = 507
+
+
+class DeviceUnavailable(RbeeError):
+    """The named device is not on this machine."""
+
+    code = "DEVICE_UNAVAILABLE"
+    exit_code = 2
+    http_status = 400
+
+
+class WorkerUnreachable(RbeeError):
+    """Nobody answers at ``--addr``, or what answers is no worker."""
+
+    code = "WORKER_UNREACHABLE"
+    exit_code = 6
+    http_status = 502
+
+
+class Cancelled(RbeeError):
+    """Interrupted by the user."""
+
+    code = "CANCELLED"
+    exit_code = 130
+    http_status = 409
+
+
+class InferenceError(RbeeError):
+    """A step of the engine failed."""
+
+    code = "INFERENCE_FAILED"
+
+
+class ModelNotLoaded(InferenceError):
+    """There is no model to run."""
+
+    http_status = 503
+
+
+class RequestRefused(RbeeError):
+    """The server refuses a request for a reason other than its fields."""
+
+
+class Unauthorized(RequestRefused):
+    """The API key is missing or wrong."""
+
+    code = "UNAUTHORIZED"
+    http_status = 401
+
+
+class Forbidden(RequestRefused):
+    """The client may not ask for this."""
+
+    code = "FORBIDDEN"
+    http_status = 403
+
+
+class NotFound(RequestRefused):
+    """No such route or thing."""
+
+    code = "NOT_FOUND"
+    http_status = 404
+
+
+class MethodNotAllowed(RequestRefused):
+    """The route exists, the method does not."""
+
+    code = "METHOD_NOT_ALLOWED"
+    http_status = 405
+
+
+class Conflict(RequestRefused):
+    """It runs already."""
+
+    code = "CONFLICT"
+    http_status = 409
+
+
+class RequestTimeout(RequestRefused):
+    """The request body did not arrive in time."""
+
+    code = "REQUEST_TIMEOUT"
+    http_status = 408
+
+
+class BodyTooLarge(RequestRefused):
+    """The request body is over the limit."""
+
+    code = "BODY_TOO_LARGE"
+    http_status = 413
+
+
+class QueueFull(RequestRefused):
+    """As many requests wait as are allowed to."""
+
+    code = "QUEUE_FULL"
+    http_status = 429
+
+
+class Unavailable(RequestRefused):
+    """Loading or draining."""
+
+    code = "UNAVAILABLE"
+    http_status = 503

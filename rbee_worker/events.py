@@ -1,0 +1,280 @@
+"""The one vocabulary of events: what the runtime yields, Rich draws, ``--json`` prints and SSE carries.
+
+Loading, in this order (``?`` may be absent, ``*`` may repeat)::
+
+    resolving  downloading*  loading_to_vram+  warming_up  ready
+                                                         | error | cancelled      (terminal: exactly one, last)
+
+``stalled`` may come between any two of them; ``error`` and ``cancelled`` may end the load at any point after
+``resolving``. ``seq`` counts up from 0 without gaps within one load, ``elapsed_seconds`` never goes down, and
+``layers_loaded`` never goes down per device and reaches ``layers_total``.
+
+Inference, one stream per job::
+
+    started  token*  end | error
+    end                             (cancelled while it waited for a place)
+    error                           (refused)
+
+``token`` events are numbered from 0 by ``i``; the concatenation of their ``t`` is the generated text.
+
+The JSON form of an event (:func:`to_dict`, :func:`to_json`) puts the discriminator first (``stage`` or ``event``)
+and leaves out fields whose value is None.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+StopReason = Literal["max_tokens", "eos", "stop_sequence", "cancelled", "context_full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a finished load did, carried by :class:`Ready`.
+
+    Attributes:
+        model: the model's name as resolved.
+        architecture: the Hugging Face architecture name, such as ``LlamaForCausalLM``.
+        parameters: number of weights.
+        dtype: the dtype the weights are held in (``float16``, ``bfloat16``, ``float32``).
+        kernel: the form the linear layers run in (see ``runtime/linear.py``).
+        phases: seconds per phase, in order: ``resolving``, ``loading_to_vram``, ``warming_up``.
+        bytes_read: bytes read from the model's files.
+        bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
+        device_mb: MiB of weights resident per device.
+        peak_host_mb: the process's peak resident memory in MiB, as the operating system counts it.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    kernel: str
+    phases: Mapping[str, float]
+    bytes_read: int
+    bytes_per_second: int
+    device_mb: Mapping[str, int]
+    peak_host_mb: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingEvent:
+    """Base of the loading events."""
+
+    stage: ClassVar[str]
+    terminal: ClassVar[bool] = False
+
+    seq: int
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolving(LoadingEvent):
+    """First event of a load: the model's name is being turned into local files."""
+
+    stage: ClassVar[str] = "resolving"
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Downloading(LoadingEvent):
+    """Hub models only. ``speed_mbps`` is megabytes (10^6) a second."""
+
+    stage: ClassVar[str] = "downloading"
+    bytes_downloaded: int
+    bytes_total: int
+    speed_mbps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingToVram(LoadingEvent):
+    """After each decoder layer is resident on its device, and at least twice a second within a long one.
+
+    Attributes:
+        layers_loaded: decoder layers whose bytes are where they will be used.
+        layers_total: the model's ``num_hidden_layers``.
+        vram_mb: MiB of device memory (on CPU: RAM) holding this model's weights.
+        vram_total_mb: MiB of memory the device has.
+        device: ``cuda:0``, ``cpu``, ``mps``.
+        bytes_loaded: bytes of the model's files read so far; ``bytes_total``: all of them.
+        bytes_per_second: mean rate since reading began.
+        eta_seconds: remaining bytes over that rate; None until a rate is known.
+    """
+
+    stage: ClassVar[str] = "loading_to_vram"
+    layers_loaded: int
+    layers_total: int
+    vram_mb: int
+    vram_total_mb: int
+    device: str
+    bytes_loaded: int
+    bytes_total: int
+    bytes_per_second: int
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmingUp(LoadingEvent):
+    """Weights are resident; the cache is being allocated and a first pass run."""
+
+    stage: ClassVar[str] = "warming_up"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stalled(LoadingEvent):
+    """No byte arrived for ``seconds``; loading goes on. ``where`` names the file being read."""
+
+    stage: ClassVar[str] = "stalled"
+    seconds: float
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready(LoadingEvent):
+    """Terminal: the model serves."""
+
+    stage: ClassVar[str] = "ready"
+    terminal: ClassVar[bool] = True
+    report: LoadReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailed(LoadingEvent):
+    """Terminal: the load failed; ``code`` is a code of ``rbee_worker.errors``."""
+
+    stage: ClassVar[str] = "error"
+    terminal: ClassVar[bool] = True
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadCancelled(LoadingEvent):
+    """Terminal: the load was cancelled and its memory given back."""
+
+    stage: ClassVar[str] = "cancelled"
+    terminal: ClassVar[bool] = True
+    vram_mb_freed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceEvent:
+    """Base of the events of one job."""
+
+    event: ClassVar[str]
+    terminal: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(InferenceEvent):
+    """The job has its place in the batch. ``started_at`` is UTC, RFC 3339 with milliseconds."""
+
+    event: ClassVar[str] = "started"
+    job_id: str
+    model: str
+    started_at: str
+    prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token(InferenceEvent):
+    """A piece of text: whole characters only. ``i`` counts these events from 0."""
+
+    event: ClassVar[str] = "token"
+    t: str
+    i: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End(InferenceEvent):
+    """Terminal.
+
+    Attributes:
+        tokens_out: tokens generated, without the end-of-sequence token.
+        decode_time_ms: milliseconds from the first generated token to the last.
+        stop_reason: why generation ended.
+        stop_sequence_matched: the stop string, when ``stop_reason`` is ``stop_sequence``.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: prompt tokens whose keys and values were reused.
+        prefill_time_ms: milliseconds from admission to the first generated token.
+        tokens_per_second: decode rate: tokens after the first over ``decode_time_ms``; 0 when there is none.
+    """
+
+    event: ClassVar[str] = "end"
+    terminal: ClassVar[bool] = True
+    tokens_out: int
+    decode_time_ms: int
+    stop_reason: StopReason
+    stop_sequence_matched: str | None = None
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_time_ms: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceFailed(InferenceEvent):
+    """Terminal: the job failed; ``code`` is a code of ``rbee_worker.errors``."""
+
+    event: ClassVar[str] = "error"
+    terminal: ClassVar[bool] = True
+    code: str
+    message: str
+
+
+Event = LoadingEvent | InferenceEvent
+
+_STAGES: Mapping[str, type[LoadingEvent]] = {
+    cls.stage: cls
+    for cls in (Resolving, Downloading, LoadingToVram, WarmingUp, Stalled, Ready, LoadFailed, LoadCancelled)
+}
+_EVENTS: Mapping[str, type[InferenceEvent]] = {cls.event: cls for cls in (Started, Token, End, InferenceFailed)}
+
+
+def to_dict(event: Event) -> dict[str, Any]:
+    """The JSON object of an event: discriminator, own fields, then ``seq`` and ``elapsed_seconds``."""
+    out: dict[str, Any] = {}
+    tail: tuple[str, ...] = ()
+    if isinstance(event, LoadingEvent):
+        out["stage"] = event.stage
+        tail = ("seq", "elapsed_seconds")
+    else:
+        out["event"] = event.event
+    names = [f.name for f in fields(event) if f.name not in tail]
+    for name in (*names, *tail):
+        value = getattr(event, name)
+        if value is not None:
+            out[name] = _plain(value)
+    return out
+
+
+def to_json(event: Event) -> str:
+    """One line of JSON, UTF-8 text unescaped: the ``data`` of an SSE frame and a line of ``--json``."""
+    return json.dumps(to_dict(event), ensure_ascii=False, separators=(",", ":"))
+
+
+def from_dict(data: Mapping[str, Any]) -> Event:
+    """The event of a JSON object; unknown keys are ignored, so that newer workers can be read.
+
+    Raises:
+        ValueError: the object is no event, or lacks a field.
+    """
+    cls: type[Event] | None = _STAGES.get(str(data.get("stage"))) or _EVENTS.get(str(data.get("event")))
+    if cls is None:
+        raise ValueError(f"not an event: neither a known 'stage' nor a known 'event' in {sorted(data)}")
+    values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+    if cls is Ready and isinstance(values.get("report"), Mapping):
+        report = values["report"]
+        values["report"] = LoadReport(**{f.name: report[f.name] for f in fields(LoadReport)})
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"incomplete {cls.__name__} event: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LoadReport):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return dict(value) if isinstance(value, Mapping) else value

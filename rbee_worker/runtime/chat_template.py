@@ -1,0 +1,98 @@
+"""Chat templates: messages to prompt text, in a sandbox, as Hugging Face renders them.
+
+Templates come with the model and are not trusted: they run in jinja2's immutable sandbox, see only the values passed
+in, and any failure of theirs is the request's error, not the worker's.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rbee_worker.config import Message
+from rbee_worker.errors import InvalidRequest, ModelMalformed
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}`` marks the assistant's text for training; for a prompt its body is all there is."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: jinja2 text.
+        special_tokens: ``bos_token`` and its like, visible to the template by name.
+        now: the clock that ``strftime_now`` reads.
+
+    Raises:
+        ModelMalformed: the text is no template.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        environment: Environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControlExtension]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except (TemplateError, RecursionError) as error:
+            raise ModelMalformed(f"The model's chat template cannot be compiled: {error}") from error
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The prompt that asks for the assistant's next message.
+
+        Args:
+            messages: the conversation so far.
+            variables: further values for the template, such as ``tools``.
+
+        Raises:
+            InvalidRequest: the template refuses these messages, or fails on them.
+        """
+        values: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages], add_generation_prompt=True, **values
+            )
+        except _Refusal as error:
+            raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
+        except Exception as error:
+            # Whatever untrusted template code can raise; its text may quote a message, so only its kind is told.
+            raise InvalidRequest(
+                f"The model's chat template fails on these messages: {type(error).__name__}."
+            ) from error
+
+
+class _Refusal(TemplateError):
+    """A template called ``raise_exception``."""
+
+
+def _raise_exception(message: str) -> None:
+    raise _Refusal(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own filter escapes for HTML; prompts must not be escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,128 @@
+"""What a model is and what it needs, from headers and configs alone. Never imports torch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rbee_worker.errors import InvalidRequest
+from rbee_worker.runtime.architectures import supported
+from rbee_worker.runtime.model_config import ModelConfig, parse_config
+from rbee_worker.runtime.source import ModelSource
+
+_ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes that a model takes on a device in one ``--dtype``: weights, and keys and values of one full context."""
+
+    dtype: str
+    weights_bytes: int
+    kv_cache_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What ``rbee-worker inspect`` prints.
+
+    Attributes:
+        parameters: weights in the checkpoint, tied ones counted once.
+        dtypes: stored dtype -> bytes.
+        file_bytes: bytes of all tensors in the files.
+        context_length: tokens that ``memory`` is computed for; ``max_context_length``: the model's own limit.
+    """
+
+    name: str
+    format: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    rope: str
+    parameters: int
+    tensors: int
+    files: int
+    file_bytes: int
+    dtypes: dict[str, int]
+    context_length: int
+    max_context_length: int
+    chat_template: bool
+    memory: list[MemoryNeed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, keys as the fields."""
+        return asdict(self)
+
+
+def read_config(source: ModelSource) -> ModelConfig:
+    """The model's configuration.
+
+    Raises:
+        ModelUnsupported, ModelMalformed: as :func:`parse_config`.
+    """
+    file = source.path.name if source.format == "gguf" else "config.json"
+    return parse_config(source.config(), file=file, supported=supported())
+
+
+def context_length(config: ModelConfig, asked: int | None) -> int:
+    """The context to serve: what was asked for, else all the model has.
+
+    Raises:
+        InvalidRequest: more than the model has.
+    """
+    longest = config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise InvalidRequest(
+            f"--max-context {asked} is beyond the model's {longest} positions.", hint=f"Use at most {longest}."
+        )
+    return asked or longest
+
+
+def inspect_model(source: ModelSource, context: int | None) -> Inspection:
+    """Read headers and configs.
+
+    Args:
+        source: a resolved model.
+        context: tokens to compute the cache for; None: the model's own limit.
+
+    Raises:
+        ModelError: the files are malformed or unsupported.
+        InvalidRequest: the context is beyond the model's.
+    """
+    config = read_config(source)
+    checkpoint = source.checkpoint()
+    length = context_length(config, context)
+    return Inspection(
+        name=source.name,
+        format=source.format,
+        architecture=config.architecture,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        attention_heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
+        rope=config.rope.kind,
+        parameters=checkpoint.parameters,
+        tensors=len(checkpoint.tensors),
+        files=len(checkpoint.files),
+        file_bytes=checkpoint.total_bytes,
+        dtypes=dict(checkpoint.dtypes),
+        context_length=length,
+        max_context_length=config.max_position_embeddings,
+        chat_template=source.chat_template() is not None,
+        memory=[_need(dtype, size, checkpoint.parameters, config, length) for dtype, size in _ITEMSIZES.items()],
+    )
+
+
+def _need(dtype: str, itemsize: int, parameters: int, config: ModelConfig, context: int) -> MemoryNeed:
+    weights = parameters * itemsize
+    cache = context * config.kv_bytes_per_token(itemsize)
+    return MemoryNeed(dtype, weights, cache, weights + cache)

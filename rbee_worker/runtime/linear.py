@@ -1,0 +1,154 @@
+"""Linear layers and the forms they run in, chosen in one place: :func:`choose_format`.
+
+``packed-fp16`` keeps float16 weights in FBGEMM's blocked layout and multiplies in float32. Batch-1 decode then moves
+two bytes a weight at the memory's speed, and the error against float64 arithmetic on the same float16 weights stays
+below 1e-6; docs/performance.md has the figures that made it the default on CPUs without bfloat16 arithmetic.
+``packed-bf16`` keeps bfloat16 weights in oneDNN's blocked layout, for CPUs that multiply bfloat16 in hardware.
+``dense`` is ``torch.nn.functional.linear``: GPUs, and any dtype elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rbee_worker.config import DTypeName
+
+_BLOCK_WEIGHTS = 32 * 2**20
+"""A packed matrix is made from blocks of at most this many weights: packing goes through a float32 copy, and
+the copy of a whole output head would be the largest allocation of the load."""
+
+_TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """How weights are held and activations flow.
+
+    Attributes:
+        kernel: ``packed-fp16``, ``packed-bf16`` or ``dense``.
+        weight_dtype: of the stored weights.
+        activation_dtype: of hidden states, keys and values.
+    """
+
+    kernel: str
+    weight_dtype: torch.dtype
+    activation_dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """``float16``, ``bfloat16`` or ``float32``."""
+        return str(self.weight_dtype).removeprefix("torch.")
+
+
+class Linear(Protocol):
+    """``y = x W^T + b`` for x of shape [tokens, in_features]."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [tokens, in_features] to [tokens, out_features] in the activation dtype."""
+        ...
+
+
+class DenseLinear:
+    """Weights [out_features, in_features] as they are."""
+
+    __slots__ = ("bias", "nbytes", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class PackedFp16Linear:
+    """float16 weights in FBGEMM's layout, float32 activations and arithmetic."""
+
+    __slots__ = ("_blocks", "nbytes")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        rows = max(1, _BLOCK_WEIGHTS // weight.shape[1])
+        pack = torch.ops.quantized.linear_prepack_fp16
+        float_bias = bias.float() if bias is not None else None
+        self._blocks: list[Any] = [
+            pack(block.float(), float_bias[i * rows : (i + 1) * rows] if float_bias is not None else None)
+            for i, block in enumerate(torch.split(weight, rows))
+        ]
+        self.nbytes = 2 * weight.numel() + (float_bias.nbytes if float_bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        apply = torch.ops.quantized.linear_dynamic_fp16
+        if len(self._blocks) == 1:
+            return apply(x, self._blocks[0])  # type: ignore[no-any-return]
+        return torch.cat([apply(x, block) for block in self._blocks], dim=-1)
+
+
+class PackedBf16Linear:
+    """bfloat16 weights in oneDNN's layout, bfloat16 activations, float32 accumulation."""
+
+    __slots__ = ("_bias", "_weight", "nbytes")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # noqa: SLF001  (no public name)
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001  (no public name)
+        return linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def choose_format(device: torch.device, dtype: DTypeName) -> LinearFormat:
+    """The form for a device and a requested dtype; ``auto`` takes what is fast and right there."""
+    if dtype == "auto":
+        dtype = _auto_dtype(device)
+    if device.type == "cpu":
+        if dtype == "float16" and _has_packed_fp16():
+            return LinearFormat("packed-fp16", torch.float16, torch.float32)
+        if dtype == "bfloat16" and _has_packed_bf16():
+            return LinearFormat("packed-bf16", torch.bfloat16, torch.bfloat16)
+    weights = _TORCH_DTYPES[dtype]
+    return LinearFormat("dense", weights, weights)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Linear:
+    """A linear layer in the given form from weights [out_features, in_features] on their device."""
+    if form.kernel == "packed-fp16":
+        return PackedFp16Linear(weight, bias)
+    weight = weight.to(form.weight_dtype)
+    bias = bias.to(form.weight_dtype) if bias is not None else None
+    return PackedBf16Linear(weight, bias) if form.kernel == "packed-bf16" else DenseLinear(weight, bias)
+
+
+def _auto_dtype(device: torch.device) -> DTypeName:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "mps":
+        return "float16"
+    if _has_bf16_arithmetic() and _has_packed_bf16():
+        return "bfloat16"
+    return "float16" if _has_packed_fp16() else "float32"
+
+
+def _has_bf16_arithmetic() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _has_packed_bf16() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def _has_packed_fp16() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines

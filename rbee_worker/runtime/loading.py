@@ -1,0 +1,261 @@
+"""Loading a model: the phases, in the order in which their events come."""
+
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from rbee_worker.config import DEFAULT_MODEL, EngineConfig
+from rbee_worker.errors import OutOfMemory, RbeeError
+from rbee_worker.events import (
+    LoadCancelled,
+    LoadFailed,
+    LoadingEvent,
+    LoadingToVram,
+    LoadReport,
+    Ready,
+    Resolving,
+    Stalled,
+    WarmingUp,
+)
+from rbee_worker.runtime.architectures import ARCHITECTURES
+from rbee_worker.runtime.inspection import context_length, read_config
+from rbee_worker.runtime.linear import LinearFormat, choose_format
+from rbee_worker.runtime.memory import MIB, check_fit, device_info, peak_host_bytes, resolve_device
+from rbee_worker.runtime.model_config import ModelConfig
+from rbee_worker.runtime.source import ModelSource, resolve
+from rbee_worker.runtime.tokenizer import Tokenizer
+from rbee_worker.runtime.transformer import Batch, Segment, Transformer
+from rbee_worker.runtime.weights import WeightGroup, WeightReader, plan_weights
+
+_POLL_SECONDS = 0.1
+_EVENT_SECONDS = 0.5
+_WARM_UP_TOKENS = 16
+
+EventT = TypeVar("EventT", bound=LoadingEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can run.
+
+    Attributes:
+        name: as shown to users.
+        context_length: tokens of prompt and output together at most.
+    """
+
+    name: str
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    transformer: Transformer
+    context_length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the weights take."""
+        return self.transformer.nbytes
+
+
+class _Timeline:
+    """Stamps events with ``seq`` and ``elapsed_seconds``, and keeps the seconds of each phase."""
+
+    def __init__(self) -> None:
+        self._started = self._phase_started = time.monotonic()
+        self._next = 0
+        self._phase = "resolving"
+        self.phases: dict[str, float] = {}
+
+    def event(self, cls: type[EventT], **values: object) -> EventT:
+        seq, self._next = self._next, self._next + 1
+        return cls(seq=seq, elapsed_seconds=round(time.monotonic() - self._started, 3), **values)
+
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin another; an empty name only ends."""
+        now = time.monotonic()
+        self.phases[self._phase] = round(now - self._phase_started, 3)
+        self._phase, self._phase_started = phase, now
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known, and checked, before any memory is taken."""
+
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    groups: list[WeightGroup]
+    device: torch.device
+    form: LinearFormat
+    context_length: int
+
+
+def load_model(
+    model: str | None, config: EngineConfig, cancel: threading.Event
+) -> Generator[LoadingEvent, None, LoadedModel | None]:
+    """Load a model, yielding what happens.
+
+    ``resolving`` comes first; then everything that headers and configs tell is checked before memory is taken. The
+    last event is terminal. Closing the generator, at any point, stops reading and frees what was taken.
+
+    Args:
+        model: what MODEL means on the command line; None: the embedded default.
+        config: device, dtype, context.
+        cancel: set it, from any thread, to end the load with ``cancelled``.
+
+    Returns:
+        The model, or None when the load was cancelled.
+
+    Raises:
+        RbeeError: after the ``error`` event with the same code and message.
+    """
+    timeline = _Timeline()
+    yield timeline.event(Resolving, model=model or DEFAULT_MODEL)
+    try:
+        if cancel.is_set():
+            yield timeline.event(LoadCancelled, vram_mb_freed=0)
+            return None
+        plan = _prepare(model, config)
+        transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
+        timeline.enter("loading_to_vram")
+        finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
+        if finished:
+            timeline.enter("warming_up")
+            yield timeline.event(WarmingUp)
+            _warm_up(transformer)
+            timeline.enter("")
+        if not finished or cancel.is_set():
+            freed = transformer.nbytes // MIB
+            del transformer
+            release_memory(plan.device)
+            yield timeline.event(LoadCancelled, vram_mb_freed=freed)
+            return None
+    except RbeeError as error:
+        yield timeline.event(LoadFailed, code=error.code, message=str(error))
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        failure = OutOfMemory(f"Memory ran out while loading: {error}", hint="Try a smaller --max-context or model.")
+        yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
+        raise failure from error
+    except Exception as error:
+        # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
+        yield timeline.event(LoadFailed, code=RbeeError.code, message=f"Loading failed: {error}")
+        raise
+    loaded = LoadedModel(plan.source.name, plan.source, plan.config, plan.tokenizer, transformer, plan.context_length)
+    yield timeline.event(Ready, report=_report(plan, transformer, timeline.phases))
+    return loaded
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that nothing refers to any more back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _prepare(model: str | None, config: EngineConfig) -> _Plan:
+    source = resolve(model)
+    parsed = read_config(source)
+    checkpoint = source.checkpoint()
+    groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
+    tokenizer = Tokenizer.from_files(source)
+    device = resolve_device(config.device)
+    form = choose_format(device, config.dtype)
+    length = context_length(parsed, config.max_context)
+    needed = checkpoint.parameters * form.weight_dtype.itemsize
+    needed += length * parsed.kv_bytes_per_token(form.activation_dtype.itemsize)
+    check_fit(needed, device, f"{source.name} in {form.dtype_name} with a context of {length}")
+    return _Plan(source, parsed, tokenizer, groups, device, form, length)
+
+
+def _read_weights(
+    plan: _Plan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+) -> Generator[LoadingEvent, None, bool]:
+    """Place every part; False when cancelled on the way."""
+    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device)
+    progress = _Progress(plan, transformer, reader, timeline)
+    waiting = len(plan.groups)
+    stalled_at = event_at = time.monotonic()
+    try:
+        yield progress.event()
+        while waiting:
+            part = reader.next_part(_POLL_SECONDS)
+            if cancel.is_set():
+                return False
+            now = time.monotonic()
+            if part is not None:
+                transformer.place(part)
+                waiting -= 1
+            if part is not None or now - event_at >= _EVENT_SECONDS:
+                event_at = now
+                yield progress.event()
+            silent = now - max(reader.last_byte_at, stalled_at)
+            if silent >= stall_seconds and reader.bytes_read < reader.bytes_total:
+                stalled_at = now
+                yield timeline.event(Stalled, seconds=round(now - reader.last_byte_at, 1), where=reader.reading)
+        return True
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    plan: _Plan
+    transformer: Transformer
+    reader: WeightReader
+    timeline: _Timeline
+
+    def event(self) -> LoadingToVram:
+        reader, device = self.reader, self.plan.device
+        read, seconds = reader.bytes_read, time.monotonic() - reader.started_at
+        rate = int(read / seconds) if seconds > 0 else 0
+        return self.timeline.event(
+            LoadingToVram,
+            layers_loaded=len(self.transformer.layers),
+            layers_total=self.plan.config.num_hidden_layers,
+            vram_mb=self.transformer.nbytes // MIB,
+            vram_total_mb=device_info(device).total_bytes // MIB,
+            device=str(device),
+            bytes_loaded=read,
+            bytes_total=reader.bytes_total,
+            bytes_per_second=rate,
+            eta_seconds=round((reader.bytes_total - read) / rate, 1) if rate else None,
+        )
+
+
+@torch.inference_mode()
+def _warm_up(transformer: Transformer) -> None:
+    """Run one short prompt and one decode step, so that the first request pays for nothing of the kind."""
+    device, cache = transformer.device, transformer.new_cache()
+    length = min(_WARM_UP_TOKENS, transformer.context_length - 1)
+    for start, count in ((0, length), (length, 1)):
+        positions = torch.arange(start, start + count, device=device)
+        transformer.forward(Batch(torch.zeros_like(positions), positions, [Segment(cache, 0, count)]))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
+    tensors = [info for group in plan.groups for info in group.tensors.values()]
+    read, seconds = sum(info.nbytes for info in tensors), phases["loading_to_vram"]
+    return LoadReport(
+        model=plan.source.name,
+        architecture=plan.config.architecture,
+        parameters=sum(info.parameters for info in tensors),
+        dtype=plan.form.dtype_name,
+        kernel=plan.form.kernel,
+        phases=dict(phases),
+        bytes_read=read,
+        bytes_per_second=int(read / seconds) if seconds else read,
+        device_mb={str(plan.device): transformer.nbytes // MIB},
+        peak_host_mb=peak_host_bytes() // MIB,
+    )
