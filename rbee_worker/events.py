@@ -265,10 +265,9 @@ def from_dict(data: Mapping[str, Any]) -> Event:
     if cls is None:
         raise ValueError(f"not an event: neither a known 'stage' nor a known 'event' in {sorted(data)}")
     values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-    if cls is Ready and isinstance(values.get("report"), Mapping):
-        report = values["report"]
-        values["report"] = LoadReport(**{f.name: report[f.name] for f in fields(LoadReport)})
     try:
+        if cls is Ready and isinstance(report := values.get("report"), Mapping):
+            values["report"] = LoadReport(**{f.name: report[f.name] for f in fields(LoadReport) if f.name in report})
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"incomplete {cls.__name__} event: {error}") from None

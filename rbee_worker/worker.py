@@ -24,7 +24,7 @@ from typing import Literal, Self, cast
 from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, InferenceError, ModelNotLoaded, QueueFull, RbeeError, Unavailable
-from rbee_worker.events import InferenceEvent, InferenceFailed, LoadingEvent, LoadingToVram, Ready
+from rbee_worker.events import InferenceEvent, InferenceFailed, LoadingEvent, LoadingToVram
 from rbee_worker.runtime.engine import Engine, JobEvents, prepare
 from rbee_worker.runtime.loading import LoadedModel, load_model
 from rbee_worker.runtime.memory import MIB, DeviceInfo, list_devices
@@ -110,6 +110,7 @@ class Worker:
         self._when_idle: list[Callable[[], None]] = []
         self._broadcast: LoadingBroadcast | None = None
         self._loader: threading.Thread | None = None
+        self._is_loading = False
         self._cancel_load = threading.Event()
         self._draining = False
         self._swapping = False
@@ -171,6 +172,7 @@ class Worker:
             arguments = (model, config, self._cancel_load, self._broadcast)
             self._loader = threading.Thread(target=self._load, args=arguments, name="loader", daemon=True)
             resident = self._engine.model is not None
+            self._is_loading = True
             self._loader.start()
         return resident
 
@@ -255,7 +257,7 @@ class Worker:
     @property
     def loading(self) -> bool:
         """Whether a load is running."""
-        return self._loader is not None and self._loader.is_alive()
+        return self._is_loading
 
     @property
     def running(self) -> int:
@@ -369,23 +371,27 @@ class Worker:
         self, model: str | None, config: EngineConfig, cancel: threading.Event, broadcast: LoadingBroadcast
     ) -> None:
         loading = load_model(model, config, cancel)
+        end: LoadingEvent | None = None
         try:
             while True:
                 event = next(loading)
-                if isinstance(event, Ready):
-                    ready = event
-                    continue
-                self._call_on_loop(broadcast.publish, event)
+                if event.terminal:
+                    end = event
+                else:
+                    self._call_on_loop(broadcast.publish, event)
         except StopIteration as stop:
             if stop.value is not None:
                 self._hand_over(stop.value)
-                self._call_on_loop(broadcast.publish, ready)
         except RbeeError as error:
             self.load_error = error
             logger.error("loading failed: %s", error)  # noqa: TRY400  (an expected failure needs no traceback)
         except Exception as error:
             self.load_error = RbeeError(f"Loading failed: {error}")
             logger.exception("loading failed")
+        # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
+        self._is_loading = False
+        if end is not None:
+            self._call_on_loop(broadcast.publish, end)
 
     def _hand_over(self, model: LoadedModel) -> None:
         """Have the engine's thread put the model in place, and wait until it has."""

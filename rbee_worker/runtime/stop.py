@@ -6,8 +6,9 @@ from collections.abc import Sequence
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces.
 
-    Text that may be the beginning of a stop string is held back, and let go as soon as it is not. Where two stop
-    strings match at the same place, the longer one counts.
+    Text that may be the beginning of a stop string is held back, and let go as soon as it is not. The stop string that
+    is complete first counts, and of those that end together the longest, so that the result does not depend on how
+    the text is cut into pieces.
 
     Attributes:
         matched: the stop string found, None before.
@@ -16,7 +17,7 @@ class StopMatcher:
     __slots__ = ("_held", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = sorted(set(stops), key=len, reverse=True)
+        self._stops = tuple(stops)
         self._held = ""
         self.matched: str | None = None
 
@@ -27,7 +28,7 @@ class StopMatcher:
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, self.matched = min(found, key=lambda match: match[0])
+            at, self.matched = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
             self._held = ""
             return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stops)

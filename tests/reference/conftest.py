@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.runtime.engine import Engine
+
+from ..tiny import byte_tokenizer
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -43,15 +44,6 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def load(path: Path, dtype: str = "float32", **config: Any) -> Engine:
