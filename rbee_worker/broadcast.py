@@ -45,9 +45,11 @@ class LoadingBroadcast:
         self.subscribers += 1
         try:
             seen = self._published
-            snapshot = [event for event in (self.latest_counts, self.latest) if event is not None]
-            for event in dict.fromkeys(snapshot):
-                yield event
+            counts, latest = self.latest_counts, self.latest
+            if counts is not None and counts is not latest:
+                yield counts
+            if latest is not None:
+                yield latest
             while not self.ended or seen < self._published:
                 if seen == self._published:
                     await self._changed.wait()

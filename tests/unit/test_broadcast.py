@@ -1,7 +1,7 @@
 import asyncio
 
 from rbee_worker.broadcast import LoadingBroadcast
-from rbee_worker.events import LoadCancelled, LoadingEvent, LoadingToVram, Resolving, WarmingUp
+from rbee_worker.events import LoadCancelled, LoadingEvent, LoadingToVram, LoadReport, Ready, Resolving, WarmingUp
 
 
 def counts(seq: int) -> LoadingToVram:
@@ -24,6 +24,22 @@ RESOLVING = Resolving(seq=0, elapsed_seconds=0.0, model="m")
 
 def terminal(seq: int) -> LoadCancelled:
     return LoadCancelled(seq=seq, elapsed_seconds=0.0, vram_mb_freed=0)
+
+
+def ready(seq: int) -> Ready:
+    report = LoadReport(
+        model="m",
+        architecture="a",
+        parameters=1,
+        dtype="float32",
+        kernel="dense",
+        phases={"resolving": 0.1},
+        bytes_read=1,
+        bytes_per_second=1,
+        device_mb={"cpu": 1},
+        peak_host_mb=1,
+    )
+    return Ready(seq=seq, elapsed_seconds=0.0, report=report)
 
 
 async def collect(broadcast: LoadingBroadcast) -> list[LoadingEvent]:
@@ -59,11 +75,11 @@ def test_a_subscriber_in_the_middle_gets_the_latest_counts_and_state_first() -> 
 def test_a_late_subscriber_gets_the_last_counts_and_the_end() -> None:
     async def main() -> list[LoadingEvent]:
         broadcast = LoadingBroadcast()
-        for event in (RESOLVING, counts(1), counts(2), terminal(3)):
+        for event in (RESOLVING, counts(1), counts(2), ready(3)):
             broadcast.publish(event)
         return await asyncio.wait_for(collect(broadcast), 5)
 
-    assert [event.seq for event in asyncio.run(main())] == [2, 3]
+    assert asyncio.run(main()) == [counts(2), ready(3)]
 
 
 def test_a_slow_subscriber_misses_counts_and_never_the_end() -> None:

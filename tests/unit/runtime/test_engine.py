@@ -8,7 +8,16 @@ import torch
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.errors import Conflict, ContextTooLong, InvalidRequest, ModelMalformed, ModelNotLoaded
-from rbee_worker.events import End, InferenceEvent, InferenceFailed, LoadCancelled, LoadFailed, LoadingToVram, Started, Token
+from rbee_worker.events import (
+    End,
+    InferenceEvent,
+    InferenceFailed,
+    LoadCancelled,
+    LoadFailed,
+    LoadingToVram,
+    Started,
+    Token,
+)
 from rbee_worker.runtime.engine import Engine
 
 from ...tiny import write_tiny_model
@@ -189,9 +198,7 @@ def test_everyone_moves_while_a_long_prompt_is_read(tiny: Path) -> None:
     assert step == -(-300 // 16)
 
 
-def test_a_failing_step_fails_its_jobs_and_the_engine_goes_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_step_fails_its_jobs_and_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.model is not None
     with monkeypatch.context() as patch:
         patch.setattr(engine.model.transformer.rotary, "_cos", torch.zeros(0, 16))

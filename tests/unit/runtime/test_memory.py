@@ -29,7 +29,9 @@ def test_auto_finds_a_device() -> None:
 def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     total = host_info().total_bytes
     check_fit(1, CPU, "a byte")
-    with pytest.raises(OutOfMemory, match=rf"a giant needs {2 * total / MIB:,.0f} MiB on cpu; [\d,]+ MiB of {total / MIB:,.0f}"):
+    with pytest.raises(
+        OutOfMemory, match=rf"a giant needs {2 * total / MIB:,.0f} MiB on cpu; [\d,]+ MiB of {total / MIB:,.0f}"
+    ):
         check_fit(2 * total, CPU, "a giant")
 
 

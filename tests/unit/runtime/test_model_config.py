@@ -41,7 +41,11 @@ LLAMA3 = {
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, ModelUnsupported, r"architecture MambaForCausalLM .*Supported: Llama"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            ModelUnsupported,
+            r"architecture MambaForCausalLM .*Supported: Llama",
+        ),
         ({"architectures": "x"}, ModelMalformed, "'architectures' names no model class"),
         ({"architectures": None}, ModelMalformed, "'architectures' names no model class"),
         ({"hidden_size": None}, ModelMalformed, "config.json: hidden_size is missing"),
@@ -50,7 +54,11 @@ LLAMA3 = {
         ({"hidden_size": 2**40}, ModelMalformed, f"hidden_size is {2**40}"),
         ({"num_hidden_layers": 0}, ModelMalformed, "num_hidden_layers is 0"),
         ({"hidden_size": 66}, ModelMalformed, "hidden_size 66 is not a multiple of num_attention_heads 4"),
-        ({"num_key_value_heads": 3}, ModelMalformed, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            ModelMalformed,
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
         ({"head_dim": 15}, ModelMalformed, "head_dim 15 is odd"),
         ({"rms_norm_eps": float("nan")}, ModelMalformed, "rms_norm_eps is nan"),
         ({"tie_word_embeddings": 1}, ModelMalformed, "tie_word_embeddings is 1; it must be true or false"),

@@ -26,12 +26,16 @@ def path(tmp_path: Path) -> Path:
 
 
 def plan(path: Path) -> list[WeightGroup]:
-    config = parse_config(json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",))
+    config = parse_config(
+        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
+    )
     return plan_weights(config, LLAMA, read_safetensors(path))
 
 
 def reader_of(path: Path) -> WeightReader:
-    config = parse_config(json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",))
+    config = parse_config(
+        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
+    )
     return WeightReader(plan(path), config, choose_format(CPU, "float32"), CPU)
 
 
@@ -55,7 +59,9 @@ def test_layers_come_by_number_not_by_name(tmp_path: Path) -> None:
 
 def test_a_missing_tensor_is_named(path: Path) -> None:
     rewrite(path, model__layers__1__mlp__up_proj__weight=None)
-    with pytest.raises(ModelMalformed, match=r"model\.safetensors: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"):
+    with pytest.raises(
+        ModelMalformed, match=r"model\.safetensors: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"
+    ):
         plan(path)
 
 
@@ -109,7 +115,9 @@ def test_parts_come_in_order_with_every_byte_counted(path: Path) -> None:
 
 def test_a_file_that_ends_early_is_named(path: Path) -> None:
     reader_plan = plan(path)
-    config = parse_config(json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",))
+    config = parse_config(
+        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
+    )
     with (path / "model.safetensors").open("r+b") as file:
         file.truncate(2000)
     reader = WeightReader(reader_plan, config, choose_format(CPU, "float32"), CPU)
@@ -118,7 +126,9 @@ def test_a_file_that_ends_early_is_named(path: Path) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+)
 def test_plain_dtypes_are_read_bit_for_bit(dtype: str, torch_dtype: torch.dtype) -> None:
     values = torch.tensor([[1.5, -2.25, 0.0], [3.0, 4.0, -0.5]], dtype=torch_dtype)
     raw = values.view(torch.uint8).flatten().numpy()

@@ -1,0 +1,1 @@
+complete --command rbee-worker --no-files --arguments "(env _RBEE_WORKER_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) rbee-worker)" --condition "env _RBEE_WORKER_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) rbee-worker"

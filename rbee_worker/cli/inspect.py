@@ -1,0 +1,131 @@
+"""``rbee-worker inspect`` and ``rbee-worker devices``: what a model is, and where it could run."""
+
+import json as jsonlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rbee_worker import log
+from rbee_worker.cli import options as opt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rbee_worker.runtime.inspection import Inspection
+
+GIB = 1024**3
+PIPED_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def inspect(
+    model: opt.ModelArgument = None,
+    *,
+    max_context: opt.MaxContext = opt.ENGINE.max_context,
+    json: opt.Json = False,
+    log_level: opt.LogLevel = "warning",
+    log_format: opt.LogFormat = "text",
+) -> None:
+    """Show what a model is and the memory it needs, from its headers and config alone.
+
+    Example: rbee-worker inspect model.safetensors --max-context 8192
+    """
+    log.configure(log_level, log_format)
+    from rbee_worker.runtime.inspection import inspect_model  # noqa: PLC0415
+    from rbee_worker.runtime.source import resolve  # noqa: PLC0415
+
+    found = inspect_model(resolve(model), max_context)
+    if json:
+        _write_json(found.to_dict())
+        return
+    console = _console()
+    console.print(_facts(found))
+    console.print(_memory(found))
+
+
+def devices(
+    *,
+    json: opt.Json = False,
+    log_level: opt.LogLevel = "warning",
+    log_format: opt.LogFormat = "text",
+) -> None:
+    """List the devices that a model can run on, with their memory.
+
+    Example: rbee-worker devices --json
+    """
+    log.configure(log_level, log_format)
+    from rbee_worker.runtime.memory import list_devices  # noqa: PLC0415 - torch
+
+    found = list_devices()
+    if json:
+        for device in found:
+            _write_json(device.to_dict())
+        return
+    table = _table("device", "description", ">used", ">free", ">total")
+    for device in found:
+        sizes = (device.used_bytes, device.free_bytes, device.total_bytes)
+        _add(table, device.name, device.description, *map(size_text, sizes))
+    _console().print(table)
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for people: MiB below one GiB, GiB from there."""
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / 1024**2:,.1f} MiB"
+
+
+def _facts(found: "Inspection") -> "Table":
+    table = _table("model", found.name)
+    for key, value in found.to_dict().items():
+        if key not in {"name", "memory"}:
+            _add(table, key.replace("_bytes", "_size").replace("_", " "), _fact(key, value))
+    return table
+
+
+def _fact(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):  # dtype -> bytes
+        return ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in value.items())
+    if isinstance(value, int):
+        return size_text(value) if key.endswith("_bytes") else f"{value:,}"
+    return str(value)
+
+
+def _memory(found: "Inspection") -> "Table":
+    table = _table("memory needed as", ">weights", f">cache of {found.context_length:,} tokens", ">together")
+    for need in found.memory:
+        sizes = (need.weights_bytes, need.kv_cache_bytes, need.total_bytes)
+        _add(table, need.dtype, *map(size_text, sizes))
+    return table
+
+
+def _table(*headers: str) -> "Table":
+    """An empty table; a header that begins with ``>`` is of a column of figures."""
+    from rich.table import Column, Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    columns = [
+        Column(Text(header.removeprefix(">")), justify="right" if header.startswith(">") else "left", overflow="fold")
+        for header in headers
+    ]
+    return Table(*columns)
+
+
+def _add(table: "Table", *cells: str) -> None:
+    from rich.text import Text  # noqa: PLC0415
+
+    # Text: a name from a model file is never markup.
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def _console() -> "Console":
+    from rich.console import Console  # noqa: PLC0415
+
+    out = opt.stdout()
+    return Console(file=out) if out.isatty() else Console(file=out, width=PIPED_WIDTH, force_terminal=False)
+
+
+def _write_json(value: Mapping[str, Any]) -> None:
+    out = opt.stdout()
+    out.write(jsonlib.dumps(value, ensure_ascii=False) + "\n")
+    out.flush()

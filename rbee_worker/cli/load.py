@@ -1,0 +1,126 @@
+"""``rbee-worker load``, and the loading that ``generate`` shares."""
+
+import sys
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import typer
+
+from rbee_worker import log
+from rbee_worker.cli import options as opt
+from rbee_worker.cli.failures import Interrupted, interrupts
+from rbee_worker.config import EngineConfig
+from rbee_worker.errors import Cancelled
+from rbee_worker.events import Event, LoadCancelled, LoadingEvent
+
+if TYPE_CHECKING:
+    from rbee_worker.client import WorkerClient
+    from rbee_worker.display import EventSink
+    from rbee_worker.runtime.engine import Engine
+
+
+def load(
+    ctx: typer.Context,
+    model: opt.ModelArgument = None,
+    *,
+    device: opt.Device = opt.ENGINE.device,
+    dtype: opt.DType = opt.ENGINE.dtype,
+    max_context: opt.MaxContext = opt.ENGINE.max_context,
+    addr: opt.RemoteAddr = None,
+    api_key: opt.RemoteKey = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    log_level: opt.LogLevel = "warning",
+    log_format: opt.LogFormat = "text",
+) -> None:
+    """Load a model, draw the progress, print a report and exit.
+
+    With --addr a running worker loads it, and its progress is drawn; Ctrl-C cancels that load.
+
+    Example: rbee-worker load model.safetensors
+    """
+    log.configure(log_level, log_format)
+    from rbee_worker.display import loading_sink  # noqa: PLC0415 - rich
+
+    sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=sys.stderr)
+    if addr is None:
+        load_here(model, EngineConfig(device=device, dtype=dtype, max_context=max_context), sink)
+        return
+    opt.refuse_with_addr(ctx, "max_context")
+    from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
+
+    with WorkerClient(addr, api_key) as client:
+        # What is not said here is for the worker to choose, by its own options.
+        said = opt.given(ctx, "device", "dtype")
+        load_there(
+            client, model, sink, device=device if "device" in said else None, dtype=dtype if "dtype" in said else None
+        )
+
+
+def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "Engine":
+    """Load in this process, with ``sink`` showing it; the engine is ready when this returns.
+
+    Raises:
+        Interrupted: a signal came; the load was cancelled between two tensors and its memory freed.
+        RbeeError: the load failed.
+    """
+    cancel = threading.Event()
+    with interrupts(cancel) as received:
+        with sink:
+            from rbee_worker.runtime.engine import Engine  # noqa: PLC0415 - torch, seconds of it
+
+            engine = Engine(config)
+            last = show(engine.load(model, cancel), sink)
+        received.check()
+    if isinstance(last, LoadCancelled):
+        raise Cancelled("The load was cancelled.")
+    return engine
+
+
+def load_there(
+    client: "WorkerClient", model: str | None, sink: "EventSink", *, device: str | None = None, dtype: str | None = None
+) -> None:
+    """Have a worker load ``model`` (None: the one it was started with) and show it.
+
+    An interrupt cancels the load at the worker too, and shows how it ended.
+
+    Raises:
+        Interrupted: a signal came.
+        Cancelled: someone else cancelled the load.
+        RbeeError: the load failed, or the worker refused it.
+    """
+    last: Event | None = None
+
+    def unseen(events: Iterable[LoadingEvent]) -> Iterable[LoadingEvent]:
+        # A second subscription begins with a snapshot of what may have been shown before.
+        nonlocal last
+        for event in events:
+            if not isinstance(last, LoadingEvent) or event.seq > last.seq:
+                last = event
+                yield event
+
+    with interrupts(), sink:
+        events = client.load(model, device=device, dtype=dtype)
+        try:
+            show(unseen(events), sink)
+        except Interrupted:
+            if client.cancel_load():
+                show(unseen(client.progress()), sink)
+            raise
+    if isinstance(last, LoadCancelled):
+        raise Cancelled("The load was cancelled at the worker.")
+
+
+def show(events: Iterable[Event], sink: "EventSink") -> Event | None:
+    """Give every event to ``sink``; the last one is returned. However this ends, the iterator is closed."""
+    last = None
+    try:
+        for event in events:
+            last = event
+            sink(event)
+    finally:
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
+    return last

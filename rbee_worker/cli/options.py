@@ -1,0 +1,146 @@
+"""Options that several commands share. Defaults come from ``rbee_worker.config``; help is plain text."""
+
+import io
+import sys
+from typing import Annotated, TextIO
+
+import typer
+
+from rbee_worker import log
+from rbee_worker.config import DTYPES, DTypeName, EngineConfig, SamplingParams, ServerConfig
+from rbee_worker.errors import InvalidRequest
+
+ENGINE = EngineConfig()
+SERVER = ServerConfig()
+SAMPLING = SamplingParams()
+
+MODEL_PANEL = "Model"
+SAMPLING_PANEL = "Sampling"
+OUTPUT_PANEL = "Output"
+REMOTE_PANEL = "Remote worker"
+SERVER_PANEL = "Server"
+
+DTYPE_METAVAR = "|".join(DTYPES)
+MODEL_FORMS = "A .safetensors file, a folder in Hugging Face layout, a .gguf file, or a hub id org/name@revision."
+MODEL_HELP = MODEL_FORMS + " Without it: SmolLM2-135M-Instruct."
+DEVICES = (
+    ("auto", "the first GPU, else the CPU"),
+    ("cpu", "the CPU"),
+    ("cuda", "the first NVIDIA GPU"),
+    ("cuda:0", "an NVIDIA GPU by its number"),
+    ("mps", "the GPU of an Apple computer"),
+)
+
+
+def _complete_device(incomplete: str) -> list[tuple[str, str]]:
+    return [device for device in DEVICES if device[0].startswith(incomplete)]
+
+
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", envvar="RBEE_MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        "--model-path",
+        metavar="MODEL",
+        envvar="RBEE_MODEL",
+        help=MODEL_HELP,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where the model runs: auto, cpu, cuda, cuda:N or mps.",
+        rich_help_panel=MODEL_PANEL,
+        autocompletion=_complete_device,
+    ),
+]
+DType = Annotated[
+    DTypeName,
+    typer.Option(
+        "--dtype",
+        metavar=DTYPE_METAVAR,
+        help="The type weights are held in; auto: the device's best.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        "--max-context",
+        metavar="N",
+        min=1,
+        help="Context length in tokens; without it: the model's own.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Write JSON to stdout, one object a line.", rich_help_panel=OUTPUT_PANEL)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, report or figures.", rich_help_panel=OUTPUT_PANEL)
+]
+LogLevel = Annotated[
+    log.LogLevel,
+    typer.Option(
+        "--log-level",
+        metavar="|".join(log.LOG_LEVELS),
+        help="Least severe log lines shown; debug adds tracebacks.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+LogFormat = Annotated[
+    log.LogFormat,
+    typer.Option(
+        "--log-format",
+        metavar="|".join(log.LOG_FORMATS),
+        help="Form of the log lines on stderr.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+RemoteAddr = Annotated[
+    str | None,
+    typer.Option(
+        "--addr",
+        metavar="HOST:PORT",
+        help="Ask the running worker at this address or http(s):// URL.",
+        rich_help_panel=REMOTE_PANEL,
+    ),
+]
+RemoteKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="KEY", envvar="RBEE_API_KEY", help="The worker's API key.", rich_help_panel=REMOTE_PANEL
+    ),
+]
+
+
+def given(ctx: typer.Context, *names: str) -> list[str]:
+    """Those of the parameters ``names`` that stand on the command line, rather than in the environment."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
+    """Options that only make sense where the model runs are refused with ``--addr``, never ignored.
+
+    Raises:
+        InvalidRequest: naming those given.
+    """
+    if wrong := given(ctx, *names):
+        options = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        raise InvalidRequest(
+            f"{options}: no effect with --addr, where the model is the worker's.",
+            hint="Give it to `rbee-worker serve` or `rbee-worker load --addr` instead, or leave --addr out.",
+        )
+
+
+def stdout() -> TextIO:
+    """Standard output as the results need it: UTF-8 and LF, whatever the locale says."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    return sys.stdout

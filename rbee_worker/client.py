@@ -1,0 +1,233 @@
+"""The command line's side of ``--addr``: a running worker's streams as the events of ``rbee_worker.events``."""
+
+import json
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, NoReturn, Self
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+from httpx_sse import EventSource, SSEError
+
+from rbee_worker import errors
+from rbee_worker.address import parse_base_url
+from rbee_worker.config import GenerationRequest
+from rbee_worker.errors import InferenceError, ModelNotLoaded, RbeeError, RequestRefused, WorkerUnreachable
+from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent, from_dict
+
+CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = 90.0
+"""How long a stream may bring not one byte. A worker says something every ``--keep-alive`` (10) seconds."""
+CANCEL_SECONDS = 5.0
+
+PROGRESS = "/v1/loading/progress"
+_DIRECT: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+"""A proxy of the environment is never asked for this machine's own addresses."""
+
+
+class WorkerClient:
+    """Talks to one worker. A context manager; not for use from several threads.
+
+    Every method raises :class:`WorkerUnreachable` when nobody, or no worker, answers at the address, and otherwise
+    the error that the worker names.
+    """
+
+    def __init__(self, addr: str, api_key: str | None = None, *, silence_seconds: float = SILENCE_SECONDS) -> None:
+        """Take ``addr``, ``HOST:PORT`` or a URL; nothing is sent yet.
+
+        Raises:
+            InvalidRequest: ``addr`` is neither.
+        """
+        self.base_url = parse_base_url(addr)
+        self._silence = silence_seconds
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        timeout = httpx.Timeout(silence_seconds, connect=CONNECT_SECONDS)
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, mounts=_DIRECT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def load(self, model: str | None, *, device: str | None = None, dtype: str | None = None) -> Iterator[LoadingEvent]:
+        """Ask for a model, then follow its progress; asked for at the call, not at the first iteration.
+
+        What is None is the worker's to choose: the model it was started with, its own device and dtype.
+
+        Raises:
+            Conflict: another load runs.
+            Forbidden: the worker was not started with leave to load this model.
+            ModelError: the model cannot be loaded; also while iterating, after the ``error`` event.
+        """
+        body = {"model": model, "device": device, "dtype": dtype}
+        with self._reaching():
+            response = self._http.post("/v1/loading", json={k: v for k, v in body.items() if v is not None})
+        if not response.is_success:
+            self._refused(response)
+        return self.progress()
+
+    def progress(self) -> Iterator[LoadingEvent]:
+        """The latest state of the load first, then what follows, to its terminal event.
+
+        After ``error`` the error it names is raised.
+        """
+        with closing(self._stream("GET", PROGRESS)) as events:
+            for event in events:
+                if not isinstance(event, LoadingEvent):
+                    raise self._unintelligible(f"a {type(event).__name__} event among the loading events")
+                yield event
+                if isinstance(event, LoadFailed):
+                    raise error_of(event.code, event.message)
+
+    def cancel_load(self) -> bool:
+        """Cancel the load that runs; False when none does."""
+        with self._reaching():
+            response = self._http.delete("/v1/loading", timeout=CANCEL_SECONDS)
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return False
+        if not response.is_success:
+            self._refused(response)
+        return True
+
+    def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
+        """Events of one job. Closing the iterator, or an interrupt inside it, cancels the job at the worker.
+
+        A request that the worker refuses raises before any event; after an ``error`` event the error is raised.
+        """
+        job_id = request.job_id or str(uuid4())
+        terminal = False
+        with closing(self._stream("POST", "/v1/inference", inference_body(request, job_id))) as events:
+            try:
+                for event in events:
+                    if not isinstance(event, InferenceEvent):
+                        raise self._unintelligible(f"a {type(event).__name__} event among the inference events")
+                    terminal = event.terminal
+                    yield event
+                    if isinstance(event, InferenceFailed):
+                        raise error_of(event.code, event.message)
+            except (GeneratorExit, KeyboardInterrupt):
+                if not terminal:
+                    self.cancel(job_id)
+                raise
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job, as well as can be: hanging up, which follows, cancels it too."""
+        with suppress(httpx.HTTPError):
+            self._http.delete(f"/v1/inference/{quote(job_id, safe='')}", timeout=CANCEL_SECONDS)
+
+    def _stream(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Generator[Event, None, None]:
+        """The events of one SSE stream, to ``[DONE]``."""
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+        terminal = False
+        with self._reaching(), self._http.stream(method, path, json=body, headers=headers) as response:
+            if not response.is_success:
+                response.read()
+                self._refused(response)
+            for frame in EventSource(response).iter_sse():
+                if frame.data == "[DONE]":
+                    return
+                event = self._event(frame.data)
+                terminal = terminal or event.terminal
+                yield event
+        ending = "after the last event, before [DONE]" if terminal else "before the last event"
+        raise WorkerUnreachable(
+            f"The stream from {self.base_url}{path} was cut {ending}.", hint="The worker may have been stopped."
+        )
+
+    def _event(self, data: str) -> Event:
+        try:
+            return from_dict(json.loads(data))
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise self._unintelligible(str(error)) from None
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn what can go wrong on the way to the worker into :class:`WorkerUnreachable`."""
+        try:
+            yield
+        except httpx.ConnectTimeout:
+            self._unreachable(f"did not answer within {CONNECT_SECONDS:g} s")
+        except httpx.ReadTimeout:
+            self._unreachable(f"sent nothing for {self._silence:g} s")
+        except httpx.ConnectError as error:
+            self._unreachable(f"cannot be connected to ({error})")
+        except httpx.RemoteProtocolError as error:
+            self._unreachable(f"broke off or speaks no HTTP ({error})")
+        except (SSEError, httpx.InvalidURL) as error:
+            self._unreachable(f"does not answer as a worker does ({error})")
+        except httpx.HTTPError as error:
+            self._unreachable(f"was lost ({type(error).__name__}: {error})")
+
+    def _unreachable(self, what: str) -> NoReturn:
+        hint = "Is `rbee-worker serve` running there?"
+        raise WorkerUnreachable(f"The worker at {self.base_url} {what}.", hint=hint) from None
+
+    def _unintelligible(self, what: str) -> WorkerUnreachable:
+        hint = "Worker and client may be of different versions."
+        return WorkerUnreachable(f"The worker at {self.base_url} sent {what}.", hint=hint)
+
+    def _refused(self, response: httpx.Response) -> NoReturn:
+        """Raise the error that a response with an error status carries."""
+        status = response.status_code
+        found = _error_in(response)
+        if found is None:
+            raise WorkerUnreachable(
+                f"{response.url} answered {status}, which is not a worker's error.",
+                hint="Does another program listen there?",
+            )
+        code, message, hint = found
+        if status == httpx.codes.UNAUTHORIZED:
+            hint = "Give the worker's key with --api-key or in RBEE_API_KEY."
+        after = response.headers.get("Retry-After", "")
+        raise error_of(code, message, status=status, hint=hint, retry_after=int(after) if after.isdigit() else None)
+
+
+def inference_body(request: GenerationRequest, job_id: str) -> dict[str, Any]:
+    """The JSON of ``POST /v1/inference``: what the worker would not assume by itself.
+
+    A prompt that is not ``raw`` goes as one user message, so that the worker applies the model's chat template.
+    """
+    body: dict[str, Any] = {"job_id": job_id}
+    if request.messages is not None:
+        body["messages"] = [dict(message) for message in request.messages]
+    elif request.raw:
+        body["prompt"] = request.prompt
+    else:
+        body["messages"] = [{"role": "user", "content": request.prompt}]
+    sampling = asdict(request.sampling)
+    defaults = asdict(type(request.sampling)())
+    body.update((name, value) for name, value in sampling.items() if value != defaults[name])
+    return body
+
+
+def error_of(
+    code: str, message: str, *, status: int | None = None, hint: str | None = None, retry_after: int | None = None
+) -> RbeeError:
+    """The error of ``rbee_worker.errors`` that a worker named by its code, or else by its HTTP status."""
+    tree = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RbeeError)]
+    named = [kind for kind in tree if kind.code == code.upper() and "code" in vars(kind)]
+    if code == InferenceError.code and status == ModelNotLoaded.http_status:
+        named = [ModelNotLoaded]
+    by_status = [kind for kind in RequestRefused.__subclasses__() if kind.http_status == status]
+    kind: type[RbeeError] = [*named, *by_status, RbeeError][0]
+    error = kind(message, hint=hint)
+    error.retry_after = retry_after
+    return error
+
+
+def _error_in(response: httpx.Response) -> tuple[str, str, str | None] | None:
+    """Code, message and hint of an error body: the two frames of a stream, or the JSON envelope."""
+    try:
+        if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+            event = from_dict(json.loads(next(iter(EventSource(response).iter_sse())).data))
+            return (event.code, event.message, None) if isinstance(event, InferenceFailed | LoadFailed) else None
+        error = response.json()["error"]
+        return str(error.get("code") or ""), str(error["message"]), error.get("hint")
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return None

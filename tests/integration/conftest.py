@@ -1,0 +1,193 @@
+"""The installed program as a process, and its HTTP as bytes on a socket."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ..tiny import write_tiny_model
+
+PROGRAM = str(Path(sys.executable).parent / "rbee-worker")
+SECONDS = 60.0
+
+
+def run(
+    *arguments: str, stdin: str | None = None, timeout: float = SECONDS, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end, its output piped."""
+    return subprocess.run(
+        [PROGRAM, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**env),
+        check=False,
+    )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what would change the program's behaviour."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RBEE_")}
+    return kept | changes
+
+
+@dataclass
+class Served:
+    """A running ``rbee-worker serve``."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        return host, int(port)
+
+    def events(self, path: str = "/v1/loading/progress") -> list[dict[str, Any]]:
+        """Every event of a GET stream."""
+        return events_of(httpx.get(self.url + path, timeout=SECONDS).text)
+
+    def infer(self, **body: Any) -> list[dict[str, Any]]:
+        """Every event of one job."""
+        return events_of(httpx.post(self.url + "/v1/inference", json=body, timeout=SECONDS).text)
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        """Signal it and wait; returns the exit code."""
+        self.process.send_signal(signum)
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def serving(*arguments: str, wait: bool = True) -> Iterator[Served]:
+    """Start ``rbee-worker serve`` on a port of the system's choice; with ``wait``, until the first load has ended."""
+    command = [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    log: list[str] = []
+    try:
+        url = ""
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"listening on (http://\S+)", line):
+                url = found[1]
+                break
+        assert url, "".join(log)
+        reader = threading.Thread(target=log.extend, args=(process.stderr,), daemon=True)
+        reader.start()
+        served = Served(process, url, log)
+        if wait:
+            served.events()
+        yield served
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+        reader.join()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that loads in no time."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path) -> Iterator[Served]:
+    """A worker that serves the random model, one job at a time, with keep-alives after 0.2 s."""
+    with serving("--model", str(tiny), "--max-batch-size", "1", "--max-queue", "2", "--keep-alive", "0.2") as worker:
+        yield worker
+
+
+@dataclass
+class RawResponse:
+    """An HTTP response as it came: ``body`` without chunk framing, ``after`` what followed it."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    chunks: list[bytes]
+
+
+class RawConnection:
+    """One request over a socket, read byte by byte."""
+
+    def __init__(self, address: tuple[str, int], method: str, path: str, body: bytes = b"", **headers: str) -> None:
+        self._socket = socket.create_connection(address, timeout=SECONDS)
+        lines = [f"{method} {path} HTTP/1.1", "Host: worker", "Connection: close", f"Content-Length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self._socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        self._received = b""
+
+    def read_until(self, needle: bytes) -> bytes:
+        """Everything received so far, once ``needle`` is in it."""
+        while needle not in self._received:
+            data = self._socket.recv(65536)
+            assert data, f"the connection was closed before {needle!r}: {self._received!r}"
+            self._received += data
+        return self._received
+
+    def finish(self) -> RawResponse:
+        """Read to the end of the connection and take the response apart."""
+        while data := self._socket.recv(65536):
+            self._received += data
+        self._socket.close()
+        head, _, rest = self._received.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        chunks = []
+        if headers.get("transfer-encoding") == "chunked":
+            while True:
+                size, _, rest = rest.partition(b"\r\n")
+                length = int(size, 16)
+                if length == 0:
+                    assert rest == b"\r\n", "bytes after the last chunk"
+                    break
+                chunks.append(rest[:length])
+                assert rest[length : length + 2] == b"\r\n"
+                rest = rest[length + 2 :]
+            rest = b"".join(chunks)
+        return RawResponse(int(first.split()[1]), headers, rest, chunks)
+
+    def close(self) -> None:
+        """Leave without reading on."""
+        self._socket.close()
+
+
+def events_of(body: str | bytes) -> list[dict[str, Any]]:
+    """The events of an SSE body, which must be well-formed to the byte: see CONTRACT in docs/events.md."""
+    data = body.encode() if isinstance(body, str) else body
+    assert b"\r" not in data
+    assert data.endswith(b"data: [DONE]\n\n")
+    assert data.count(b"[DONE]") == 1
+    frames = data.removesuffix(b"\n\n").split(b"\n\n")
+    events = []
+    for frame in frames[:-1]:
+        assert b"\n" not in frame, frame
+        if frame == b": keep-alive":
+            continue
+        assert frame.startswith(b"data: "), frame
+        events.append(json.loads(frame.removeprefix(b"data: ")))
+    assert sum(is_terminal(event) for event in events) == 1
+    assert is_terminal(events[-1])
+    return events
+
+
+def is_terminal(event: dict[str, Any]) -> bool:
+    """Whether nothing but ``[DONE]`` may follow."""
+    return event.get("stage") in {"ready", "error", "cancelled"} or event.get("event") in {"end", "error"}

@@ -1,0 +1,87 @@
+"""The program itself: version, help, options, usage errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rbee_worker import __version__
+from tests.unit.cli.harness import ROOT, Script, run
+
+
+def test_version_and_help_import_nothing_heavy():
+    heavy = ["torch", "numpy", "starlette", "uvicorn", "httpx", "transformers", "pydantic"]
+    for option in ("--version", "--help"):
+        program = (
+            f"import sys\nsys.argv = ['rbee-worker', {option!r}]\nfrom rbee_worker.cli import main\n"
+            f"try:\n    main()\nfinally:\n    print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stderr == "[]\n"
+        assert done.stdout.startswith(f"rbee-worker {__version__}\n") == (option == "--version")
+
+
+@pytest.mark.parametrize("command", ["load", "generate", "serve", "inspect", "convert", "devices"])
+def test_help_has_a_purpose_and_an_example(command: str):
+    result = run(command, "--help", env={"TERMINAL_WIDTH": "100"})
+    assert result.exit_code == 0
+    assert f"Example: rbee-worker {command}" in result.output
+
+
+def test_options_of_the_contract():
+    common = {"--device", "--dtype", "--max-context", "--log-level", "--log-format"}
+    output = {"--json", "--quiet"}
+    model = {"--model", "-m", "--model-path"}
+    remote = {"--addr", "--api-key"}
+    sampling = {"--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"}
+    sampling |= {"--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--system", "--raw"}
+    server = {"--api-key-file", "--allow-unauthenticated", "--allow-model", "--max-queue", "--max-batch-size"}
+    server |= {"--prefill-chunk", "--keep-alive", "--shutdown-grace", "--exit-on-load-error", "--no-load"}
+    expected = {
+        "load": common | output | remote,
+        "generate": common | output | remote | model | sampling | {"--prompt"},
+        "serve": common | remote | model | server,
+    }
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    for command, options in expected.items():
+        section = page.split(f"## rbee-worker {command}\n")[1].split("\n## ")[0]
+        assert {option for option in options if f"`{option}`" not in section} == set()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["no-such-command"],
+        ["load", "--no-such-option"],
+        ["load", "m", "extra"],
+        ["load", "--dtype", "int3"],
+        ["load", "--max-context", "0"],
+        ["generate"],
+        ["generate", "--prompt", ""],
+        ["generate", "--prompt", "x", "--temperature", "2.5"],
+        ["generate", "--prompt", "x", "--temperature", "warm"],
+        ["generate", "--prompt", "x", "--repetition-penalty", "0"],
+        ["generate", "--prompt", "x", "--seed", str(2**64)],
+        ["generate", "--prompt", "x", "--stop", ""],
+        ["generate", "--prompt", "x", "--raw", "--system", "s"],
+        ["generate", "--prompt", "x", "--addr", "::1:80"],
+        ["generate", "--prompt", "x", "--addr", "h:1", "--model", "m"],
+        ["generate", "--prompt", "x", "--addr", "h:1", "--device", "cpu", "--max-context", "5"],
+        ["load", "m", "--addr", "h:1", "--max-context", "5"],
+        ["serve", "--addr", "8080"],
+        ["serve", "--max-queue", "0"],
+        ["serve", "--keep-alive", "-1"],
+        ["serve", "--api-key", ""],
+        ["serve", "--api-key-file", "no-such-file"],
+        ["convert", "m"],
+    ],
+)
+def test_usage_errors_exit_2(engine: Script, args: list[str]):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "rror" in result.stderr  # Typer's panel, or our "error: "
+    assert "Traceback" not in result.stderr
+    assert engine.models == []

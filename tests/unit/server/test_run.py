@@ -1,0 +1,126 @@
+"""The end of a server: draining, the second signal, the load that fails."""
+
+import signal
+import time
+
+import pytest
+
+from rbee_worker.errors import OutOfMemory
+from rbee_worker.events import LoadFailed, Resolving
+from rbee_worker.server import run
+
+PROGRESS = "/v1/loading/progress"
+REQUEST = {"prompt": "p"}
+
+
+def join(server):
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+
+
+def test_a_signal_lets_running_streams_finish(start, stand_in):
+    tokens = [item for i in range(10) for item in (stand_in.token(i), 0.1)]
+    server = start(stand_in.Worker([stand_in.started(), *tokens, stand_in.end()]), shutdown_grace_seconds=10)
+    stream = server.open("POST", "/v1/inference", REQUEST)
+    stream.read_until(b"token")
+    server.server.handle_exit(signal.SIGTERM, None)
+    server.wait(lambda: server.worker.state == "draining")
+    # Still answering: the streams go on, and health says what is going on.
+    assert server.ask("GET", "/health").json["state"] == "draining"
+    frames = stream.finish().frames
+    assert b'"i":9' in frames[-3]
+    assert b'"stop_reason":"max_tokens"' in frames[-2]
+    assert frames[-1] == b"data: [DONE]"
+    join(server)
+    assert server.worker.calls == {"start": 1, "drain": 1, "close": 1}
+    assert server.server.exit_code == 0
+    assert server.server._captured_signals == []  # uvicorn would raise these again
+
+
+def test_after_the_grace_streams_end_with_their_terminal_frame(start, stand_in):
+    worker = stand_in.Worker([stand_in.started(), stand_in.HANG], progress=[stand_in.HANG], state="loading")
+    server = start(worker, shutdown_grace_seconds=0.3)
+    stream, watcher = server.open("POST", "/v1/inference", REQUEST), server.open("GET", PROGRESS)
+    stream.read_until(b"started")
+    server.wait(lambda: worker.watchers == 1)
+    began = time.monotonic()
+    server.server.handle_exit(signal.SIGINT, None)
+    ended = watcher.finish().frames
+    assert time.monotonic() - began < 0.3  # a load is cancelled at once
+    assert b'"stage":"cancelled"' in ended[0]
+    assert ended[1:] == [b"data: [DONE]"]
+    frames = stream.finish().frames
+    assert time.monotonic() - began >= 0.3
+    assert b'"stop_reason":"cancelled"' in frames[-2]
+    assert frames[-1] == b"data: [DONE]"
+    join(server)
+
+
+def test_a_stuck_stream_is_told_all_the_same(start, stand_in, monkeypatch):
+    monkeypatch.setattr(run, "FLUSH_SECONDS", 0.2)
+    server = start(stand_in.Worker([stand_in.started(), 60.0]), shutdown_grace_seconds=0)
+    stream = server.open("POST", "/v1/inference", REQUEST)
+    stream.read_until(b"started")
+    server.server.handle_exit(signal.SIGTERM, None)
+    frames = stream.finish().frames
+    assert b'"code":"UNAVAILABLE"' in frames[-2]
+    assert frames[-1] == b"data: [DONE]"
+    join(server)
+
+
+def test_a_second_signal_ends_the_process_at_once(start, stand_in, monkeypatch):
+    codes = []
+    monkeypatch.setattr(run.os, "_exit", codes.append)
+    server = start(stand_in.Worker([stand_in.started(), stand_in.HANG]), shutdown_grace_seconds=0.3)
+    stream = server.open("POST", "/v1/inference", REQUEST)
+    stream.read_until(b"started")
+    server.server.handle_exit(signal.SIGTERM, None)
+    assert codes == []
+    server.server.handle_exit(signal.SIGTERM, None)
+    server.server.handle_exit(signal.SIGINT, None)
+    assert codes == [143, 130]
+    stream.finish()
+    join(server)
+
+
+def failing_worker(stand_in):
+    failure = LoadFailed(seq=1, elapsed_seconds=0.1, code="OUT_OF_MEMORY", message="too big")
+    worker = stand_in.Worker(progress=[Resolving(seq=0, elapsed_seconds=0.0, model="m"), 0.3, failure])
+    worker.load_error = OutOfMemory("too big")
+    return worker
+
+
+def test_exit_on_load_error_ends_with_its_code_after_the_watchers_have_it(start, stand_in):
+    begun = []
+    server = start(failing_worker(stand_in), exit_on_load_error=True, first_load=lambda: begun.append(1))
+    frames = server.ask("GET", PROGRESS).frames
+    assert b'"code":"OUT_OF_MEMORY"' in frames[-2]
+    assert frames[-1] == b"data: [DONE]"
+    join(server)
+    assert (begun, server.server.exit_code) == ([1], OutOfMemory.exit_code)
+
+
+def test_without_it_the_server_stays_after_a_failed_load(start, stand_in):
+    server = start(failing_worker(stand_in), first_load=lambda: None)
+    assert server.ask("GET", PROGRESS).frames[-1] == b"data: [DONE]"
+    time.sleep(0.3)
+    assert server.ask("GET", "/livez").status == 200
+    assert server.server.exit_code == 0
+
+
+def test_the_load_begins_only_when_requests_are_answered(start, stand_in):
+    answers = []
+    worker = stand_in.Worker(progress=[stand_in.HANG])
+    server = start(worker, first_load=lambda: answers.append(worker.calls["start"]))
+    server.wait(lambda: answers)
+    assert answers == [1]
+    assert server.ask("GET", "/livez").status == 200
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_ends_at_once(start, sig):
+    server = start(shutdown_grace_seconds=30)
+    began = time.monotonic()
+    server.server.handle_exit(sig, None)
+    join(server)
+    assert time.monotonic() - began < 2

@@ -1,0 +1,60 @@
+"""The tree of errors is the one its docstring draws."""
+
+import re
+
+from rbee_worker import errors
+from rbee_worker.errors import ModelNotFound, RbeeError
+
+LINE = re.compile(
+    r"^(?P<indent>[│├└─ ]*)(?P<name>[A-Z]\w+) *(?:(?P<exit>\d+) +(?P<status>\d{3}) +(?P<code>[A-Z_]+))?", re.MULTILINE
+)
+
+
+def drawn() -> dict[str, tuple[str | None, tuple[int, int, str] | None]]:
+    """Class -> its parent and, where the docstring gives them, exit code, status and code."""
+    tree = (errors.__doc__ or "").split("::\n", 1)[1].split("\n\nThe columns", 1)[0]
+    path: list[str] = []
+    out = {}
+    for line in tree.strip("\n").splitlines():
+        match = LINE.match(line)
+        assert match is not None, line
+        depth = (len(match["indent"]) - 4) // 4  # four columns of margin, four a level
+        del path[depth:]
+        columns = (int(match["exit"]), int(match["status"]), match["code"]) if match["exit"] else None
+        out[match["name"]] = (path[-1] if path else None, columns)
+        path.append(match["name"])
+    return out
+
+
+def classes() -> dict[str, type[RbeeError]]:
+    return {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RbeeError)}
+
+
+def test_every_class_is_drawn():
+    assert drawn().keys() == classes().keys()
+
+
+def test_parents_and_columns_agree():
+    for name, (parent, columns) in drawn().items():
+        kind = classes()[name]
+        assert parent == (None if kind is RbeeError else kind.__base__.__name__), name
+        if columns is not None:
+            assert columns == (kind.exit_code, kind.http_status, kind.code), name
+
+
+def test_only_abstract_classes_go_without_columns():
+    assert {name for name, (_, columns) in drawn().items() if columns is None} == {"ModelError", "RequestRefused"}
+
+
+def test_every_class_says_what_it_is():
+    assert all(kind.__doc__ for kind in classes().values())
+
+
+def test_hint_follows_the_message():
+    error = ModelNotFound("x.gguf: no such file.", hint="Check the path.")
+    assert (error.message, error.hint, str(error)) == (
+        "x.gguf: no such file.",
+        "Check the path.",
+        "x.gguf: no such file. Check the path.",
+    )
+    assert str(ModelNotFound("x.gguf: no such file.")) == "x.gguf: no such file."
