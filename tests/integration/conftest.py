@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ..tiny import write_tiny_model
+from tests.tiny import write_tiny_model
 
 PROGRAM = str(Path(sys.executable).parent / "rbee-worker")
 SECONDS = 60.0

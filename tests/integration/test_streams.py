@@ -42,7 +42,10 @@ def test_a_finished_job(served: Served) -> None:
     }
     assert [token["i"] for token in tokens] == list(range(len(tokens)))
     assert (end["tokens_out"], end["stop_reason"]) == (5, "max_tokens")
-    frames = [b"data: " + json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode() for event in (started, *tokens, end)]
+    frames = [
+        b"data: " + json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode()
+        for event in (started, *tokens, end)
+    ]
     assert response.body.removeprefix(b": keep-alive\n\n") == b"\n\n".join([*frames, b"data: [DONE]\n\n"])
 
 

@@ -9,8 +9,7 @@ import torch
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.runtime.engine import Engine
-
-from ..tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,

@@ -21,8 +21,7 @@ from rbee_worker.events import (
 )
 from rbee_worker.runtime.loading import LoadedModel
 from rbee_worker.worker import Job, Worker
-
-from ..tiny import write_tiny_model
+from tests.tiny import write_tiny_model
 
 Body = Callable[[Worker], Awaitable[None]]
 

@@ -41,7 +41,7 @@ def test_convert_says_what_it_did(gguf_path: Path, tmp_path: Path):
 
 
 def test_convert_lines_are_one_a_second():
-    from rbee_worker.runtime.convert import ConvertProgress  # noqa: PLC0415 - numpy
+    from rbee_worker.runtime.convert import ConvertProgress
 
     class Out(list[str]):
         write = list.append

@@ -1,6 +1,7 @@
 """The engine on a random tiny model: laws that hold whatever the model says."""
 
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ from rbee_worker.events import (
     InferenceFailed,
     LoadCancelled,
     LoadFailed,
+    LoadingEvent,
     LoadingToVram,
     Started,
     Token,
 )
 from rbee_worker.runtime.engine import Engine
-
-from ...tiny import write_tiny_model
+from tests.tiny import write_tiny_model
 
 
 def loaded(path: Path, **config: object) -> Engine:
@@ -189,13 +190,13 @@ def test_everyone_moves_while_a_long_prompt_is_read(tiny: Path) -> None:
     for _ in range(2):
         engine.step()
     prompt = engine.submit(request("long " * 60, job_id="long"))
-    for step in range(1, 100):
+    steps = 0
+    while len(prompt.tokens) == prompt.prompt_tokens:
         before = len(chat.tokens)
         engine.step()
         assert len(chat.tokens) == before + 1
-        if len(prompt.tokens) > prompt.prompt_tokens:
-            break
-    assert step == -(-300 // 16)
+        steps += 1
+    assert steps == -(-300 // 16)
 
 
 def test_a_failing_step_fails_its_jobs_and_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +232,9 @@ def test_a_failed_load_tells_and_raises(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path, num_hidden_layers=2)
     config = (path / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     (path / "config.json").write_text(config)
-    events = []
+    events: list[LoadingEvent] = []
     with pytest.raises(ModelMalformed, match=r"model\.layers\.2\.input_layernorm\.weight' is missing") as raised:
-        for event in Engine().load(str(path)):
-            events.append(event)  # noqa: PERF402  (extend would drop what came before the error)
+        deque(map(events.append, Engine().load(str(path))), maxlen=0)
     assert isinstance(events[-1], LoadFailed)
     assert (events[-1].code, events[-1].message) == ("MODEL_MALFORMED", str(raised.value))
 

@@ -5,8 +5,7 @@ import pytest
 from rbee_worker.errors import ModelMalformed, ModelUnsupported, RbeeError
 from rbee_worker.runtime.architectures import supported
 from rbee_worker.runtime.model_config import ModelConfig, parse_config
-
-from ...tiny import CONFIG
+from tests.tiny import CONFIG
 
 
 def parse(**changes: Any) -> ModelConfig:

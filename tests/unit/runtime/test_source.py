@@ -219,7 +219,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", [None, ""])
+@pytest.mark.parametrize("model", [None, "", "SmolLM2-135M-Instruct"])
 def test_the_default_is_in_the_package(package: Path, model: str | None) -> None:
     (package / "weights.Q4_1.gguf").write_bytes(b"")
     source = resolve(model)

@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ def feed(stop: list[str], pieces: list[str]) -> tuple[str, str | None]:
 @given(texts, stops, st.lists(st.integers(0, 40), max_size=6))
 def test_any_cut_gives_what_the_whole_text_gives(text: str, stop: list[str], cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     out, matched = feed(stop, pieces)
     assert (out, matched) == feed(stop, list(text))
     if matched is None:

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from rbee_worker.errors import InvalidRequest, ModelMalformed
 from rbee_worker.runtime.chat_template import ChatTemplate
 from rbee_worker.runtime.tokenizer import StreamingDetokenizer, Tokenizer
-
-from ...tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 BYTES = Tokenizer(byte_tokenizer(), eos_ids=frozenset())
 
@@ -60,7 +59,7 @@ def test_streaming_agrees_with_one_shot_decoding_on_any_bytes(ids: list[int]) ->
 
 
 def test_a_leading_space_behind_a_prompt_is_kept() -> None:
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁is": 0, "▁Paris": 1, "!": 2}, unk_token="!"))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁is": 0, "▁Paris": 1, "!": 2}, unk_token="!"))  # noqa: S106
     backend.decoder = tokenizers.decoders.Metaspace()
     detokenizer = StreamingDetokenizer(Tokenizer(backend, eos_ids=frozenset()), prompt=[0])
     assert [detokenizer.push(1), detokenizer.push(2)] == [" Paris", "!"]

@@ -14,8 +14,7 @@ from rbee_worker.runtime.linear import choose_format
 from rbee_worker.runtime.model_config import parse_config
 from rbee_worker.runtime.transformer import DecoderLayer, Embedding, Output, Part
 from rbee_worker.runtime.weights import WeightGroup, WeightReader, plan_weights, to_tensor
-
-from ...tiny import write_tiny_model
+from tests.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
 

@@ -107,7 +107,7 @@ class StandInWorker:
         self.state = "draining"
         self.cancel_load()
         deadline = time.monotonic() + grace
-        while self._cancellations and time.monotonic() < deadline:  # noqa: ASYNC110 - a stand-in may poll
+        while self._cancellations and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         for job_id in list(self._cancellations):
             self.cancel(job_id)

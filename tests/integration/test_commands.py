@@ -1,0 +1,158 @@
+"""The installed commands, with their output piped: results on stdout, everything else on stderr, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import PROGRAM, SECONDS, Served, environment, run, serving
+
+QUESTION = "What is the capital of France?"
+
+
+def test_the_real_model_knows_the_capital_of_france(model_dir: Path) -> None:
+    done = run("generate", "--model", str(model_dir), "--prompt", QUESTION, "--temperature", "0", "--max-tokens", "40")
+    assert done.returncode == 0
+    assert done.stdout == "The capital of France is Paris.\n"
+    assert "30/30 layers" in done.stderr
+    assert "tok/s" in done.stderr
+
+
+def test_piped_output_is_the_text_alone_and_quiet_is_quiet(tiny: Path) -> None:
+    arguments = ("generate", "--model", str(tiny), "--raw", "--seed", "4", "--max-tokens", "8", "--prompt")
+    loud = run(*arguments, "hello")
+    quiet = run(*arguments, "hello", "--quiet")
+    from_stdin = run(*arguments, "-", stdin="hello\n")
+    assert loud.stdout == quiet.stdout == from_stdin.stdout
+    assert loud.stdout.endswith("\n")
+    assert quiet.stderr == ""
+
+
+def test_json_lines_are_the_events(tiny: Path) -> None:
+    done = run("generate", "--model", str(tiny), "--prompt", "hello", "--json", "--max-tokens", "4", "--seed", "1")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [event.get("stage") or event["event"] for event in events]
+    assert names[0] == "resolving"
+    assert names[names.index("ready") + 1] == "started"
+    assert names[-1] == "end"
+
+
+def test_load_ends_with_a_report(model_dir: Path) -> None:
+    done = run("load", str(model_dir / "model.safetensors"))
+    assert done.returncode == 0
+    assert done.stdout == ""
+    for word in ("resolving", "loading to vram", "warming up", "peak host memory", "memory on cpu", "MB/s"):
+        assert word in done.stderr
+
+
+def test_inspect_and_devices_speak_json(model_dir: Path) -> None:
+    done = run("inspect", str(model_dir), "--json")
+    facts = json.loads(done.stdout)
+    assert (facts["architecture"], facts["layers"], facts["parameters"]) == ("LlamaForCausalLM", 30, 134515008)
+    assert {need["dtype"] for need in facts["memory"]} == {"bfloat16", "float16", "float32"}
+    devices = run("devices", "--json")
+    assert "cpu" in devices.stdout
+    assert devices.returncode == 0
+
+
+def test_convert_makes_a_folder_that_says_the_same(gguf_path: Path, model_dir: Path, tmp_path: Path) -> None:
+    done = run("convert", str(gguf_path), str(tmp_path / "out"))
+    assert done.returncode == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", model_dir))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = run("convert", str(gguf_path), str(tmp_path / "out"))
+    assert again.returncode == 0
+    text = [
+        run("generate", "-m", str(model), "-p", QUESTION, "--temperature", "0", "--dtype", "float32", "-q").stdout
+        for model in (gguf_path, tmp_path / "out")
+    ]
+    assert text[0] == text[1] == "The capital of France is Paris.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("load", "no-such-folder/model.safetensors"), 3, "no-such-folder"),
+        (("generate", "--prompt", ""), 2, "prompt is empty"),
+        (("generate", "--prompt", "x", "--temperature", "7"), 2, "temperature is 7; it must be >= 0 and <= 2"),
+        (("generate",), 2, "--prompt"),
+        (("load", "--device", "tpu"), 2, "'tpu' names no device"),
+        (("load", "--addr", "127.0.0.1:1"), 6, "127.0.0.1:1"),
+        (("load", "--max-context", "999999"), 2, "beyond the model's 8192 positions"),
+    ],
+)
+def test_failures_are_one_message_and_an_exit_code(arguments: tuple[str, ...], code: int, message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def interrupted(*arguments: str, when: bytes, stream: str) -> tuple[int, str, str]:
+    """Run, send Ctrl-C once ``when`` has been seen on ``stream``; exit code, stdout, stderr."""
+    process = subprocess.Popen(
+        [PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(PYTHONUNBUFFERED="1")
+    )
+    source = process.stdout if stream == "stdout" else process.stderr
+    assert source is not None
+    seen = b""
+    while when not in seen:
+        data = os.read(source.fileno(), 65536)
+        assert data, seen
+        seen += data
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=SECONDS)
+    out, err = (seen + out, err) if stream == "stdout" else (out, seen + err)
+    return process.returncode, out.decode(), err.decode()
+
+
+def test_ctrl_c_while_loading_cancels_the_load(gguf_path: Path) -> None:
+    code, out, _ = interrupted("load", str(gguf_path), "--json", when=b'"loading_to_vram"', stream="stdout")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert code == 130
+    assert events[-1]["stage"] == "cancelled"
+
+
+def test_ctrl_c_while_generating_keeps_the_text_so_far(tiny: Path) -> None:
+    arguments = ("generate", "-m", str(tiny), "-p", "hello", "--raw", "--seed", "1")
+    code, out, err = interrupted(*arguments, "--json", when=b'"token"', stream="stdout")
+    assert code == 130
+    assert '"event":"token"' in out
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny: Path) -> None:
+    command = f"{PROGRAM} generate -m {tiny} -p hello --raw --seed 1 -q | head -c 1 >/dev/null"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.stderr == ""
+
+
+def test_a_running_worker_is_driven_from_the_command_line(served: Served, tiny: Path) -> None:
+    addr = served.url.removeprefix("http://")
+    arguments = ("generate", "--prompt", "hello", "--raw", "--seed", "4", "--max-tokens", "8", "-q")
+    assert run(*arguments, "--addr", addr).stdout == run(*arguments, "--model", str(tiny)).stdout
+    loaded = run("load", str(tiny), "--addr", addr, "--json")
+    assert loaded.returncode == 0
+    assert json.loads(loaded.stdout.splitlines()[-1])["stage"] == "ready"
+    refused = run("load", "elsewhere", "--addr", addr)
+    assert refused.returncode == 1
+    assert "--allow-model" in refused.stderr
+
+
+def test_a_worker_that_is_killed_leaves_the_next_start_clean(gguf_path: Path) -> None:
+    with serving("--model", str(gguf_path), wait=False) as worker:
+        port = worker.address[1]
+        time.sleep(0.1)
+        worker.process.kill()
+        worker.process.wait()
+    with serving("--model", str(gguf_path), "--addr", f"127.0.0.1:{port}") as worker:
+        assert worker.address[1] == port
+        assert worker.stop() == 0
