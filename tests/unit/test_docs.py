@@ -1,0 +1,119 @@
+"""The pages agree with the code: files, links, fields, defaults, ranges and routes."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from rbee_worker import events
+from rbee_worker.config import MAX_JOB_ID_LENGTH, MAX_STOP_SEQUENCES, RANGES, SamplingParams, ServerConfig
+from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
+from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.schemas import InferenceBody, LoadingBody
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BASES = (LoadingEvent, InferenceEvent)
+EVENTS = [kind for kind in vars(events).values() if isinstance(kind, type) and kind.__base__ in BASES]
+COMMON = {field.name for field in dataclasses.fields(LoadingEvent)}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def without_code(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def section(page: str, heading: str) -> str:
+    """What stands between a heading and the next one."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", without_code(page), re.MULTILINE | re.DOTALL)
+    assert found, f"there is no heading {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Rows of the tables whose first cell is a name in backticks: name -> the other cells."""
+    lines = re.findall(r"^\| `([^`]+)` \| (.*) *\|$", text, re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines}
+
+
+def test_the_readme_names_every_file_and_no_other():
+    named = rows(read("README.md").partition("## Every file")[2])
+    assert named
+    patterns = ("rbee_worker/**/*.py", "tests/**/*.py", "docs/*", "completions/*")
+    present = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
+    assert present - named.keys() == set(), "not in README's tables"
+    assert {name for name in named if not (ROOT / name).is_file()} == set(), "in README's tables, but not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text("utf-8")))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in map(slug, headings(target.read_text("utf-8"))), link
+
+
+def test_the_table_of_inference_fields_is_the_schema():
+    table = rows(section(read("docs/http-api.md"), "`POST /v1/inference`"))
+    fields = {name: cells for name, cells in table.items() if name in InferenceBody.model_fields}
+    assert fields.keys() == InferenceBody.model_fields.keys()
+    defaults = dataclasses.asdict(SamplingParams())
+    for name, bounds in RANGES.items():
+        _, default, allowed = fields[name]
+        assert allowed == str(bounds), name
+        if defaults[name] is not None:
+            assert default == repr(defaults[name]), name
+    assert fields["max_tokens"][1] == "what is left of the context"
+    assert fields["ignore_eos"][1] == str(defaults["ignore_eos"]).lower()
+    assert f"up to {MAX_STOP_SEQUENCES}," in fields["stop"][2]
+    assert f"1 to {MAX_JOB_ID_LENGTH} " in fields["job_id"][2]
+
+
+def test_the_table_of_loading_fields_is_the_schema():
+    table = rows(section(read("docs/http-api.md"), "`POST /v1/loading`"))
+    assert table.keys() == LoadingBody.model_fields.keys()
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_every_field_of_an_event_is_described(event: type[LoadingEvent] | type[InferenceEvent]):
+    kind, name = ("stage", event.stage) if issubclass(event, LoadingEvent) else ("event", event.event)
+    described = rows(section(read("docs/events.md"), f"{kind} `{name}`"))
+    common = COMMON if issubclass(event, LoadingEvent) else set()
+    assert described.keys() == {field.name for field in dataclasses.fields(event)} - common
+
+
+def test_stop_reasons_are_described():
+    assert rows(section(read("docs/events.md"), "Stop reasons")).keys() == set(get_args(events.StopReason))
+
+
+def test_the_common_fields_and_the_report_are_described():
+    page = read("docs/events.md")
+    assert rows(section(page, "Fields of every loading event")).keys() == COMMON
+    report = {field.name for field in dataclasses.fields(LoadReport)}
+    assert rows(section(page, "The load report")).keys() == report
+
+
+def test_every_route_has_its_section():
+    routes = Native(None, ServerConfig(), AllowedModels(None)).routes()
+    registered = {f"`{method} {route.path_format}`" for route in routes for method in route.methods - {"HEAD"}}
+    described = {heading for heading in headings(read("docs/http-api.md")) if re.match(r"`[A-Z]+ /", heading)}
+    assert described == registered
