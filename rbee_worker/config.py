@@ -155,7 +155,6 @@ class EngineConfig:
         max_context: context length in tokens to serve; None: the model's own.
         max_batch_size: sequences that run in one step at most.
         prefill_chunk: prompt tokens processed in one step at most.
-        threads: CPU threads; None: one per physical core.
         stall_seconds: silence from the disk after which ``stalled`` is said.
     """
 
@@ -164,7 +163,6 @@ class EngineConfig:
     max_context: int | None = None
     max_batch_size: int = 8
     prefill_chunk: int = 512
-    threads: int | None = None
     stall_seconds: float = 10.0
 
 

@@ -8,6 +8,7 @@ to the engine's thread, which puts it in place between two steps when the jobs o
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import logging
 import math
@@ -15,76 +16,31 @@ import queue
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Literal, Self, cast
+from typing import Literal, TypeVar, cast
 
 from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, InferenceError, ModelNotLoaded, QueueFull, RbeeError, Unavailable
-from rbee_worker.events import InferenceEvent, InferenceFailed, LoadingEvent, LoadingToVram
+from rbee_worker.events import InferenceFailed, LoadingEvent, LoadingToVram
+from rbee_worker.job import Job
 from rbee_worker.runtime.engine import Engine, JobEvents, prepare
-from rbee_worker.runtime.loading import LoadedModel, load_model
+from rbee_worker.runtime.loading import load_model
 from rbee_worker.runtime.memory import MIB, DeviceInfo, list_devices
 from rbee_worker.runtime.sequence import Sequence
 from rbee_worker.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 State = Literal["no_model", "loading", "ready", "draining", "failed"]
 
 _LONGEST_RETRY_AFTER = 60
 _POLL_SECONDS = 0.02
 _CANCEL_SECONDS = 10.0
 """How long cancelled jobs may take to end when draining; a step is far shorter."""
-
-
-class Job:
-    """A submitted request and the events of its stream, for one consumer on the event loop.
-
-    Closing the stream before its terminal event cancels the job.
-    """
-
-    def __init__(self, worker: "Worker", sequence: Sequence) -> None:
-        self.id = sequence.job_id
-        self._worker = worker
-        self._events: deque[InferenceEvent] = deque()
-        self._arrived = asyncio.Event()
-        self._ended = False
-
-    def events(self) -> Self:
-        """The stream: an asynchronous iterator that ends after the terminal event."""
-        return self
-
-    def cancel(self) -> None:
-        """Ask for its end; the stream still carries what comes until then."""
-        self._worker.cancel(self.id)
-
-    def deliver(self, event: InferenceEvent) -> None:
-        """Add an event; on the event loop's thread."""
-        self._events.append(event)
-        self._arrived.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> InferenceEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        event = self._events.popleft()
-        self._ended = event.terminal
-        return event
-
-    async def aclose(self) -> None:
-        """Stop listening; the job is cancelled unless it has ended."""
-        if not self._ended:
-            self._ended = True
-            self.cancel()
 
 
 class Worker:
@@ -113,7 +69,7 @@ class Worker:
         self._is_loading = False
         self._cancel_load = threading.Event()
         self._draining = False
-        self._swapping = False
+        self._changing = False
         self._stopping = threading.Event()
 
     # -- life
@@ -170,7 +126,9 @@ class Worker:
             self._cancel_load = threading.Event()
             self._broadcast = LoadingBroadcast()
             arguments = (model, config, self._cancel_load, self._broadcast)
-            self._loader = threading.Thread(target=self._load, args=arguments, name="loader", daemon=True)
+            # The context carries the request's correlation id into the load's log lines.
+            run = functools.partial(contextvars.copy_context().run, self._load, *arguments)
+            self._loader = threading.Thread(target=run, name="loader", daemon=True)
             resident = self._engine.model is not None
             self._is_loading = True
             self._loader.start()
@@ -183,18 +141,20 @@ class Worker:
         return running
 
     async def unload(self) -> int:
-        """Free the model once its running jobs have ended.
+        """Free the model once its running jobs have ended, and forget the load that brought it.
 
         Returns:
             Bytes of weights freed.
+
+        Raises:
+            Conflict: a load runs.
+            InferenceError: the engine has died.
         """
-        freed: Future[int] = Future()
-        self._swapping = True
-        self._commands.put(functools.partial(self._at_idle, lambda: freed.set_result(self._engine.unload())))
-        try:
-            return await asyncio.wrap_future(freed)
-        finally:
-            self._swapping = False
+        if self.loading:
+            raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
+        freed = await asyncio.to_thread(self._when_jobs_have_ended, self._engine.unload)
+        self.load_error = self._broadcast = None
+        return freed
 
     def progress(self) -> AsyncIterator[LoadingEvent]:
         """The latest state of the load at once, then what follows, until its terminal event.
@@ -224,8 +184,8 @@ class Worker:
             if sequence.job_id in self._jobs:
                 raise Conflict(f"Job {sequence.job_id} is running already.")
             if self.queued >= self._max_queue and len(self._jobs) >= self._config.max_batch_size:
-                raise QueueFull(f"{self.queued} jobs are waiting, as many as may.", retry_after=1)
-            job = self._jobs[sequence.job_id] = Job(self, sequence)
+                raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=1)
+            job = self._jobs[sequence.job_id] = Job(sequence.job_id, self.cancel)
         self._commands.put(functools.partial(self._add, sequence))
         return job
 
@@ -339,8 +299,9 @@ class Worker:
         state = self.state
         if state == "draining":
             raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
-        if state == "loading" or self._swapping:
-            raise Unavailable("The model is loading.", retry_after=self.retry_after())
+        if state == "loading" or self._changing:
+            what = "is loading" if self.loading else "is being unloaded"
+            raise Unavailable(f"The model {what}.", retry_after=self.retry_after())
         if state == "failed":
             reason = f": {self.load_error.message}" if self.load_error is not None else ""
             raise ModelNotLoaded(f"Model not loaded{reason}", retry_after=_LONGEST_RETRY_AFTER)
@@ -381,7 +342,7 @@ class Worker:
                     self._call_on_loop(broadcast.publish, event)
         except StopIteration as stop:
             if stop.value is not None:
-                self._hand_over(stop.value)
+                self._when_jobs_have_ended(functools.partial(self._engine.install, stop.value))
         except RbeeError as error:
             self.load_error = error
             logger.error("loading failed: %s", error)  # noqa: TRY400  (an expected failure needs no traceback)
@@ -393,20 +354,29 @@ class Worker:
         if end is not None:
             self._call_on_loop(broadcast.publish, end)
 
-    def _hand_over(self, model: LoadedModel) -> None:
-        """Have the engine's thread put the model in place, and wait until it has."""
-        installed: Future[None] = Future()
+    def _when_jobs_have_ended(self, action: Callable[[], T]) -> T:
+        """Have the engine's thread run ``action`` between two steps, once no job is left, and wait for its result.
 
-        def install() -> None:
-            self._engine.install(model)
-            installed.set_result(None)
+        New jobs are refused meanwhile.
+        """
+        result: Future[T] = Future()
 
-        self._swapping = True
+        def act() -> None:
+            try:
+                result.set_result(action())
+            except Exception as error:  # noqa: BLE001  (whoever waits for the result gets it)
+                result.set_exception(error)
+
+        self._changing = True
         try:
-            self._commands.put(functools.partial(self._at_idle, install))
-            installed.result()
+            self._commands.put(functools.partial(self._when_idle.append, act))
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return result.result(timeout=_POLL_SECONDS)
+                if not self.engine_alive:
+                    raise InferenceError("The engine has died; restart the worker.")
         finally:
-            self._swapping = False
+            self._changing = False
 
     # -- on the engine's thread
 
@@ -424,9 +394,6 @@ class Worker:
     def _run_command(self, *, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):
             self._commands.get(block=wait)()
-
-    def _at_idle(self, action: Callable[[], None]) -> None:
-        self._when_idle.append(action)
 
     def _run_idle_commands(self) -> None:
         while self._when_idle and not self._engine.has_work:

@@ -1,6 +1,9 @@
 """``rbee-worker generate``."""
 
 import sys
+import threading
+import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -10,7 +13,8 @@ from rbee_worker.cli import options as opt
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.cli.load import load_here, show
 from rbee_worker.config import MAX_STOP_SEQUENCES, RANGES, EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.errors import InvalidRequest
+from rbee_worker.errors import InferenceError, InvalidRequest
+from rbee_worker.events import InferenceFailed
 
 if TYPE_CHECKING:
     from rbee_worker.display import EventSink
@@ -126,8 +130,20 @@ def _generate_here(
 
     out = opt.stdout()
     engine = load_here(model, config, loading_sink(json=json, quiet=quiet, report=False, out=out, err=sys.stderr))
-    with interrupts(), _printer(out, json=json, quiet=quiet) as printer:
-        show(engine.generate(request), printer)
+    stop = threading.Event()
+    request = replace(request, job_id=str(uuid.uuid4()))
+
+    def cancel_when_asked() -> None:
+        if stop.is_set():
+            engine.cancel(str(request.job_id))
+
+    with interrupts(stop) as received:
+        # A signal ends the job with its `end` event, after the text so far.
+        with _printer(out, json=json, quiet=quiet) as printer:
+            last = show(engine.generate(request), printer, cancel_when_asked)
+        received.check()
+    if isinstance(last, InferenceFailed):
+        raise InferenceError(last.message)
 
 
 def _generate_there(request: GenerationRequest, addr: str, api_key: str | None, *, json: bool, quiet: bool) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import typer
@@ -112,13 +112,15 @@ def load_there(
         raise Cancelled("The load was cancelled at the worker.")
 
 
-def show(events: Iterable[Event], sink: "EventSink") -> Event | None:
+def show(events: Iterable[Event], sink: "EventSink", after_each: Callable[[], None] | None = None) -> Event | None:
     """Give every event to ``sink``; the last one is returned. However this ends, the iterator is closed."""
     last = None
     try:
         for event in events:
             last = event
             sink(event)
+            if after_each is not None:
+                after_each()
     finally:
         close = getattr(events, "close", None)
         if close is not None:

@@ -13,9 +13,9 @@ from starlette.routing import Route
 from rbee_worker import __version__
 from rbee_worker.config import DEFAULT_MODEL, ServerConfig
 from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound
-from rbee_worker.events import Event, LoadingToVram
+from rbee_worker.events import Event
 from rbee_worker.server import sse
-from rbee_worker.server.responses import INFERENCE_PATH, clamp_retry, off_loop, read_object
+from rbee_worker.server.responses import INFERENCE_PATH, off_loop, read_object
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.worker import Worker
 
@@ -152,7 +152,7 @@ class Native:
         if self._serves():
             return JSONResponse({"ready": True})
         answer = {"ready": False, "state": self._worker.state}
-        return JSONResponse(answer, 503, {"Retry-After": str(self._retry_after())})
+        return JSONResponse(answer, 503, {"Retry-After": str(self._worker.retry_after())})
 
     async def ready(self, _request: Request) -> Response:
         """Whether requests would be served now, in words; always 200."""
@@ -230,7 +230,3 @@ class Native:
             return {"reason": "The engine's thread has died; the log says why. Restart the worker."}
         error = self._worker.load_error
         return {"reason": str(error), "code": error.code} if error else {"reason": "The load failed."}
-
-    def _retry_after(self) -> int:
-        event = self._worker.last_loading_event
-        return clamp_retry(event.eta_seconds if isinstance(event, LoadingToVram) else None)

@@ -126,6 +126,7 @@ def test_ctrl_c_while_generating_keeps_the_text_so_far(tiny: Path) -> None:
     code, out, err = interrupted(*arguments, "--json", when=b'"token"', stream="stdout")
     assert code == 130
     assert '"event":"token"' in out
+    assert '"stop_reason":"cancelled"' in out.splitlines()[-1]
     assert "Traceback" not in err
 
 

@@ -214,6 +214,8 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
         assert (worker.state, worker.vram_bytes) == ("no_model", 0)
         with pytest.raises(ModelNotLoaded):
             worker.tokenizer()
+        with pytest.raises(Unavailable):
+            worker.progress()
 
     with_worker(body)
 

@@ -44,6 +44,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Script:
             script.requests.append(request)
             return script.noted("generate", script.generating())
 
+        def cancel(self, job_id: str) -> None:
+            assert job_id == script.requests[-1].job_id
+            script.cancelled.set()
+
     module = ModuleType("rbee_worker.runtime.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rbee_worker.runtime.engine", module)

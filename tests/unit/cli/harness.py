@@ -30,6 +30,7 @@ class Script:
     models: list[str | None] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
     def noted(self, what: str, events: Iterator[Any]) -> Iterator[Any]:
         try:

@@ -203,12 +203,14 @@ def test_an_interrupt_keeps_the_text_so_far(engine: Script, signum: signal.Signa
     def generating() -> Iterator[Event]:
         yield from JOB[:2]
         os.kill(os.getpid(), signum)
-        yield Token(t="never seen", i=1)
+        yield Token(t="!", i=1)
+        assert engine.cancelled.is_set()
+        yield JOB[-1]
 
     engine.generating = generating
     result = run("generate", "--prompt", "hi", "--quiet")
     assert result.exit_code == code
-    assert result.stdout == JOB[1].t + "\n"
+    assert result.stdout == JOB[1].t + "!\n"
     assert result.stderr == ""
     assert engine.closed == ["load", "generate"]
 

@@ -176,6 +176,9 @@ class StandInWorker:
         if (event := self._cancellations.get(job_id)) is not None:
             event.set()
 
+    def retry_after(self):
+        return 7
+
     def tokenizer(self):
         return self.the_tokenizer
 
