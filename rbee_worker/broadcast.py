@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
-from rbee_worker.events import LoadingEvent, LoadingToVram
+from rbee_worker.events import LoadingEvent, LoadingToVram, Stalled
 
 _KEPT_EVENTS = 256
 
@@ -15,14 +15,23 @@ class LoadingBroadcast:
     The events are kept once for all subscribers, the newest 256 of them: one who falls further behind misses
     intermediate counts, which are absolute, but never the terminal event, which is the last. Everything happens on the
     event loop's thread.
+
+    Attributes:
+        latest: the newest event; latest_counts: the newest ``loading_to_vram``.
+        phase_seconds: seconds spent in each stage so far, ``stalled`` counted to the stage it interrupts.
+        stalls: how often loading has stalled.
+        subscribers: how many follow it now.
     """
 
     def __init__(self) -> None:
         self._events: deque[LoadingEvent] = deque(maxlen=_KEPT_EVENTS)
         self._published = 0
+        self._phase = ""
         self._changed = asyncio.Event()
         self.latest: LoadingEvent | None = None
         self.latest_counts: LoadingToVram | None = None
+        self.phase_seconds: dict[str, float] = {}
+        self.stalls = 0
         self.subscribers = 0
 
     @property
@@ -34,6 +43,13 @@ class LoadingBroadcast:
         """Take the next event and wake the subscribers."""
         self._events.append(event)
         self._published += 1
+        if self.latest is not None:
+            seconds = event.elapsed_seconds - self.latest.elapsed_seconds
+            self.phase_seconds[self._phase] = self.phase_seconds.get(self._phase, 0.0) + seconds
+        if isinstance(event, Stalled):
+            self.stalls += 1
+        else:
+            self._phase = event.stage
         self.latest = event
         if isinstance(event, LoadingToVram):
             self.latest_counts = event

@@ -180,6 +180,7 @@ class ServerConfig:
         shutdown_grace_seconds: how long running streams may go on after SIGTERM.
         max_body_bytes: size of a request body at most.
         send_timeout_seconds: how long a client may leave a stream's bytes unread.
+        hold_requests: keep streaming requests that arrive during a load waiting, instead of refusing them.
         exit_on_load_error: end the process with the load's exit code when the first load fails.
     """
 
@@ -193,6 +194,7 @@ class ServerConfig:
     shutdown_grace_seconds: float = 30.0
     max_body_bytes: int = 4 * 1024 * 1024
     send_timeout_seconds: float = 60.0
+    hold_requests: bool = False
     exit_on_load_error: bool = False
 
 

@@ -16,10 +16,11 @@ import queue
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast, get_args
 
 from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 State = Literal["no_model", "loading", "ready", "draining", "failed"]
+STATES: tuple[State, ...] = get_args(State)
 
 _LONGEST_RETRY_AFTER = 60
 _POLL_SECONDS = 0.02
@@ -49,11 +51,15 @@ class Worker:
     Attributes:
         id: UUID of this worker.
         load_error: why the last load failed; None after one that did not.
+        load_outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
+        broadcast: the latest load; None before the first and after :meth:`unload`.
     """
 
     def __init__(self, config: EngineConfig, *, max_queue: int = 64) -> None:
         self.id = str(uuid.uuid4())
         self.load_error: RbeeError | None = None
+        self.load_outcomes: Counter[str] = Counter()
+        self.broadcast: LoadingBroadcast | None = None
         self._config = config
         self._max_queue = max_queue
         self._engine = Engine(config)
@@ -64,7 +70,6 @@ class Worker:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._when_idle: list[Callable[[], None]] = []
-        self._broadcast: LoadingBroadcast | None = None
         self._loader: threading.Thread | None = None
         self._is_loading = False
         self._cancel_load = threading.Event()
@@ -124,8 +129,8 @@ class Worker:
             )
             self.load_error = None
             self._cancel_load = threading.Event()
-            self._broadcast = LoadingBroadcast()
-            arguments = (model, config, self._cancel_load, self._broadcast)
+            self.broadcast = LoadingBroadcast()
+            arguments = (model, config, self._cancel_load, self.broadcast)
             # The context carries the request's correlation id into the load's log lines.
             run = functools.partial(contextvars.copy_context().run, self._load, *arguments)
             self._loader = threading.Thread(target=run, name="loader", daemon=True)
@@ -153,7 +158,7 @@ class Worker:
         if self.loading:
             raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
         freed = await asyncio.to_thread(self._when_jobs_have_ended, self._engine.unload)
-        self.load_error = self._broadcast = None
+        self.load_error = self.broadcast = None
         return freed
 
     def progress(self) -> AsyncIterator[LoadingEvent]:
@@ -162,9 +167,9 @@ class Worker:
         Raises:
             Unavailable: no load was ever asked for.
         """
-        if self._broadcast is None:
+        if self.broadcast is None:
             raise Unavailable("No model was asked for, so nothing is loading.", retry_after=5)
-        return self._broadcast.subscribe()
+        return self.broadcast.subscribe()
 
     # -- jobs
 
@@ -220,6 +225,16 @@ class Worker:
         return self._is_loading
 
     @property
+    def changing(self) -> bool:
+        """Whether requests are refused now and may be served in a moment: a load without a resident model, a swap."""
+        return not self._draining and (self._changing or (self.loading and self._engine.model is None))
+
+    async def settled(self) -> None:
+        """Return when :attr:`changing` no longer holds."""
+        while self.changing:  # noqa: ASYNC110  (it depends on the states of two threads)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    @property
     def running(self) -> int:
         """Jobs with a place in the batch."""
         return min(len(self._jobs), self._config.max_batch_size)
@@ -234,7 +249,7 @@ class Worker:
         """Bytes of weights on the devices: the resident model's and those of one being loaded."""
         resident = self._engine.model
         total = resident.nbytes if resident is not None else 0
-        counts = self._broadcast.latest_counts if self._broadcast is not None and self.loading else None
+        counts = self.broadcast.latest_counts if self.broadcast is not None and self.loading else None
         return total + (counts.vram_mb * MIB if counts is not None else 0)
 
     @property
@@ -255,12 +270,12 @@ class Worker:
     @property
     def last_loading_event(self) -> LoadingEvent | None:
         """The latest event of the latest load."""
-        return self._broadcast.latest if self._broadcast is not None else None
+        return self.broadcast.latest if self.broadcast is not None else None
 
     @property
     def watchers(self) -> int:
         """Subscribers of the latest load."""
-        return self._broadcast.subscribers if self._broadcast is not None else 0
+        return self.broadcast.subscribers if self.broadcast is not None else 0
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model that serves.
@@ -352,6 +367,7 @@ class Worker:
         # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
         self._is_loading = False
         if end is not None:
+            self.load_outcomes[end.stage] += 1
             self._call_on_loop(broadcast.publish, end)
 
     def _when_jobs_have_ended(self, action: Callable[[], T]) -> T:

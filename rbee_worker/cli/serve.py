@@ -109,6 +109,14 @@ ShutdownGrace = Annotated[
         rich_help_panel=opt.SERVER_PANEL,
     ),
 ]
+HoldRequests = Annotated[
+    bool,
+    typer.Option(
+        "--hold-requests",
+        help="Keep requests that come during a load waiting, their streams alive, instead of answering 503.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
 ExitOnLoadError = Annotated[
     bool,
     typer.Option(
@@ -136,6 +144,7 @@ def serve(
     prefill_chunk: PrefillChunk = opt.ENGINE.prefill_chunk,
     keep_alive: KeepAlive = opt.SERVER.keep_alive_seconds,
     shutdown_grace: ShutdownGrace = opt.SERVER.shutdown_grace_seconds,
+    hold_requests: HoldRequests = opt.SERVER.hold_requests,
     exit_on_load_error: ExitOnLoadError = opt.SERVER.exit_on_load_error,
     log_level: opt.LogLevel = "info",
     log_format: opt.LogFormat = "text",
@@ -158,6 +167,7 @@ def serve(
         max_queue=max_queue,
         keep_alive_seconds=keep_alive,
         shutdown_grace_seconds=shutdown_grace,
+        hold_requests=hold_requests,
         exit_on_load_error=exit_on_load_error,
     )
     engine = EngineConfig(

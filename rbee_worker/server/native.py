@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from starlette.routing import Route
 
 from rbee_worker import __version__
 from rbee_worker.config import DEFAULT_MODEL, ServerConfig
-from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound
+from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound, QueueFull
 from rbee_worker.events import Event
 from rbee_worker.server import sse
+from rbee_worker.server.metrics import CONTENT_TYPE, WorkerMetrics
 from rbee_worker.server.responses import INFERENCE_PATH, off_loop, read_object
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.worker import Worker
@@ -68,6 +70,8 @@ class Native:
         self._config = config
         self._models = models
         self._progress_frames = sse.SharedFrames()
+        self._metrics = WorkerMetrics(worker)
+        self._holding = 0
         self.streams: set[sse.EventStream] = set()
 
     def routes(self) -> list[Route]:
@@ -78,6 +82,7 @@ class Native:
             Route("/livez", self.livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
             Route("/v1/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
             Route("/v1/worker", self.describe, methods=["GET"]),
             Route(PROGRESS_PATH, self.progress, methods=["GET"]),
             Route("/v1/loading", self.load, methods=["POST"]),
@@ -94,8 +99,24 @@ class Native:
     async def infer(self, request: Request) -> Response:
         """Stream one job. Everything that can be refused is refused here, before the 200 goes out."""
         body = InferenceBody.parse(await read_object(request))
+        if self._config.hold_requests and self._worker.changing:
+            if self._holding >= self._config.max_queue:
+                raise QueueFull(f"The queue is full: {self._holding} of {self._config.max_queue}.", retry_after=1)
+            return self._stream(self._held(body), sse.inference_failed)
         job = await off_loop(body.text_size, self._worker.submit, body.to_request())
         return self._stream(job.events(), sse.inference_failed, on_close=job.cancel)
+
+    async def _held(self, body: InferenceBody) -> AsyncIterator[Event]:
+        """A job that begins when the load has ended; until then its stream is silent, and so kept alive."""
+        self._holding += 1
+        try:
+            await self._worker.settled()
+        finally:
+            self._holding -= 1
+        job = await off_loop(body.text_size, self._worker.submit, body.to_request())
+        async with aclosing(job):
+            async for event in job:
+                yield event
 
     async def cancel_job(self, request: Request) -> Response:
         """End a job; 204 whether or not there is one."""
@@ -164,6 +185,10 @@ class Native:
         if worker.loading or worker.last_loading_event is not None:
             answer["progress_url"] = PROGRESS_PATH
         return JSONResponse(answer)
+
+    async def metrics(self, _request: Request) -> Response:
+        """Figures for Prometheus, during a load too."""
+        return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def describe(self, _request: Request) -> Response:
         """The worker, its model and its devices."""
