@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rbee_worker.errors import DeviceUnavailable, OutOfMemory
+from rbee_worker.runtime.cgroup import memory_limit
 
 if TYPE_CHECKING:
     import torch
@@ -125,4 +126,9 @@ def _cuda_info(index: int) -> DeviceInfo:
 
 def _host_info(name: str, description: str) -> DeviceInfo:
     memory = psutil.virtual_memory()
-    return DeviceInfo(name, description, memory.total, memory.total - memory.available, memory.available)
+    total, free = memory.total, memory.available
+    # In a container the machine's memory is not this process's.
+    group = memory_limit()
+    if group is not None:
+        total, free = min(total, group.limit_bytes), min(free, group.free_bytes)
+    return DeviceInfo(name, description, total, total - free, free)

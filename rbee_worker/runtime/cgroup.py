@@ -1,0 +1,68 @@
+"""The memory that a container leaves this process, from Linux control groups (versions 1 and 2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_NO_LIMIT = 2**60
+"""Version 1 writes "no limit" as a number about the size of the address space."""
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMemory:
+    """A group's limit, and what counts against it, in bytes; cached file pages that can be dropped do not count."""
+
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left below the limit."""
+        return max(self.limit_bytes - self.used_bytes, 0)
+
+
+def memory_limit(root: Path = Path("/")) -> CgroupMemory | None:
+    """The tightest memory limit over this process; None without one, or where there are no control groups.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
+    found = [memory for folder in _folders(root) if (memory := _read(folder)) is not None]
+    return min(found, key=lambda memory: memory.free_bytes, default=None)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """The folders of this process's groups, each with its ancestors: every one of them limits."""
+    try:
+        text = (root / "proc/self/cgroup").read_text()
+    except OSError:
+        return
+    for line in filter(None, text.splitlines()):
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            mount = root / "sys/fs/cgroup"
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        folder = mount / path.lstrip("/")
+        # Inside a container the path may be the host's, which is not there; the mount itself is the group then.
+        yield from (parent for parent in (folder, *folder.parents) if parent.is_relative_to(mount))
+
+
+def _read(folder: Path) -> CgroupMemory | None:
+    """A group's memory, by the files of whichever version is there."""
+    for limit_name, usage_name, cache_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            usage = int((folder / usage_name).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= _NO_LIMIT:
+            return None
+        return CgroupMemory(int(limit), max(usage - int(stat.get(cache_key, 0)), 0))
+    return None
