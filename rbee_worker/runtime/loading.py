@@ -141,17 +141,29 @@ def load_model(
     except RbeeError as error:
         yield timeline.event(LoadFailed, code=error.code, message=str(error))
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        failure = OutOfMemory(f"Memory ran out while loading: {error}", hint="Try a smaller --max-context or model.")
-        yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
-        raise failure from error
     except Exception as error:
+        if is_out_of_memory(error):
+            failure = OutOfMemory(
+                f"Memory ran out while loading: {_first_line(error)}",
+                hint="Something else may have taken it; `rbee-worker devices` shows what is free.",
+            )
+            yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
+            raise failure from error
         # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
         yield timeline.event(LoadFailed, code=RbeeError.code, message=f"Loading failed: {error}")
         raise
     loaded = LoadedModel(plan.source.name, plan.source, plan.config, plan.tokenizer, transformer, plan.context_length)
     yield timeline.event(Ready, report=_report(plan, transformer, timeline.phases))
     return loaded
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; on CPUs torch says so with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def release_memory(device: torch.device) -> None:

@@ -1,0 +1,122 @@
+"""What goes wrong around a load, and what is left afterwards: nothing."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from .conftest import SECONDS, RawConnection, Served, environment, events_of, serving
+
+PROGRESS = "/v1/loading/progress"
+GET_PROGRESS = b"GET /v1/loading/progress HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n"
+
+
+def descriptors(worker: Served) -> int:
+    return len(list(Path(f"/proc/{worker.process.pid}/fd").iterdir()))
+
+
+def threads(worker: Served) -> set[str]:
+    """Names of the worker's own threads; torch's and asyncio's pools keep theirs on purpose."""
+    folder = Path(f"/proc/{worker.process.pid}/task")
+    names = {(task / "comm").read_text().strip() for task in folder.iterdir()}
+    return {name for name in names if name.startswith(("loader", "weight-reader"))}
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come true"
+        time.sleep(0.05)
+
+
+def test_a_thousand_watchers_all_get_the_end(gguf_path: Path) -> None:
+    async def watch(address: tuple[str, int]) -> bytes:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(GET_PROGRESS)
+        data = await reader.read()
+        writer.close()
+        return data
+
+    async def all_of_them(address: tuple[str, int]) -> list[bytes]:
+        return await asyncio.gather(*(watch(address) for _ in range(1000)))
+
+    with serving("--model", str(gguf_path), wait=False) as worker:
+        before = descriptors(worker)
+        answers = asyncio.run(all_of_them(worker.address))
+        assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+        assert all(answer.count(b'"stage":"ready"') == 1 for answer in answers)
+        assert all(answer.count(b"data: [DONE]") == 1 for answer in answers)
+        eventually(lambda: descriptors(worker) <= before)
+        assert worker.infer(prompt="Hi", max_tokens=1)[-1]["event"] == "end"
+
+
+def test_a_watcher_that_never_reads_holds_nothing_up(gguf_path: Path) -> None:
+    with serving("--model", str(gguf_path), wait=False) as worker:
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.connect(worker.address)
+        deaf.sendall(GET_PROGRESS)
+        assert worker.events()[-1]["stage"] == "ready"
+        assert worker.infer(prompt="Hi", max_tokens=1)[-1]["event"] == "end"
+        assert worker.stop(signal.SIGTERM) == 0
+        deaf.close()
+
+
+def test_loads_that_fail_or_are_cancelled_leave_no_descriptor_and_no_thread(
+    tiny: Path, gguf_path: Path, tmp_path: Path
+) -> None:
+    options = ("--allow-model", str(gguf_path), "--allow-model", str(tmp_path / "gone"))
+    with serving("--model", str(tiny), *options) as worker:
+        before = descriptors(worker)
+        with httpx.Client(base_url=worker.url, timeout=SECONDS) as client:
+            for _ in range(5):
+                assert client.post("/v1/loading", json={"model": str(gguf_path)}).status_code == 202
+                watcher = RawConnection(worker.address, "GET", PROGRESS)
+                watcher.read_until(b'"loading_to_vram"')
+                client.delete("/v1/loading")
+                assert events_of(watcher.finish().body)[-1]["stage"] == "cancelled"
+                assert client.post("/v1/loading", json={"model": str(tmp_path / "gone")}).status_code == 202
+                assert events_of(client.get(PROGRESS).text)[-1]["stage"] == "error"
+        eventually(lambda: descriptors(worker) <= before)
+        eventually(lambda: not threads(worker))
+        assert worker.infer(prompt="x", max_tokens=2)[-1]["tokens_out"] == 2
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from rbee_worker.config import EngineConfig
+from rbee_worker.runtime.engine import Engine
+
+engine = Engine(EngineConfig(device="cpu", dtype="float32", max_context=256))
+for event in engine.load(sys.argv[1]):
+    pass
+engine.unload()
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 64 * 2**20, resource.RLIM_INFINITY))
+try:
+    for event in engine.load(sys.argv[2]):
+        pass
+except Exception as error:
+    print(type(error).__name__, event.stage, event.code, error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for event in engine.load(sys.argv[1]):
+    pass
+print(event.stage)
+"""
+
+
+def test_memory_that_runs_out_in_mid_load_is_one_clear_error(tiny: Path, model_dir: Path) -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(tiny), str(model_dir)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, env=environment(MALLOC_ARENA_MAX="2"), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("OutOfMemory error OUT_OF_MEMORY Memory ran out while loading")
+    assert second == "ready"
