@@ -55,17 +55,19 @@ class WorkerClient:
     ) -> None:
         self._http.close()
 
-    def load(self, model: str | None, *, device: str | None = None, dtype: str | None = None) -> Iterator[LoadingEvent]:
+    def load(
+        self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+    ) -> Iterator[LoadingEvent]:
         """Ask for a model, then follow its progress; asked for at the call, not at the first iteration.
 
-        What is None is the worker's to choose: the model it was started with, its own device and dtype.
+        What is None is the worker's to choose: the model it was started with, its own device, dtype and quantisation.
 
         Raises:
             Conflict: another load runs.
             Forbidden: the worker was not started with leave to load this model.
             ModelError: the model cannot be loaded; also while iterating, after the ``error`` event.
         """
-        body = {"model": model, "device": device, "dtype": dtype}
+        body = {"model": model, "device": device, "dtype": dtype, "quantize": quantize}
         with self._reaching():
             response = self._http.post("/v1/loading", json={k: v for k, v in body.items() if v is not None})
         if not response.is_success:

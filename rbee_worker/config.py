@@ -9,6 +9,9 @@ from rbee_worker.errors import FieldError, InvalidRequest
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES: tuple[DTypeName, ...] = ("auto", "bfloat16", "float16", "float32")
 
+Quantization = Literal["none", "int8"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8")
+
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Name of the embedded default model."""
 
@@ -151,7 +154,8 @@ class EngineConfig:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        dtype: of the weights; ``auto`` is what is fast and right on the device.
+        dtype: of the weights; ``auto`` is what is fast and right on the device. With ``quantize``: of the embedding.
+        quantize: ``int8`` turns the matrices into int8 as they are loaded (see docs/quantization.md).
         max_context: context length in tokens to serve; None: the model's own.
         max_batch_size: sequences that run in one step at most.
         prefill_chunk: prompt tokens processed in one step at most.
@@ -160,6 +164,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: DTypeName = "auto"
+    quantize: Quantization = "none"
     max_context: int | None = None
     max_batch_size: int = 8
     prefill_chunk: int = 512

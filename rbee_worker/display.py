@@ -310,8 +310,13 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
         "model": f"{report.model} ({report.architecture}, {report.parameters / 1e6:,.1f} M parameters)",
         "weights": f"{report.dtype}, {report.kernel}",
     }
+    if report.quantize != "none":
+        rows["weights"] = f"{report.quantize} ({report.kernel}), embedding {report.dtype}"
+        rows["saved"] = f"{report.saved_mb:,} MiB against 16 bits"
     rows |= {name.replace("_", " "): f"{seconds:.2f} s" for name, seconds in report.phases.items()}
     rows["read"] = f"{report.bytes_read / MIB:,.1f} MiB at {report.bytes_per_second / MB:,.0f} MB/s"
+    if report.storage:
+        rows["from"] = report.storage
     rows |= {f"memory on {device}": f"{mb:,} MiB" for device, mb in report.device_mb.items()}
     rows["peak host memory"] = f"{report.peak_host_mb:,} MiB"
     return rows

@@ -9,7 +9,8 @@
     │   ├── ModelNotFound        3   404  MODEL_NOT_FOUND      no such file, folder, package or hub id
     │   ├── ModelMalformed       3   422  MODEL_MALFORMED      a file of the model is damaged or inconsistent
     │   ├── ModelUnsupported     4   422  MODEL_UNSUPPORTED    well-formed, but not something this worker runs
-    │   └── OutOfMemory          5   507  OUT_OF_MEMORY        does not fit on the device
+    │   ├── OutOfMemory          5   507  OUT_OF_MEMORY        does not fit on the device
+    │   └── DiskFull             1   507  DISK_FULL            a download does not fit on the disk
     ├── DeviceUnavailable        2   400  DEVICE_UNAVAILABLE   the named device is not on this machine
     ├── WorkerUnreachable        6   502  WORKER_UNREACHABLE   --addr: nobody answers there
     ├── Cancelled              130   409  CANCELLED            interrupted by the user
@@ -112,6 +113,13 @@ class OutOfMemory(ModelError):
 
     code = "OUT_OF_MEMORY"
     exit_code = 5
+    http_status = 507
+
+
+class DiskFull(ModelError):
+    """The model does not fit on the disk that it is downloaded to."""
+
+    code = "DISK_FULL"
     http_status = 507
 
 

@@ -38,8 +38,13 @@ class LoadReport:
         architecture: the Hugging Face architecture name, such as ``LlamaForCausalLM``.
         parameters: number of weights.
         dtype: the dtype the weights are held in (``float16``, ``bfloat16``, ``float32``).
+            With ``quantize``: the embedding's.
+        quantize: ``none``, or ``int8`` when the matrices were quantised as they were loaded.
+        saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
         kernel: the form the linear layers run in (see ``runtime/linear.py``).
-        phases: seconds per phase, in order: ``resolving``, ``loading_to_vram``, ``warming_up``.
+        phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
+            ``loading_to_vram``, ``warming_up``.
+        storage: the file system that held them, and how it was read: ``ext4, local``.
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.
@@ -56,6 +61,9 @@ class LoadReport:
     bytes_per_second: int
     device_mb: Mapping[str, int]
     peak_host_mb: int
+    storage: str = ""
+    quantize: str = "none"
+    saved_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

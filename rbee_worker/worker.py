@@ -1,34 +1,33 @@
-"""Worker: the one thread that runs an Engine, and the bridge between it and asyncio.
+"""Worker: the bridge between asyncio and the threads that load and run models.
 
-The engine's thread owns the model that runs. Requests reach it as commands; each step's events leave it with one
-wake-up of the event loop, however many sequences and tokens they belong to. A load runs on a thread of its own and
-touches nothing but the model it is building, so that a resident model goes on serving; the finished model is handed
-to the engine's thread, which puts it in place between two steps when the jobs of the model before have ended.
+The engine's thread (``engine_thread.py``) owns the model that runs. Requests reach it as commands; each step's events
+leave it with one wake-up of the event loop, however many sequences and tokens they belong to. A load (``loads.py``)
+runs on a thread of its own and touches nothing but the model it is building, so that a resident model goes on serving;
+the finished one takes over between two steps, when the jobs of the model before have ended.
 """
 
 import asyncio
 import contextlib
-import contextvars
 import functools
 import logging
 import math
-import queue
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeVar, cast, get_args
 
 from rbee_worker.broadcast import LoadingBroadcast
-from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest
+from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest, Quantization
+from rbee_worker.engine_thread import EngineThread
 from rbee_worker.errors import Conflict, InferenceError, ModelNotLoaded, QueueFull, RbeeError, Unavailable
 from rbee_worker.events import InferenceFailed, LoadingEvent, LoadingToVram
 from rbee_worker.job import Job
-from rbee_worker.runtime.engine import Engine, JobEvents, prepare
-from rbee_worker.runtime.loading import load_model
+from rbee_worker.loads import Loads
+from rbee_worker.runtime.engine import JobEvents, prepare
+from rbee_worker.runtime.loading import LoadedModel, fits
 from rbee_worker.runtime.memory import MIB, DeviceInfo, list_devices
 from rbee_worker.runtime.sequence import Sequence
 from rbee_worker.runtime.tokenizer import Tokenizer
@@ -50,32 +49,25 @@ class Worker:
 
     Attributes:
         id: UUID of this worker.
-        load_error: why the last load failed; None after one that did not.
-        load_outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
-        broadcast: the latest load; None before the first and after :meth:`unload`.
     """
 
     def __init__(self, config: EngineConfig, *, max_queue: int = 64) -> None:
         self.id = str(uuid.uuid4())
-        self.load_error: RbeeError | None = None
-        self.load_outcomes: Counter[str] = Counter()
-        self.broadcast: LoadingBroadcast | None = None
         self._config = config
         self._max_queue = max_queue
-        self._engine = Engine(config)
+        self._thread = EngineThread(
+            config,
+            deliver=lambda events: self._call_on_loop(self._deliver, events),
+            died=lambda: self._call_on_loop(self._fail_all, "The engine died."),
+        )
+        self._engine = self._thread.engine
         self._started_at = time.monotonic()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._when_idle: list[Callable[[], None]] = []
-        self._loader: threading.Thread | None = None
-        self._is_loading = False
-        self._cancel_load = threading.Event()
+        self._loads = Loads(self)
+        self._busy_with: Literal["load", "unload"] | None = None
         self._draining = False
-        self._changing = False
-        self._stopping = threading.Event()
 
     # -- life
 
@@ -87,7 +79,7 @@ class Worker:
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, cancel a load, let running jobs finish within the grace, then cancel them."""
         self._draining = True
-        self.cancel_load()
+        self._loads.cancel()
         await self._wait_for_jobs(grace_seconds)
         for job_id in list(self._jobs):
             self.cancel(job_id)
@@ -96,53 +88,49 @@ class Worker:
     async def close(self) -> None:
         """Stop the engine's thread and free the model."""
         self._draining = True
-        self.cancel_load()
-        if self._loader is not None:
-            await asyncio.to_thread(self._loader.join, _CANCEL_SECONDS)
-        self._stopping.set()
-        self._commands.put(lambda: None)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, _CANCEL_SECONDS)
-        self._engine.unload()
+        self._loads.cancel()
+        await asyncio.to_thread(self._loads.join, _CANCEL_SECONDS)
+        await asyncio.to_thread(self._thread.stop, _CANCEL_SECONDS)
 
     # -- loading
 
-    def load(self, model: str | None, *, device: str | None = None, dtype: str | None = None) -> bool:
-        """Begin to load a model; any thread may call this.
+    def load(
+        self,
+        model: str | None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
+    ) -> bool:
+        """Begin to load a model; any thread may call this, and pays for reading headers when a model is resident.
+
+        What is None is as the worker was configured.
 
         Returns:
-            True when a resident model goes on serving meanwhile.
+            True when a resident model goes on serving until the new one is ready. False when there is none, or when
+            the two do not fit together: it is then unloaded first, once its running jobs have ended.
 
         Raises:
-            Conflict: another load runs.
+            Conflict: another load, or an unload, is under way.
             Unavailable: the worker is draining.
         """
+        config = replace(
+            self._config,
+            device=device or self._config.device,
+            dtype=cast("DTypeName", dtype or self._config.dtype),
+            quantize=cast("Quantization", quantize or self._config.quantize),
+        )
+        resident = self._engine.model is not None
+        keeps = resident and fits(model, config)
         with self._lock:
-            if self._draining:
-                raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
-            if self.loading:
-                raise Conflict("Another load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
-            config = replace(
-                self._config,
-                device=device or self._config.device,
-                dtype=cast("DTypeName", dtype or self._config.dtype),
-            )
-            self.load_error = None
-            self._cancel_load = threading.Event()
-            self.broadcast = LoadingBroadcast()
-            arguments = (model, config, self._cancel_load, self.broadcast)
-            # The context carries the request's correlation id into the load's log lines.
-            run = functools.partial(contextvars.copy_context().run, self._load, *arguments)
-            self._loader = threading.Thread(target=run, name="loader", daemon=True)
-            resident = self._engine.model is not None
-            self._is_loading = True
-            self._loader.start()
-        return resident
+            self._claim("load")
+            self._loads.begin(model, config, unload_first=resident and not keeps)
+        return keeps
 
     def cancel_load(self) -> bool:
         """Cancel the running load; False when there is none."""
         running = self.loading
-        self._cancel_load.set()
+        self._loads.cancel()
         return running
 
     async def unload(self) -> int:
@@ -152,24 +140,28 @@ class Worker:
             Bytes of weights freed.
 
         Raises:
-            Conflict: a load runs.
+            Conflict: a load, or another unload, is under way.
             InferenceError: the engine has died.
         """
-        if self.loading:
-            raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
-        freed = await asyncio.to_thread(self._when_jobs_have_ended, self._engine.unload)
-        self.load_error = self.broadcast = None
+        with self._lock:
+            self._claim("unload")
+        try:
+            freed = await asyncio.to_thread(self._thread.between_jobs, self._engine.unload)
+            self._loads.forget()
+        finally:
+            self._busy_with = None
         return freed
 
     def progress(self) -> AsyncIterator[LoadingEvent]:
         """The latest state of the load at once, then what follows, until its terminal event.
 
         Raises:
-            Unavailable: no load was ever asked for.
+            Unavailable: there is no load to speak of.
         """
-        if self.broadcast is None:
+        broadcast = self._loads.broadcast
+        if broadcast is None:
             raise Unavailable("No model was asked for, so nothing is loading.", retry_after=5)
-        return self.broadcast.subscribe()
+        return broadcast.subscribe()
 
     # -- jobs
 
@@ -184,20 +176,22 @@ class Worker:
             ModelNotLoaded: there is no model and none is coming.
         """
         self._check_serving()
-        sequence = prepare(self._engine.model, request)
+        self._check_queue()
+        model = self._engine.model
+        sequence = prepare(model, request)
         with self._lock:
             if sequence.job_id in self._jobs:
                 raise Conflict(f"Job {sequence.job_id} is running already.")
-            if self.queued >= self._max_queue and len(self._jobs) >= self._config.max_batch_size:
-                raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=1)
+            self._check_queue()
             job = self._jobs[sequence.job_id] = Job(sequence.job_id, self.cancel)
-        self._commands.put(functools.partial(self._add, sequence))
+        self._thread.do(functools.partial(self._add, sequence, model))
         return job
 
     def cancel(self, job_id: str) -> None:
         """End a job; unknown and ended ones are ignored."""
-        # As a command, so that it cannot overtake the job it is about.
-        self._commands.put(functools.partial(self._engine.cancel, job_id))
+        if job_id in self._jobs:
+            # As a command, so that it cannot overtake the job it is about.
+            self._thread.do(functools.partial(self._engine.cancel, job_id))
 
     # -- state
 
@@ -215,24 +209,44 @@ class Worker:
         return "failed" if self.load_error is not None else "no_model"
 
     @property
-    def engine_alive(self) -> bool:
-        """Whether the engine's thread lives."""
-        return self._thread.is_alive()
-
-    @property
-    def loading(self) -> bool:
-        """Whether a load is running."""
-        return self._is_loading
+    def serves(self) -> bool:
+        """Whether a request would be taken now."""
+        return self.state == "ready" and not self._thread.exclusive
 
     @property
     def changing(self) -> bool:
         """Whether requests are refused now and may be served in a moment: a load without a resident model, a swap."""
-        return not self._draining and (self._changing or (self.loading and self._engine.model is None))
+        return not self._draining and (self._thread.exclusive or (self.loading and self._engine.model is None))
 
     async def settled(self) -> None:
         """Return when :attr:`changing` no longer holds."""
         while self.changing:  # noqa: ASYNC110  (it depends on the states of two threads)
             await asyncio.sleep(_POLL_SECONDS)
+
+    @property
+    def engine_alive(self) -> bool:
+        """Whether the engine's thread lives."""
+        return self._thread.alive
+
+    @property
+    def loading(self) -> bool:
+        """Whether a load is running."""
+        return self._busy_with == "load"
+
+    @property
+    def load_error(self) -> RbeeError | None:
+        """Why the last load failed; None after one that did not."""
+        return self._loads.error
+
+    @property
+    def load_outcomes(self) -> Counter[str]:
+        """How many loads have ended with ``ready``, ``error`` and ``cancelled``."""
+        return self._loads.outcomes
+
+    @property
+    def broadcast(self) -> LoadingBroadcast | None:
+        """The latest load; None before the first and after :meth:`unload`."""
+        return self._loads.broadcast
 
     @property
     def running(self) -> int:
@@ -255,12 +269,14 @@ class Worker:
     @property
     def model_name(self) -> str | None:
         """Name of the model that serves."""
-        return self._engine.model.name if self._engine.model is not None else None
+        model = self._engine.model
+        return model.name if model is not None else None
 
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most, of the model that serves."""
-        return self._engine.model.context_length if self._engine.model is not None else None
+        model = self._engine.model
+        return model.context_length if model is not None else None
 
     @property
     def uptime_seconds(self) -> float:
@@ -301,12 +317,10 @@ class Worker:
 
     async def _wait_for_jobs(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._no_jobs(), seconds)
-
-    async def _no_jobs(self) -> None:
-        # Polled, since jobs are registered on any thread and asyncio's events are not thread-safe.
-        while self._jobs:  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_SECONDS)
+            async with asyncio.timeout(seconds):
+                # Polled, since jobs are registered on any thread and asyncio's events are not thread-safe.
+                while self._jobs:  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_SECONDS)
 
     # -- on any thread
 
@@ -314,7 +328,7 @@ class Worker:
         state = self.state
         if state == "draining":
             raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
-        if state == "loading" or self._changing:
+        if state == "loading" or self._thread.exclusive:
             what = "is loading" if self.loading else "is being unloaded"
             raise Unavailable(f"The model {what}.", retry_after=self.retry_after())
         if state == "failed":
@@ -322,6 +336,20 @@ class Worker:
             raise ModelNotLoaded(f"Model not loaded{reason}", retry_after=_LONGEST_RETRY_AFTER)
         if state == "no_model":
             raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
+
+    def _check_queue(self) -> None:
+        if self.queued >= self._max_queue and len(self._jobs) >= self._config.max_batch_size:
+            raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=1)
+
+    def _claim(self, operation: Literal["load", "unload"]) -> None:
+        """Take the one place there is for a load or an unload; under the lock."""
+        if self._draining:
+            raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
+        if self._busy_with == "load":
+            raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
+        if self._busy_with is not None:
+            raise Conflict("The model is being unloaded.", hint="Ask again in a moment.")
+        self._busy_with = operation
 
     def _call_on_loop(self, callback: Callable[..., None], *arguments: object) -> None:
         """Run a callback on the event loop; a loop that has been closed has nobody left to tell."""
@@ -343,81 +371,27 @@ class Worker:
 
     # -- on the loader's thread
 
-    def _load(
-        self, model: str | None, config: EngineConfig, cancel: threading.Event, broadcast: LoadingBroadcast
-    ) -> None:
-        loading = load_model(model, config, cancel)
-        end: LoadingEvent | None = None
-        try:
-            while True:
-                event = next(loading)
-                if event.terminal:
-                    end = event
-                else:
-                    self._call_on_loop(broadcast.publish, event)
-        except StopIteration as stop:
-            if stop.value is not None:
-                self._when_jobs_have_ended(functools.partial(self._engine.install, stop.value))
-        except RbeeError as error:
-            self.load_error = error
-            logger.error("loading failed: %s", error)  # noqa: TRY400  (an expected failure needs no traceback)
-        except Exception as error:
-            self.load_error = RbeeError(f"Loading failed: {error}")
-            logger.exception("loading failed")
-        # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
-        self._is_loading = False
-        if end is not None:
-            self.load_outcomes[end.stage] += 1
-            self._call_on_loop(broadcast.publish, end)
+    def publish(self, broadcast: LoadingBroadcast, event: LoadingEvent) -> None:
+        """Tell an event of a load."""
+        self._call_on_loop(broadcast.publish, event)
 
-    def _when_jobs_have_ended(self, action: Callable[[], T]) -> T:
-        """Have the engine's thread run ``action`` between two steps, once no job is left, and wait for its result.
+    def make_room(self, cancel: threading.Event) -> None:
+        """Unload the resident model once its jobs have ended; Cancelled when ``cancel`` is set before."""
+        self._thread.between_jobs(self._engine.unload, cancel)
 
-        New jobs are refused meanwhile.
-        """
-        result: Future[T] = Future()
+    def take_over(self, model: LoadedModel, cancel: threading.Event) -> None:
+        """Make ``model`` the one that serves once no job is left; Cancelled when ``cancel`` is set before."""
+        self._thread.between_jobs(functools.partial(self._engine.install, model), cancel)
 
-        def act() -> None:
-            try:
-                result.set_result(action())
-            except Exception as error:  # noqa: BLE001  (whoever waits for the result gets it)
-                result.set_exception(error)
-
-        self._changing = True
-        try:
-            self._commands.put(functools.partial(self._when_idle.append, act))
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    return result.result(timeout=_POLL_SECONDS)
-                if not self.engine_alive:
-                    raise InferenceError("The engine has died; restart the worker.")
-        finally:
-            self._changing = False
+    def load_has_ended(self) -> None:
+        """Let another load begin."""
+        self._busy_with = None
 
     # -- on the engine's thread
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                self._run_command(wait=not self._engine.has_work)
-                if events := self._engine.step():
-                    self._call_on_loop(self._deliver, events)
-                self._run_idle_commands()
-        except Exception:
-            logger.exception("the engine died")
-            self._call_on_loop(self._fail_all, "The engine died.")
-
-    def _run_command(self, *, wait: bool) -> None:
-        with contextlib.suppress(queue.Empty):
-            self._commands.get(block=wait)()
-
-    def _run_idle_commands(self) -> None:
-        while self._when_idle and not self._engine.has_work:
-            self._when_idle.pop(0)()
-
-    def _add(self, sequence: Sequence) -> None:
-        if self._engine.model is None:
-            failure = InferenceFailed(code=InferenceError.code, message="Model not loaded")
+    def _add(self, sequence: Sequence, model: LoadedModel | None) -> None:
+        if model is not self._engine.model:
+            failure = InferenceFailed(code=Unavailable.code, message="The model was replaced; ask again.")
             self._call_on_loop(self._deliver, [(sequence.job_id, failure)])
             return
         self._engine.add(sequence)

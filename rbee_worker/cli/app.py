@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rbee_worker import __version__
-from rbee_worker.cli import convert, generate, inspect, load, serve
+from rbee_worker.cli import bench, convert, generate, inspect, load, serve
 from rbee_worker.cli.failures import reported
 
 app = typer.Typer(
@@ -39,3 +39,7 @@ app.command()(reported(serve.serve))
 app.command()(reported(inspect.inspect))
 app.command()(reported(convert.convert))
 app.command()(reported(inspect.devices))
+
+benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+benchmarks.command("load")(reported(bench.load))
+app.add_typer(benchmarks, name="bench", help="Measure what this machine does.")

@@ -13,6 +13,7 @@ import typer
 
 from rbee_worker import log
 from rbee_worker.cli import options as opt
+from rbee_worker.cli.download import resolve_shown
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.config import DTypeName
 
@@ -49,10 +50,9 @@ def convert(
     """
     log.configure(log_level, log_format)
     from rbee_worker.runtime.convert import convert as run  # noqa: PLC0415 - numpy
-    from rbee_worker.runtime.source import resolve  # noqa: PLC0415
 
     with interrupts(), _shown(json=json, quiet=quiet) as show:
-        steps = run(resolve(model), out, dtype=dtype)
+        steps = run(resolve_shown(model, quiet=quiet or json), out, dtype=dtype)
         last = None
         try:
             for last in steps:

@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """What SIGINT and SIGTERM do while :func:`interrupts` is open."""
 
-    def __init__(self, stop: threading.Event | None) -> None:
+    def __init__(self, stop: Callable[[], object] | None) -> None:
         self._stop = stop
         self._received: int | None = None
 
@@ -44,7 +44,7 @@ class Interrupts:
         polite = self._stop is not None and self._received is None
         self._received = signum
         if self._stop is not None and polite:
-            self._stop.set()
+            self._stop()
             return
         signal.signal(signum, signal.SIG_DFL)
         raise Interrupted(signum)
@@ -56,8 +56,8 @@ class Interrupts:
 
 
 @contextmanager
-def interrupts(stop: threading.Event | None = None) -> Iterator[Interrupts]:
-    """SIGINT and SIGTERM set ``stop`` the first time and raise :class:`Interrupted` the second; without, at once.
+def interrupts(stop: Callable[[], object] | None = None) -> Iterator[Interrupts]:
+    """SIGINT and SIGTERM call ``stop`` the first time and raise :class:`Interrupted` the second; without, at once.
 
     A signal that was ignored when the program started (``nohup``, a shell's background job) stays ignored.
     """

@@ -1,7 +1,7 @@
 """``rbee-worker generate``."""
 
+import functools
 import sys
-import threading
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -87,6 +87,7 @@ def generate(
     model: opt.ModelOption = None,
     device: opt.Device = opt.ENGINE.device,
     dtype: opt.DType = opt.ENGINE.dtype,
+    quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
@@ -116,10 +117,10 @@ def generate(
         raise InvalidRequest("--system: no effect with --raw, which uses no chat template.", hint="Leave out one.")
     request = GenerationRequest.from_text(read_prompt(prompt), system=system, raw=raw, sampling=sampling)
     if addr is None:
-        config = EngineConfig(device=device, dtype=dtype, max_context=max_context)
+        config = EngineConfig(device=device, dtype=dtype, quantize=quantize, max_context=max_context)
         _generate_here(request, model, config, json=json, quiet=quiet)
     else:
-        opt.refuse_with_addr(ctx, "model", "device", "dtype", "max_context")
+        opt.refuse_with_addr(ctx, "model", "device", "dtype", "quantize", "max_context")
         _generate_there(request, addr, api_key, json=json, quiet=quiet)
 
 
@@ -130,17 +131,12 @@ def _generate_here(
 
     out = opt.stdout()
     engine = load_here(model, config, loading_sink(json=json, quiet=quiet, report=False, out=out, err=sys.stderr))
-    stop = threading.Event()
-    request = replace(request, job_id=str(uuid.uuid4()))
-
-    def cancel_when_asked() -> None:
-        if stop.is_set():
-            engine.cancel(str(request.job_id))
-
-    with interrupts(stop) as received:
-        # A signal ends the job with its `end` event, after the text so far.
+    job_id = str(uuid.uuid4())
+    events = engine.generate(replace(request, job_id=job_id))
+    # A signal ends the job with its `end` event, after the text so far.
+    with interrupts(functools.partial(engine.cancel, job_id)) as received:
         with _printer(out, json=json, quiet=quiet) as printer:
-            last = show(engine.generate(request), printer, cancel_when_asked)
+            last = show(events, printer)
         received.check()
     if isinstance(last, InferenceFailed):
         raise InferenceError(last.message)
@@ -175,6 +171,17 @@ def read_prompt(text: str) -> str:
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"--prompt -: stdin is not UTF-8 at byte {error.start}.") from None
         text = text.removesuffix("\n").removesuffix("\r")
+    if not _is_unicode(text):
+        raise InvalidRequest("--prompt: the text is not UTF-8.", hint="Check the terminal's encoding.")
     if not text:
         raise InvalidRequest("--prompt: the prompt is empty.", hint="Give at least one character.")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what Python makes of bytes on the command line that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rbee_worker import log
 from rbee_worker.cli import options as opt
+from rbee_worker.cli.download import resolve_shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,9 +33,8 @@ def inspect(
     """
     log.configure(log_level, log_format)
     from rbee_worker.runtime.inspection import inspect_model  # noqa: PLC0415
-    from rbee_worker.runtime.source import resolve  # noqa: PLC0415
 
-    found = inspect_model(resolve(model), max_context)
+    found = inspect_model(resolve_shown(model, quiet=json), max_context)
     if json:
         _write_json(found.to_dict())
         return

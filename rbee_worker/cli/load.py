@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import typer
@@ -26,6 +26,7 @@ def load(
     *,
     device: opt.Device = opt.ENGINE.device,
     dtype: opt.DType = opt.ENGINE.dtype,
+    quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
@@ -45,16 +46,21 @@ def load(
 
     sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=sys.stderr)
     if addr is None:
-        load_here(model, EngineConfig(device=device, dtype=dtype, max_context=max_context), sink)
+        load_here(model, EngineConfig(device=device, dtype=dtype, quantize=quantize, max_context=max_context), sink)
         return
     opt.refuse_with_addr(ctx, "max_context")
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:
         # What is not said here is for the worker to choose, by its own options.
-        said = opt.given(ctx, "device", "dtype")
+        said = opt.given(ctx, "device", "dtype", "quantize")
         load_there(
-            client, model, sink, device=device if "device" in said else None, dtype=dtype if "dtype" in said else None
+            client,
+            model,
+            sink,
+            device=device if "device" in said else None,
+            dtype=dtype if "dtype" in said else None,
+            quantize=quantize if "quantize" in said else None,
         )
 
 
@@ -66,7 +72,7 @@ def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "En
         RbeeError: the load failed.
     """
     cancel = threading.Event()
-    with interrupts(cancel) as received:
+    with interrupts(cancel.set) as received:
         with sink:
             from rbee_worker.runtime.engine import Engine  # noqa: PLC0415 - torch, seconds of it
 
@@ -79,7 +85,13 @@ def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "En
 
 
 def load_there(
-    client: "WorkerClient", model: str | None, sink: "EventSink", *, device: str | None = None, dtype: str | None = None
+    client: "WorkerClient",
+    model: str | None,
+    sink: "EventSink",
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Have a worker load ``model`` (None: the one it was started with) and show it.
 
@@ -101,7 +113,7 @@ def load_there(
                 yield event
 
     with interrupts(), sink:
-        events = client.load(model, device=device, dtype=dtype)
+        events = client.load(model, device=device, dtype=dtype, quantize=quantize)
         try:
             show(unseen(events), sink)
         except Interrupted:
@@ -112,15 +124,13 @@ def load_there(
         raise Cancelled("The load was cancelled at the worker.")
 
 
-def show(events: Iterable[Event], sink: "EventSink", after_each: Callable[[], None] | None = None) -> Event | None:
+def show(events: Iterable[Event], sink: "EventSink") -> Event | None:
     """Give every event to ``sink``; the last one is returned. However this ends, the iterator is closed."""
     last = None
     try:
         for event in events:
             last = event
             sink(event)
-            if after_each is not None:
-                after_each()
     finally:
         close = getattr(events, "close", None)
         if close is not None:

@@ -1,13 +1,22 @@
 """Options that several commands share. Defaults come from ``rbee_worker.config``; help is plain text."""
 
 import io
+import os
 import sys
 from typing import Annotated, TextIO
 
 import typer
 
 from rbee_worker import log
-from rbee_worker.config import DTYPES, DTypeName, EngineConfig, SamplingParams, ServerConfig
+from rbee_worker.config import (
+    DTYPES,
+    QUANTIZATIONS,
+    DTypeName,
+    EngineConfig,
+    Quantization,
+    SamplingParams,
+    ServerConfig,
+)
 from rbee_worker.errors import InvalidRequest
 
 ENGINE = EngineConfig()
@@ -68,12 +77,21 @@ DType = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Quantize = Annotated[
+    Quantization,
+    typer.Option(
+        "--quantize",
+        metavar="|".join(QUANTIZATIONS),
+        help="int8 halves the memory of 16-bit weights as they are loaded; --dtype is then the embedding's.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 MaxContext = Annotated[
     int | None,
     typer.Option(
         "--max-context",
         metavar="N",
-        min=1,
+        min=2,
         help="Context length in tokens; without it: the model's own.",
         rich_help_panel=MODEL_PANEL,
     ),
@@ -140,7 +158,17 @@ def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
 
 
 def stdout() -> TextIO:
-    """Standard output as the results need it: UTF-8 and LF, whatever the locale says."""
+    """Standard output as the results need it: UTF-8 and LF, whatever the locale says; nowhere, when it is closed.
+
+    What is no Unicode, such as a file name of odd bytes, is written escaped, which JSON reads as the escape it is.
+    """
+    if sys.stdout is None:  # closed by the shell, as in `>&-`
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123  (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n", errors="backslashreplace")
     return sys.stdout
+
+
+def stderr() -> TextIO:
+    """Standard error; nowhere, when it is closed."""
+    return sys.stderr if sys.stderr is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123

@@ -53,7 +53,16 @@ def insert_reference(page: str) -> str:
 def reference() -> str:
     """Markdown: a section for each command."""
     group: Any = typer.main.get_command(app)
-    return "\n".join(section for name, command in group.commands.items() for section in _command(name, command))
+    return "\n".join(section for name, command in _commands(group) for section in _command(name, command))
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its whole name, those of groups too: ``bench load``."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
 
 
 def _command(name: str, command: Any) -> Iterator[str]:

@@ -135,6 +135,7 @@ def serve(
     allow_model: AllowModel = None,
     device: opt.Device = opt.ENGINE.device,
     dtype: opt.DType = opt.ENGINE.dtype,
+    quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -173,6 +174,7 @@ def serve(
     engine = EngineConfig(
         device=device,
         dtype=dtype,
+        quantize=quantize,
         max_context=max_context,
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,

@@ -1,21 +1,65 @@
 """Chat templates: messages to prompt text, in a sandbox, as Hugging Face renders them.
 
-Templates come with the model and are not trusted: they run in jinja2's immutable sandbox, see only the values passed
-in, and any failure of theirs is the request's error, not the worker's.
+Templates come with the model and are not trusted: they run in jinja2's immutable sandbox and for a limited time, see
+only the values passed in, and any failure of theirs is the request's error, not the worker's.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rbee_worker.config import Message
 from rbee_worker.errors import InvalidRequest, ModelMalformed
+
+_SECONDS = 5.0
+"""How long a template may run; an honest one takes milliseconds."""
+
+_LONGEST_REPEAT = 2**20
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, with multiplication kept from making values of any size."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "**" and not (numbers and abs(left) < _LONGEST_REPEAT and abs(right) <= 64):  # noqa: PLR2004
+            raise SecurityError("a power out of bounds")
+        times = [value for value in (left, right) if isinstance(value, int)]
+        if not numbers and any(value > _LONGEST_REPEAT for value in times):
+            raise SecurityError("a repetition out of bounds")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError from Python code that this thread runs for longer; templates compile to Python."""
+    ends, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(_frame: FrameType, _event: str, _argument: object) -> Any:
+        if time.monotonic() > ends:
+            raise TimeoutError
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class _GenerationBlock(Extension):
@@ -43,7 +87,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], *, now: Callable[[], datetime] = datetime.now
     ) -> None:
-        environment: Environment = ImmutableSandboxedEnvironment(
+        environment: Environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControlExtension]
         )
         environment.filters["tojson"] = _tojson
@@ -67,16 +111,27 @@ class ChatTemplate:
         """
         values: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=True, **values
-            )
-        except _Refusal as error:
-            raise InvalidRequest(f"The model's chat template refuses these messages: {error}") from error
+            with _deadline(_SECONDS):
+                return self._template.render(
+                    messages=[dict(message) for message in messages], add_generation_prompt=True, **values
+                )
+        except _Refusal as refusal:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages{_reason(refusal, messages)}."
+            ) from None
         except Exception as error:
             # Whatever untrusted template code can raise; its text may quote a message, so only its kind is told.
             raise InvalidRequest(
                 f"The model's chat template fails on these messages: {type(error).__name__}."
             ) from error
+
+
+def _reason(refusal: Exception, messages: Sequence[Message]) -> str:
+    """What the template says, unless it may quote a message: no error repeats the text of a prompt."""
+    text = str(refusal).strip().rstrip(".")
+    parts = [part for message in messages for part in message.values() if part not in _ROLES]
+    quoted = any(part and str(part) in text for part in parts)
+    return "" if quoted or not text else f": {text}"
 
 
 class _Refusal(TemplateError):

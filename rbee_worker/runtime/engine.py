@@ -6,6 +6,7 @@ Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel`
 import secrets
 import threading
 import uuid
+from collections import deque
 from collections.abc import Generator, Iterator
 
 import torch
@@ -35,6 +36,8 @@ class Engine:
         self.model: LoadedModel | None = None
         self._scheduler = Scheduler(self.config.max_batch_size, self.config.prefill_chunk)
         self._sequences: dict[str, Sequence] = {}
+        self._followed: dict[str, deque[InferenceEvent]] = {}
+        self._undelivered: JobEvents = []
 
     def load(self, model: str | None, cancel: threading.Event | None = None) -> Iterator[LoadingEvent]:
         """Load a model and make it the one that runs; see :func:`rbee_worker.runtime.loading.load_model`.
@@ -42,26 +45,32 @@ class Engine:
         A model loaded before is replaced once the new one is ready, and stays when the load fails or is cancelled.
 
         Raises:
+            Conflict: at the call, while jobs run.
             RbeeError: after the terminal ``error`` event.
         """
+        self._refuse_while_busy()
         loading = load_model(model, self.config, cancel or threading.Event())
-        yield from self._install_when_done(loading)
+        return self._install_when_done(loading)
 
     def install(self, model: LoadedModel) -> None:
-        """Make a loaded model the one that runs; no sequence may be running."""
-        if self._sequences:
-            raise Conflict(f"{len(self._sequences)} jobs still run on the model before.")
+        """Make a loaded model the one that runs.
+
+        Raises:
+            Conflict: jobs still run on the one before.
+        """
+        self._refuse_while_busy()
         self.model = model
 
     def unload(self) -> int:
-        """Drop the model and fail what still runs on it.
+        """Drop the model; what still runs on it ends with an ``error`` event.
 
         Returns:
             Bytes of weights freed.
         """
+        for sequence in self._sequences.values():
+            self._deliver([(sequence.job_id, sequence.fail(InferenceError.code, "The model was unloaded."))])
+        self._retire()
         model, self.model = self.model, None
-        self._sequences.clear()
-        self._scheduler = Scheduler(self.config.max_batch_size, self.config.prefill_chunk)
         if model is None:
             return 0
         freed, device = model.nbytes, model.device
@@ -70,12 +79,13 @@ class Engine:
         return freed
 
     def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
-        """Run one job to its end; closing the iterator cancels it.
+        """Run one job to its end; closing the iterator cancels it. Several may be iterated in turn.
 
         Raises:
-            InvalidRequest, ContextTooLong, ModelNotLoaded, Conflict: at the call, before anything is generated.
+            InvalidRequest, ContextTooLong, ModelNotLoaded: at the call, before anything is generated.
+            Conflict: at the first event, when the job id runs already.
         """
-        return self._follow(self.submit(request))
+        return self._follow(prepare(self.model, request))
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a job for :meth:`step`.
@@ -91,7 +101,7 @@ class Engine:
         return sequence
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a prepared sequence.
+        """Queue a sequence prepared for the model that runs.
 
         Raises:
             Conflict: its job id runs already.
@@ -120,69 +130,92 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._sequences)
+        return bool(self._sequences or self._undelivered)
 
     def step(self) -> JobEvents:
-        """Move every running sequence: admit, one forward pass, sample, and tell.
+        """Move the running sequences: admit, one forward pass, sample, and tell.
 
-        A failing step ends the sequences that were in it with an ``error`` event; the engine goes on.
+        A failing forward pass ends every running sequence with an ``error`` event, a failing sampler its own; the
+        engine goes on. Events of jobs that :meth:`generate` iterates go there.
         """
-        events: JobEvents = []
+        self._undelivered, events = [], self._undelivered
         for sequence in self._scheduler.take_cancelled():
             events.extend((sequence.job_id, event) for event in sequence.cancel())
-        shares: list[Scheduled] = []
         try:
-            events.extend(self._admit())
-            shares = self._scheduler.schedule()
-            if shares:
-                events.extend(self._run(shares))
-        except Exception as error:  # noqa: BLE001  (whatever a step raises fails its jobs, not the worker)
-            events.extend(self._fail(error))
+            self._admit(events)
+            self._run(events)
+        except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
+            self._fail(error, events)
         self._retire()
-        return events
+        return [item for item in events if not self._is_followed(*item)]
 
-    def _admit(self) -> JobEvents:
+    def _refuse_while_busy(self) -> None:
+        if self._sequences:
+            raise Conflict(f"{len(self._sequences)} jobs still run on the model before.")
+
+    def _admit(self, events: JobEvents) -> None:
         model = self.model
         if model is None:
             raise ModelNotLoaded("Model not loaded")
-        return [
-            (sequence.job_id, sequence.admit(model.name, model.transformer.new_cache()))
-            for sequence in self._scheduler.admit()
-        ]
+        for sequence in self._scheduler.admit():
+            events.append((sequence.job_id, sequence.admit(model.name, model.transformer.new_cache())))
 
-    def _run(self, shares: list[Scheduled]) -> JobEvents:
-        assert self.model is not None  # noqa: S101  (admission has seen to it)
+    def _run(self, events: JobEvents) -> None:
+        shares = self._scheduler.schedule()
+        if not shares or self.model is None:
+            return
         transformer = self.model.transformer
         logits = transformer.forward(_batch(shares, transformer.device))
-        events: JobEvents = []
         for row, share in enumerate(shares):
             sequence = share.sequence
             sequence.computed += share.count
-            if not sequence.pending:
-                token = sequence.sampler.sample(logits[row])
-                events.extend((sequence.job_id, event) for event in sequence.append(token))
-        return events
+            if sequence.pending:
+                continue
+            try:
+                for event in sequence.append(sequence.sampler.sample(logits[row])):
+                    events.append((sequence.job_id, event))
+            except Exception as error:  # noqa: BLE001  (the others' tokens are not lost with it)
+                events.append((sequence.job_id, sequence.fail(InferenceError.code, f"Sampling failed: {error}")))
 
-    def _fail(self, error: Exception) -> JobEvents:
-        running = [sequence for sequence in self._scheduler.running if not sequence.finished]
+    def _fail(self, error: Exception, events: JobEvents) -> None:
+        failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
         if self.model is None:
-            running.extend(self._scheduler.waiting)
+            failed.extend(self._scheduler.waiting)
         message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"
-        return [(sequence.job_id, sequence.fail(InferenceError.code, message)) for sequence in running]
+        events.extend((sequence.job_id, sequence.fail(InferenceError.code, message)) for sequence in failed)
 
     def _retire(self) -> None:
         for sequence in [sequence for sequence in self._sequences.values() if sequence.finished]:
             self._scheduler.remove(sequence)
             del self._sequences[sequence.job_id]
 
+    def _is_followed(self, job_id: str, event: InferenceEvent) -> bool:
+        """Give the event to the iterator of its job, when it has one."""
+        inbox = self._followed.get(job_id)
+        if inbox is not None:
+            inbox.append(event)
+        return inbox is not None
+
+    def _deliver(self, events: JobEvents) -> None:
+        """Keep for the next :meth:`step` what no iterator of :meth:`generate` takes."""
+        self._undelivered.extend(item for item in events if not self._is_followed(*item))
+
     def _follow(self, sequence: Sequence) -> Iterator[InferenceEvent]:
+        self.add(sequence)
+        inbox = self._followed[sequence.job_id] = deque()
         try:
-            while not sequence.finished:
-                yield from (event for job_id, event in self.step() if job_id == sequence.job_id)
+            while True:
+                while inbox:
+                    event = inbox.popleft()
+                    yield event
+                    if event.terminal:
+                        return
+                self._undelivered = self.step()
         finally:
+            del self._followed[sequence.job_id]
             if not sequence.finished:
                 sequence.cancelled = True
-                self.step()
+                self._undelivered = [item for item in self.step() if item[0] != sequence.job_id]
 
     def _install_when_done(
         self, loading: Generator[LoadingEvent, None, LoadedModel | None]
@@ -245,6 +278,10 @@ def _prompt_ids(model: LoadedModel, request: GenerationRequest) -> list[int]:
     if not ids:
         problem = "The prompt has no tokens."
         raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), "at least 1 token", problem)])
+    if max(ids) >= model.config.vocab_size:
+        problem = f"The prompt has token {max(ids)}; the model knows {model.config.vocab_size}."
+        constraint = f"tokens below {model.config.vocab_size}"
+        raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), constraint, problem)])
     return ids
 
 

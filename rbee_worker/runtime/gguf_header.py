@@ -28,6 +28,11 @@ _MAX_ALIGNMENT: Final = 2**20
 _MAX_DIMENSIONS: Final = 4
 _STRING: Final = 8
 _ARRAY: Final = 9
+
+MAX_ELEMENTS_OF_ARRAYS: Final = 2**23
+"""Elements of all arrays of a header together: several times the largest vocabulary with its merges. A number takes a
+byte in the file and eight and more in memory."""
+
 _SCALARS: Final[Mapping[int, str]] = MappingProxyType(
     {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 )
@@ -91,6 +96,7 @@ class _Parser:
         self.stream = stream
         self.size = size
         self.position = 0
+        self.elements = 0
 
     def malformed(self, problem: str) -> ModelMalformed:
         return ModelMalformed(f"{self.name}: {problem}", hint=_DOWNLOAD_AGAIN)
@@ -162,6 +168,10 @@ class _Parser:
         if kind != _ARRAY:
             raise self.malformed(f"{what} has the unknown type {kind}.")
         item, count = self.u32(what), self.u64(what)
+        self.elements += count
+        # A count beyond the file ends below, where the bytes do.
+        if self.elements > MAX_ELEMENTS_OF_ARRAYS and count <= self.size:
+            raise self.malformed(f"{what} takes the arrays past {MAX_ELEMENTS_OF_ARRAYS} elements.")
         if item == _STRING:
             return [self.string(what) for _ in range(count)]
         if item not in _SCALARS:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rbee_worker.errors import InvalidRequest
-from rbee_worker.runtime.architectures import supported
+from rbee_worker.runtime.architectures import layer_shapes, supported
 from rbee_worker.runtime.model_config import ModelConfig, parse_config
 from rbee_worker.runtime.source import ModelSource
 
@@ -13,7 +13,10 @@ _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes that a model takes on a device in one ``--dtype``: weights, and keys and values of one full context."""
+    """Bytes that a model takes on a device: weights, and keys and values of one full context.
+
+    ``dtype`` is one of ``--dtype``, or ``int8`` for ``--quantize int8`` with a 16-bit ``--dtype``.
+    """
 
     dtype: str
     weights_bytes: int
@@ -118,7 +121,10 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         context_length=length,
         max_context_length=config.max_position_embeddings,
         chat_template=source.chat_template() is not None,
-        memory=[_need(dtype, size, checkpoint.parameters, config, length) for dtype, size in _ITEMSIZES.items()],
+        memory=[
+            *(_need(dtype, size, checkpoint.parameters, config, length) for dtype, size in _ITEMSIZES.items()),
+            _int8_need(config, length),
+        ],
     )
 
 
@@ -126,3 +132,14 @@ def _need(dtype: str, itemsize: int, parameters: int, config: ModelConfig, conte
     weights = parameters * itemsize
     cache = context * config.kv_bytes_per_token(itemsize)
     return MemoryNeed(dtype, weights, cache, weights + cache)
+
+
+def _int8_need(config: ModelConfig, context: int) -> MemoryNeed:
+    """int8 matrices with 12 bytes for each of their rows; embedding, norms and cache in 16 bits."""
+    shapes = layer_shapes(config).values()
+    head = (config.vocab_size, config.hidden_size)
+    matrices = [*([shape for shape in shapes if len(shape) > 1] * config.num_hidden_layers), head]
+    vectors = config.num_hidden_layers * sum(shape[0] for shape in shapes if len(shape) == 1) + config.hidden_size
+    weights = sum(rows * (columns + 12) for rows, columns in matrices) + 2 * (vectors + head[0] * head[1])
+    cache = context * config.kv_bytes_per_token(2)
+    return MemoryNeed("int8", weights, cache, weights + cache)

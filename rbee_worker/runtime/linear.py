@@ -4,7 +4,7 @@
 two bytes a weight at the memory's speed, and the error against float64 arithmetic on the same float16 weights stays
 below 1e-6; docs/performance.md has the figures that made it the default on CPUs without bfloat16 arithmetic.
 ``packed-bf16`` keeps bfloat16 weights in oneDNN's blocked layout, for CPUs that multiply bfloat16 in hardware.
-``dense`` is ``torch.nn.functional.linear``: GPUs, and any dtype elsewhere.
+``dense`` is ``torch.nn.functional.linear``: GPUs, and any dtype elsewhere. The int8 forms are in ``linear_int8.py``.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.config import DTypeName
+from rbee_worker.config import DTypeName, Quantization
+from rbee_worker.runtime.linear_int8 import Int8Linear, int8_bytes, int8_kernel
 
-_BLOCK_WEIGHTS = 32 * 2**20
+BLOCK_WEIGHTS = 32 * 2**20
 """A packed matrix is made from blocks of at most this many weights: packing goes through a float32 copy, and
 the copy of a whole output head would be the largest allocation of the load."""
 
@@ -32,8 +33,8 @@ class LinearFormat:
     """How weights are held and activations flow.
 
     Attributes:
-        kernel: ``packed-fp16``, ``packed-bf16`` or ``dense``.
-        weight_dtype: of the stored weights.
+        kernel: ``packed-fp16``, ``packed-bf16``, ``dense``, or one of ``linear_int8.py``.
+        weight_dtype: of the stored weights; with int8 kernels, of the embedding alone.
         activation_dtype: of hidden states, keys and values.
     """
 
@@ -45,6 +46,22 @@ class LinearFormat:
     def dtype_name(self) -> str:
         """``float16``, ``bfloat16`` or ``float32``."""
         return str(self.weight_dtype).removeprefix("torch.")
+
+    @property
+    def quantize(self) -> Quantization:
+        """What ``--quantize`` named: ``int8`` or ``none``."""
+        return "int8" if self.kernel.endswith("int8") else "none"
+
+    @property
+    def packed(self) -> bool:
+        """Whether a matrix is made from a copy of the stored one, so that an embedding cannot serve as the head."""
+        return self.kernel != "dense"
+
+    def linear_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a matrix [out_features, in_features] at rest."""
+        if self.quantize == "int8":
+            return int8_bytes(out_features, in_features, self.kernel)
+        return out_features * in_features * self.weight_dtype.itemsize
 
 
 class Linear(Protocol):
@@ -77,7 +94,7 @@ class PackedFp16Linear:
     __slots__ = ("_blocks", "nbytes")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        rows = max(1, _BLOCK_WEIGHTS // weight.shape[1])
+        rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
         pack = torch.ops.quantized.linear_prepack_fp16
         float_bias = bias.float() if bias is not None else None
         self._blocks: list[Any] = [
@@ -108,10 +125,17 @@ class PackedBf16Linear:
         return linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def choose_format(device: torch.device, dtype: DTypeName) -> LinearFormat:
-    """The form for a device and a requested dtype; ``auto`` takes what is fast and right there."""
+def choose_format(device: torch.device, dtype: DTypeName, quantize: Quantization = "none") -> LinearFormat:
+    """The form for a device, a requested dtype and quantisation; ``auto`` takes what is fast and right there.
+
+    Raises:
+        ModelUnsupported: the device has no kernel for the quantisation.
+    """
     if dtype == "auto":
         dtype = _auto_dtype(device)
+    if quantize == "int8":
+        kernel, stored = int8_kernel(device), _TORCH_DTYPES[dtype]
+        return LinearFormat(kernel, stored, torch.float32 if device.type == "cpu" else stored)
     if device.type == "cpu":
         if dtype == "float16" and _has_packed_fp16():
             return LinearFormat("packed-fp16", torch.float16, torch.float32)
@@ -125,6 +149,8 @@ def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Line
     """A linear layer in the given form from weights [out_features, in_features] on their device."""
     if form.kernel == "packed-fp16":
         return PackedFp16Linear(weight, bias)
+    if form.quantize == "int8":
+        return Int8Linear(weight, bias, form.kernel)
     weight = weight.to(form.weight_dtype)
     bias = bias.to(form.weight_dtype) if bias is not None else None
     return PackedBf16Linear(weight, bias) if form.kernel == "packed-bf16" else DenseLinear(weight, bias)

@@ -1,14 +1,15 @@
 """Loading a model: the phases, in the order in which their events come."""
 
+import functools
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from rbee_worker.config import DEFAULT_MODEL, EngineConfig
+from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
 from rbee_worker.errors import OutOfMemory, RbeeError
 from rbee_worker.events import (
     LoadCancelled,
@@ -22,14 +23,27 @@ from rbee_worker.events import (
     WarmingUp,
 )
 from rbee_worker.runtime.architectures import ARCHITECTURES
+from rbee_worker.runtime.hub import DownloadProgress
 from rbee_worker.runtime.inspection import context_length, read_config
 from rbee_worker.runtime.linear import LinearFormat, choose_format
-from rbee_worker.runtime.memory import MIB, check_fit, device_info, peak_host_bytes, resolve_device
+from rbee_worker.runtime.memory import (
+    MIB,
+    DeviceInfo,
+    device_info,
+    host_info,
+    list_devices,
+    peak_host_bytes,
+    resolve_device,
+    trim_host_memory,
+)
 from rbee_worker.runtime.model_config import ModelConfig
-from rbee_worker.runtime.source import ModelSource, resolve
+from rbee_worker.runtime.preflight import check_fit, check_host, weights_bytes
+from rbee_worker.runtime.reader import ReadState, WeightReader
+from rbee_worker.runtime.source import ModelSource, fetch, locate
+from rbee_worker.runtime.storage import Storage, storage_of
 from rbee_worker.runtime.tokenizer import Tokenizer
 from rbee_worker.runtime.transformer import Batch, Segment, Transformer
-from rbee_worker.runtime.weights import WeightGroup, WeightReader, plan_weights
+from rbee_worker.runtime.weights import WeightGroup, plan_weights
 
 _POLL_SECONDS = 0.1
 _EVENT_SECONDS = 0.5
@@ -74,14 +88,15 @@ class _Timeline:
         self._phase = "resolving"
         self.phases: dict[str, float] = {}
 
-    def event(self, cls: type[EventT], **values: object) -> EventT:
+    def event(self, cls: Callable[..., EventT], **values: object) -> EventT:
         seq, self._next = self._next, self._next + 1
         return cls(seq=seq, elapsed_seconds=round(time.monotonic() - self._started, 3), **values)
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin another; an empty name only ends."""
         now = time.monotonic()
-        self.phases[self._phase] = round(now - self._phase_started, 3)
+        spent = self.phases.get(self._phase, 0.0) + now - self._phase_started
+        self.phases[self._phase] = round(spent, 3)
         self._phase, self._phase_started = phase, now
 
 
@@ -96,6 +111,7 @@ class _Plan:
     device: torch.device
     form: LinearFormat
     context_length: int
+    storage: Storage
 
 
 def load_model(
@@ -123,7 +139,11 @@ def load_model(
         if cancel.is_set():
             yield timeline.event(LoadCancelled, vram_mb_freed=0)
             return None
-        plan = _prepare(model, config)
+        source = yield from _find(model, timeline, config.stall_seconds, cancel)
+        if source is None:
+            yield timeline.event(LoadCancelled, vram_mb_freed=0)
+            return None
+        plan = _prepare(source, config)
         transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
         timeline.enter("loading_to_vram")
         finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
@@ -157,6 +177,22 @@ def load_model(
     return loaded
 
 
+def fits(model: str | None, config: EngineConfig) -> bool:
+    """Whether a model would fit into what is free now, beside whatever is loaded.
+
+    True also where that cannot be told, of a model that must be downloaded first or is wrong: its load will tell.
+    """
+    try:
+        located = locate(model)
+        if isinstance(located, ModelSource):
+            _prepare(located, config)
+    except OutOfMemory:
+        return False
+    except RbeeError:
+        return True
+    return True
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; on CPUs torch says so with a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
@@ -167,34 +203,76 @@ def _first_line(error: Exception) -> str:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that nothing refers to any more back to the device."""
+    """Give memory that nothing refers to any more back to the device, and to the host."""
+    trim_host_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
 
 
-def _prepare(model: str | None, config: EngineConfig) -> _Plan:
-    source = resolve(model)
+def _find(
+    model: str | None, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+) -> Generator[LoadingEvent, None, ModelSource | None]:
+    """The model's files, downloaded when they are the hub's; None when cancelled."""
+    located = locate(model)
+    if isinstance(located, ModelSource):
+        return located
+    steps = fetch(located, stall_seconds=stall_seconds, cancel=cancel)
+    downloading = False
+    try:
+        while True:
+            step = next(steps)
+            if isinstance(step, DownloadProgress) and not downloading:
+                downloading = True
+                timeline.enter("downloading")
+            yield timeline.event(step.event)
+    except StopIteration as end:
+        if downloading:
+            timeline.enter("resolving")
+        found: ModelSource | None = end.value
+        return found
+    finally:
+        steps.close()
+
+
+def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
     parsed = read_config(source)
     checkpoint = source.checkpoint()
     groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
-    form = choose_format(device, config.dtype)
+    form = choose_format(device, config.dtype, config.quantize)
     length = context_length(parsed, config.max_context)
-    needed = checkpoint.parameters * form.weight_dtype.itemsize
-    needed += length * parsed.kv_bytes_per_token(form.activation_dtype.itemsize)
-    check_fit(needed, device, f"{source.name} in {form.dtype_name} with a context of {length}")
-    return _Plan(source, parsed, tokenizer, groups, device, form, length)
+    place = device_info(device)
+    ways = functools.partial(_alternatives, config, place)
+    check_fit(source.name, parsed, form, context=length, engine=config, device=place, alternatives=ways)
+    if device.type != "cpu":
+        check_host(source.name, groups, host_info())
+    return _Plan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]))
+
+
+def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, LinearFormat, DeviceInfo]]:
+    """Other ways to run a model that does not fit: int8 in the same place, and every other device."""
+    ways = []
+    for info in list_devices():
+        device = resolve_device(info.name)
+        flags = [] if info.name == place.name else [f"--device {info.name}"]
+        if flags:
+            ways.append((flags[0], choose_format(device, config.dtype, config.quantize), info))
+        if config.quantize == "none" and device.type != "mps":
+            options = " ".join([*flags, "--quantize int8"])
+            ways.append((options, choose_format(device, config.dtype, "int8"), info))
+    return ways
 
 
 def _read_weights(
     plan: _Plan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
 ) -> Generator[LoadingEvent, None, bool]:
     """Place every part; False when cancelled on the way."""
-    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device)
-    progress = _Progress(plan, transformer, reader, timeline)
+    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage)
+    state = reader.state
+    progress = _Progress(plan, transformer, state, timeline, device_info(plan.device).total_bytes // MIB)
     waiting = len(plan.groups)
     stalled_at = event_at = time.monotonic()
     try:
@@ -210,10 +288,10 @@ def _read_weights(
             if part is not None or now - event_at >= _EVENT_SECONDS:
                 event_at = now
                 yield progress.event()
-            silent = now - max(reader.last_byte_at, stalled_at)
-            if silent >= stall_seconds and reader.bytes_read < reader.bytes_total:
+            silent = now - max(state.last_byte_at, stalled_at)
+            if silent >= stall_seconds and state.bytes_read < state.bytes_total:
                 stalled_at = now
-                yield timeline.event(Stalled, seconds=round(now - reader.last_byte_at, 1), where=reader.reading)
+                yield timeline.event(Stalled, seconds=round(now - state.last_byte_at, 1), where=state.reading)
         return True
     finally:
         reader.close()
@@ -223,24 +301,25 @@ def _read_weights(
 class _Progress:
     plan: _Plan
     transformer: Transformer
-    reader: WeightReader
+    state: ReadState
     timeline: _Timeline
+    device_mb: int
 
     def event(self) -> LoadingToVram:
-        reader, device = self.reader, self.plan.device
-        read, seconds = reader.bytes_read, time.monotonic() - reader.started_at
+        state = self.state
+        read, seconds = state.bytes_read, time.monotonic() - state.started_at
         rate = int(read / seconds) if seconds > 0 else 0
         return self.timeline.event(
             LoadingToVram,
             layers_loaded=len(self.transformer.layers),
             layers_total=self.plan.config.num_hidden_layers,
             vram_mb=self.transformer.nbytes // MIB,
-            vram_total_mb=device_info(device).total_bytes // MIB,
-            device=str(device),
+            vram_total_mb=self.device_mb,
+            device=str(self.plan.device),
             bytes_loaded=read,
-            bytes_total=reader.bytes_total,
+            bytes_total=state.bytes_total,
             bytes_per_second=rate,
-            eta_seconds=round((reader.bytes_total - read) / rate, 1) if rate else None,
+            eta_seconds=round((state.bytes_total - read) / rate, 1) if rate else None,
         )
 
 
@@ -249,7 +328,7 @@ def _warm_up(transformer: Transformer) -> None:
     """Run one short prompt and one decode step, so that the first request pays for nothing of the kind."""
     device, cache = transformer.device, transformer.new_cache()
     length = min(_WARM_UP_TOKENS, transformer.context_length - 1)
-    for start, count in ((0, length), (length, 1)):
+    for start, count in ((0, length), (length, 1)) if length else ((0, 1),):
         positions = torch.arange(start, start + count, device=device)
         transformer.forward(Batch(torch.zeros_like(positions), positions, [Segment(cache, 0, count)]))
     if device.type == "cuda":
@@ -265,9 +344,21 @@ def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> 
         parameters=sum(info.parameters for info in tensors),
         dtype=plan.form.dtype_name,
         kernel=plan.form.kernel,
+        quantize=plan.form.quantize,
+        saved_mb=_saved_bytes(plan) // MIB,
         phases=dict(phases),
+        storage=str(plan.storage),
         bytes_read=read,
         bytes_per_second=int(read / seconds) if seconds else read,
         device_mb={str(plan.device): transformer.nbytes // MIB},
         peak_host_mb=peak_host_bytes() // MIB,
     )
+
+
+def _saved_bytes(plan: _Plan) -> int:
+    """Bytes of weights that quantising saves against 16-bit ones on the same device."""
+    if plan.form.quantize == "none":
+        return 0
+    dtype: DTypeName = "bfloat16" if plan.form.weight_dtype == torch.bfloat16 else "float16"
+    sixteen_bit = choose_format(plan.device, dtype)
+    return weights_bytes(plan.config, sixteen_bit) - weights_bytes(plan.config, plan.form)

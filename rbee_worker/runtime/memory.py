@@ -1,7 +1,8 @@
-"""Devices, their memory, and whether a model fits."""
+"""Devices and their memory."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from rbee_worker.errors import DeviceUnavailable, OutOfMemory
+from rbee_worker.errors import DeviceUnavailable
 from rbee_worker.runtime.cgroup import memory_limit
 
 if TYPE_CHECKING:
@@ -83,26 +84,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def check_fit(needed: int, device: torch.device, what: str) -> None:
-    """Refuse, before anything is allocated, what cannot fit.
-
-    Args:
-        needed: bytes of weights and cache.
-        device: where they go.
-        what: the model and form, for the message.
-
-    Raises:
-        OutOfMemory: with the bytes needed and free.
-    """
-    info = device_info(device)
-    if needed > info.free_bytes:
-        raise OutOfMemory(
-            f"{what} needs {needed / MIB:,.0f} MiB on {info.name}; {info.free_bytes / MIB:,.0f} MiB of "
-            f"{info.total_bytes / MIB:,.0f} are free.",
-            hint="Use a smaller --max-context, a 16-bit --dtype, another --device or a smaller model.",
-        )
-
-
 def peak_host_bytes() -> int:
     """The process's peak resident memory in bytes, as the operating system counts it."""
     if sys.platform == "win32":
@@ -115,6 +96,14 @@ def peak_host_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def trim_host_memory() -> None:
+    """Return what malloc keeps of freed memory to the system, where it can be told to (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _cuda_info(index: int) -> DeviceInfo:

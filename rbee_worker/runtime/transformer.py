@@ -6,6 +6,7 @@ all at once; attention goes sequence by sequence, each over its own cache.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch.nn import functional
 from rbee_worker.runtime.attention import attend
 from rbee_worker.runtime.kv_cache import SequenceCache
 from rbee_worker.runtime.layers import RMSNorm, Rotary
-from rbee_worker.runtime.linear import Linear, LinearFormat, make_linear
+from rbee_worker.runtime.linear import DenseLinear, Linear, LinearFormat
 from rbee_worker.runtime.model_config import ModelConfig
 
-Weights = Mapping[str, Tensor]
-"""Tensors of one group by role, such as ``q.weight``."""
+FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"gate_up": ("gate", "up"), "down": ("down",), "qkv": ("q", "k", "v"), "o": ("o",)}
+)
+"""Linear layers of a decoder layer, and the matrices that each holds stacked along their outputs; largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +47,15 @@ class DecoderLayer:
 
     __slots__ = ("_config", "attention_norm", "down", "gate_up", "mlp_norm", "nbytes", "o", "qkv")
 
-    def __init__(self, config: ModelConfig, weights: Weights, form: LinearFormat) -> None:
+    def __init__(self, config: ModelConfig, norms: Mapping[str, Tensor], linears: Mapping[str, Linear]) -> None:
+        """Norm weights ``attention_norm`` and ``mlp_norm``, and the linear layers that :data:`FUSED` names."""
         self._config = config
-        self.attention_norm = _norm(config, weights["attention_norm.weight"], form)
-        self.qkv = _fused(weights, ("q", "k", "v"), form)
-        self.o = _fused(weights, ("o",), form)
-        self.mlp_norm = _norm(config, weights["mlp_norm.weight"], form)
-        self.gate_up = _fused(weights, ("gate", "up"), form)
-        self.down = _fused(weights, ("down",), form)
+        self.attention_norm = RMSNorm(norms["attention_norm"], config.rms_norm_eps)
+        self.qkv = linears["qkv"]
+        self.o = linears["o"]
+        self.mlp_norm = RMSNorm(norms["mlp_norm"], config.rms_norm_eps)
+        self.gate_up = linears["gate_up"]
+        self.down = linears["down"]
         parts = (self.attention_norm, self.qkv, self.o, self.mlp_norm, self.gate_up, self.down)
         self.nbytes = sum(part.nbytes for part in parts)
 
@@ -77,29 +81,29 @@ class DecoderLayer:
 
 
 class Embedding:
-    """Token embedding [vocab_size, hidden_size], and the head made from it when the two are tied."""
+    """Token embedding [vocab_size, hidden_size], and the head made from it when the two are tied (else None)."""
 
     __slots__ = ("head", "nbytes", "table")
 
-    def __init__(self, config: ModelConfig, weights: Weights, form: LinearFormat) -> None:
-        self.table = weights["embedding"].to(form.weight_dtype)
-        self.head = make_linear(self.table, None, form) if config.tie_word_embeddings else None
-        # A dense head is the table itself; a packed one is a second copy in another layout.
-        copied = self.head is not None and form.kernel != "dense"
-        self.nbytes = self.table.nbytes + (self.head.nbytes if self.head is not None and copied else 0)
+    def __init__(self, table: Tensor, head: Linear | None) -> None:
+        self.table = table
+        self.head = head
+        # A dense head is the table itself; any other is a second copy in another form.
+        copied = head is not None and not isinstance(head, DenseLinear)
+        self.nbytes = table.nbytes + (head.nbytes if head is not None and copied else 0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return functional.embedding(tokens, self.table)
 
 
 class Output:
-    """Final norm, and the head [vocab_size, hidden_size] when it is not the embedding's."""
+    """Final norm, and the head [vocab_size, hidden_size] when it is not the embedding's (else None)."""
 
     __slots__ = ("head", "nbytes", "norm")
 
-    def __init__(self, config: ModelConfig, weights: Weights, form: LinearFormat) -> None:
-        self.norm = _norm(config, weights["norm"], form)
-        self.head = None if config.tie_word_embeddings else make_linear(weights["head"], None, form)
+    def __init__(self, config: ModelConfig, norm: Tensor, head: Linear | None) -> None:
+        self.norm = RMSNorm(norm, config.rms_norm_eps)
+        self.head = head
         self.nbytes = self.norm.nbytes + (self.head.nbytes if self.head is not None else 0)
 
 
@@ -123,7 +127,7 @@ class Transformer:
         self._head: Linear
 
     def place(self, part: Part) -> None:
-        """Take the next part: the embedding, the layers in order, the output."""
+        """Take a part: layers come in order, the embedding and the output at any time."""
         self.nbytes += part.nbytes
         if isinstance(part, DecoderLayer):
             self.layers.append(part)
@@ -171,16 +175,3 @@ class Transformer:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._output.norm(hidden)).float()
-
-
-def _norm(config: ModelConfig, weight: Tensor, form: LinearFormat) -> RMSNorm:
-    return RMSNorm(weight.to(form.activation_dtype), config.rms_norm_eps)
-
-
-def _fused(weights: Weights, roles: tuple[str, ...], form: LinearFormat) -> Linear:
-    """One linear layer from the matrices of several, stacked along their outputs."""
-    matrices = [weights[f"{role}.weight"] for role in roles]
-    biases = [weights[f"{role}.bias"] for role in roles if f"{role}.bias" in weights]
-    weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-    bias = None if not biases else torch.cat(biases)
-    return make_linear(weight, bias, form)

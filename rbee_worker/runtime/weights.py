@@ -1,41 +1,44 @@
-"""From tensors in files to the parts of a decoder: which tensor goes where, reading, converting.
+"""From tensors in files to the parts of a decoder: which tensor goes where, and in what memory it is put together.
 
 The plan is made from headers alone and is strict both ways: a name the model needs and the files lack, a name the
 files hold and the model does not know, and a shape that disagrees with the config all fail before a byte is read.
 
-Memory: a group (the embedding, one decoder layer, the output) is read tensor by tensor into host buffers, moved to
-its device, and turned into its final form. At most ``readers`` groups are in flight, so the host never holds more
-than two groups beyond what is resident; packing adds the float32 copy of one matrix (or of a block of it).
+Memory: a dense matrix is allocated once, at its final size, and its tensors (q, k and v side by side) are read into
+their rows of it. A packed matrix is put together in a staging buffer, which the thread uses again for the next one;
+a head is packed in blocks of rows that are no larger. The embedding and the output come first, and the largest matrix
+of a layer before the others, so that the staging is fullest while the most of the model is still missing.
 """
 
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import BinaryIO, Literal
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architectures import Architecture, layer_shapes
 from rbee_worker.runtime.checkpoint import Checkpoint, TensorInfo
-from rbee_worker.runtime.gguf import dequantize
-from rbee_worker.runtime.linear import LinearFormat
+from rbee_worker.runtime.linear import Linear, LinearFormat, make_linear
 from rbee_worker.runtime.model_config import ModelConfig
-from rbee_worker.runtime.transformer import DecoderLayer, Embedding, Output, Part
+from rbee_worker.runtime.transformer import FUSED, DecoderLayer, Embedding, Output, Part
 
-_CHUNK_BYTES = 8 * 2**20
-_READERS = 2
-
-_PLAIN_DTYPES = {
+PLAIN_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""Stored dtypes that torch has too, by the words of safetensors headers."""
+
+_BLOCK_WEIGHTS = 16 * 2**20
+"""A head is packed in blocks of this many weights, or of the largest matrix of a layer where that is more."""
+
+_MMAP_BYTES = 2**20
+
+Read = Callable[[TensorInfo, Tensor], None]
+"""Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,11 @@ class WeightGroup:
 
 
 def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Checkpoint) -> list[WeightGroup]:
-    """The groups in loading order: embedding, layers by number, output.
+    """The groups in loading order: embedding, output, layers by number.
 
     Raises:
         ModelMalformed: a tensor is missing, left over, or of another shape than the config says.
+        ModelUnsupported: a tensor's stored dtype is none that weights come in.
     """
     left = dict(checkpoint.tensors)
     table = (config.vocab_size, config.hidden_size)
@@ -65,9 +69,16 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
             raise ModelMalformed(
                 f"{info.file.name}: tensor '{name}' has shape {list(info.shape)}; config.json says {list(shape)}."
             )
+        _check_dtype(info)
         return info
 
     groups = [WeightGroup("embedding", {"embedding": take(architecture.embedding, table)})]
+    output = {"norm": take(architecture.norm, (config.hidden_size,))}
+    if config.tie_word_embeddings:
+        left.pop(architecture.head, None)
+    else:
+        output["head"] = take(architecture.head, table)
+    groups.append(WeightGroup("output", output))
     shapes = layer_shapes(config)
     for index in range(config.num_hidden_layers):
         prefix = architecture.layer_prefix.format(index)
@@ -76,12 +87,6 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
             stem, _, suffix = role.rpartition(".")
             tensors[role] = take(f"{prefix}{architecture.layer[stem]}.{suffix}", shape)
         groups.append(WeightGroup("layer", tensors))
-    output = {"norm": take(architecture.norm, (config.hidden_size,))}
-    if config.tie_word_embeddings:
-        left.pop(architecture.head, None)
-    else:
-        output["head"] = take(architecture.head, table)
-    groups.append(WeightGroup("output", output))
     leftover = [name for name in left if not name.endswith(architecture.ignored_suffixes)]
     if leftover:
         shown = ", ".join(f"'{name}'" for name in sorted(leftover)[:3])
@@ -93,111 +98,156 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
     return groups
 
 
-class WeightReader:
-    """Reads groups and builds parts on a few threads; hands the parts out in order.
+class RowBlocks:
+    """A linear layer in blocks of output features, each a linear layer of its own."""
 
-    Closing it stops the threads at their next chunk of 8 MiB and drops what they hold.
+    __slots__ = ("_blocks", "nbytes")
 
-    Attributes:
-        bytes_total: bytes of all tensors; bytes_read: bytes read so far.
-        started_at: ``time.monotonic()`` when reading began.
-        last_byte_at: ``time.monotonic()`` of the latest chunk.
-        reading: name of the file read last.
-    """
+    def __init__(self, blocks: Sequence[Linear]) -> None:
+        self._blocks = blocks
+        self.nbytes = sum(block.nbytes for block in blocks)
 
-    def __init__(
-        self, groups: Sequence[WeightGroup], config: ModelConfig, form: LinearFormat, device: torch.device
-    ) -> None:
-        self.bytes_total = sum(info.nbytes for group in groups for info in group.tensors.values())
-        self.bytes_read = 0
-        self.started_at = self.last_byte_at = time.monotonic()
-        self.reading = ""
-        self._config, self._form, self._device = config, form, device
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="weight-reader")
-        self._waiting = iter(groups)
-        self._running: list[Future[Part]] = []
-        for _ in range(_READERS):
-            self._start_next()
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([block(x) for block in self._blocks], dim=-1)
 
-    def next_part(self, timeout: float) -> Part | None:
-        """The next part, or None when it is not there within ``timeout`` seconds.
 
-        Raises:
-            StopIteration: every part has been handed out.
-            ModelMalformed: a file ended early or could not be read.
+class PartBuilder:
+    """Builds parts of a decoder, one at a time, reading each tensor to where it is needed."""
+
+    def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, read: Read) -> None:
+        self._config, self._form, self._device, self._read = config, form, device, read
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def build(self, group: WeightGroup, *, last: bool = False) -> Part:
+        """The part that a group of tensors becomes, resident on its device.
+
+        Args:
+            group: the tensors.
+            last: hardly anything is left to be loaded after it: the staging is let go after each matrix, since from
+                here on it would come on top of the whole model.
         """
-        if not self._running:
-            raise StopIteration
-        done, _ = wait(self._running[:1], timeout)
-        if not done:
-            return None
-        part = self._running.pop(0).result()
-        self._start_next()
-        return part
+        tensors = group.tensors
+        if group.kind == "embedding":
+            return self._embedding(tensors["embedding"])
+        if group.kind == "output":
+            head = tensors.get("head")
+            return Output(self._config, self._norm(tensors["norm"]), None if head is None else self._head(head))
+        linears = {}
+        for name, roles in FUSED.items():
+            linears[name] = self._fused(tensors, roles)
+            if last:
+                self._release()
+        norms = {role: self._norm(tensors[f"{role}.weight"]) for role in ("attention_norm", "mlp_norm")}
+        return DecoderLayer(self._config, norms, linears)
 
-    def close(self) -> None:
-        """Stop reading and drop what is in flight."""
-        self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._running.clear()
+    def _norm(self, info: TensorInfo) -> Tensor:
+        return self._plain([info], self._form.activation_dtype)
 
-    def _start_next(self) -> None:
-        group = next(self._waiting, None)
-        if group is not None:
-            self._running.append(self._pool.submit(self._build, group))
+    def _plain(self, infos: Sequence[TensorInfo], dtype: torch.dtype) -> Tensor:
+        """Tensors in memory of their own, stacked along their first dimension."""
+        rows = sum(info.shape[0] for info in infos)
+        return self._filled(infos, empty_on(self._device, (rows, *infos[0].shape[1:]), dtype))
 
-    def _build(self, group: WeightGroup) -> Part:
-        weights: dict[str, Tensor] = {}
-        for role, info in group.tensors.items():
-            weights[role] = to_tensor(info, self._read(info)).to(self._device)
-        if group.kind == "layer":
-            return DecoderLayer(self._config, weights, self._form)
-        return (Embedding if group.kind == "embedding" else Output)(self._config, weights, self._form)
+    def _filled(self, infos: Sequence[TensorInfo], target: Tensor) -> Tensor:
+        begin = 0
+        for info in infos:
+            self._read(info, target[begin : begin + info.shape[0]])
+            begin += info.shape[0]
+        return target
 
-    def _read(self, info: TensorInfo) -> np.ndarray:
-        buffer = np.empty(info.nbytes, dtype=np.uint8)
-        self.reading = info.file.name
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                self._fill(file, buffer, info)
-        except OSError as error:
-            raise ModelMalformed(f"{info.file}: cannot be read: {error.strerror or error}.") from error
-        return buffer
+    def _staged(self, rows: int, columns: int) -> Tensor:
+        """Memory for a matrix that is about to be packed; it holds until the next call."""
+        dtype = self._form.weight_dtype if self._form.kernel == "packed-bf16" else torch.float32
+        nbytes = rows * columns * dtype.itemsize
+        if self._staging.nbytes < nbytes:
+            self._release()
+            self._staging = empty_on(self._device, (nbytes,), torch.uint8)
+        return self._staging[:nbytes].view(dtype).view(rows, columns)
 
-    def _fill(self, file: BinaryIO, buffer: np.ndarray, info: TensorInfo) -> None:
-        view, done = buffer.data, 0
-        while done < info.nbytes:
-            if self._stop.is_set():
-                raise InterruptedError
-            count = file.readinto(view[done : done + _CHUNK_BYTES])  # type: ignore[attr-defined]
-            if not count:
-                raise ModelMalformed(
-                    f"{info.file.name}: ends inside tensor '{info.name}', {info.nbytes - done} bytes short.",
-                    hint="Was the file changed while it was being read?",
-                )
-            done += count
-            with self._lock:
-                self.bytes_read += count
-                self.last_byte_at = time.monotonic()
+    def _release(self) -> None:
+        self._staging = self._staging.new_empty(0)
+
+    def _fused(self, tensors: dict[str, TensorInfo], roles: tuple[str, ...]) -> Linear:
+        matrices = [tensors[f"{role}.weight"] for role in roles]
+        biases = [tensors[f"{role}.bias"] for role in roles if f"{role}.bias" in tensors]
+        bias = self._plain(biases, self._form.activation_dtype) if biases else None
+        if not self._form.packed:
+            return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
+        staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
+        return make_linear(self._filled(matrices, staged), bias, self._form)
+
+    def _embedding(self, info: TensorInfo) -> Embedding:
+        table = self._plain([info], self._form.weight_dtype)
+        if not self._config.tie_word_embeddings:
+            return Embedding(table, None)
+        if not self._form.packed:
+            return Embedding(table, make_linear(table, None, self._form))
+
+        def fill(begin: int, block: Tensor) -> None:
+            block.copy_(table[begin : begin + len(block)])
+
+        return Embedding(table, self._packed(info.shape, fill))
+
+    def _head(self, info: TensorInfo) -> Linear:
+        if not self._form.packed:
+            return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
+
+        def fill(begin: int, block: Tensor) -> None:
+            self._read(rows_of(info, begin, begin + len(block)), block)
+
+        return self._packed(info.shape, fill)
+
+    def _packed(self, shape: Sequence[int], fill: Callable[[int, Tensor], None]) -> Linear:
+        """A head in blocks of rows, so that it is never whole in any form but the packed one."""
+        rows, columns = shape
+        largest = max(2 * self._config.intermediate_size, self._config.hidden_size) * self._config.hidden_size
+        step = max(1, max(_BLOCK_WEIGHTS, largest) // columns)
+        blocks = []
+        for begin in range(0, rows, step):
+            staged = self._staged(min(step, rows - begin), columns)
+            fill(begin, staged)
+            blocks.append(make_linear(staged, None, self._form))
+        return blocks[0] if len(blocks) == 1 else RowBlocks(blocks)
 
 
-def to_tensor(info: TensorInfo, data: np.ndarray) -> Tensor:
-    """A host tensor of ``info.shape`` over ``data`` (uint8 [nbytes]); quantized GGUF blocks become float32.
+def rows_of(info: TensorInfo, begin: int, end: int) -> TensorInfo:
+    """Rows ``begin`` to ``end`` of a stored matrix, as a tensor of their own; whole heads where heads are permuted."""
+    rows = info.shape[0]
+    stride = info.nbytes // rows
+    return replace(
+        info,
+        shape=(end - begin, *info.shape[1:]),
+        offset=info.offset + begin * stride,
+        nbytes=(end - begin) * stride,
+        rope_heads=info.rope_heads * (end - begin) // rows,
+    )
+
+
+def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory.
+
+    On the host a large tensor has a mapping of its own, so that its memory goes back to the system when the tensor
+    goes, whatever malloc would hold on to.
 
     Raises:
-        ModelUnsupported: the stored dtype is none that weights come in.
+        MemoryError: there is none left.
     """
-    if info.dtype in _PLAIN_DTYPES and not info.rope_heads:
-        return torch.from_numpy(data).view(_PLAIN_DTYPES[info.dtype]).reshape(info.shape)
-    if info.file.suffix == ".gguf":
-        return torch.from_numpy(dequantize(info, data))
-    raise ModelUnsupported(
-        f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
-        hint=f"Weights may be {', '.join(_PLAIN_DTYPES)}.",
-    )
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or nbytes < _MMAP_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes: {error.strerror}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf":
+        raise ModelUnsupported(
+            f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
+            hint=f"Weights may be {', '.join(PLAIN_DTYPES)}.",
+        )
 
 
 def _files(checkpoint: Checkpoint) -> str:

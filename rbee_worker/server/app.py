@@ -57,7 +57,7 @@ def create_app(
         middleware=[
             Middleware(RequestLog),
             Middleware(Errors),
-            Middleware(Auth, config.api_keys),
+            Middleware(Auth, config.api_keys, any_host=config.allow_unauthenticated),
             Middleware(BodyLimit, config.max_body_bytes, body_seconds),
         ],
         exception_handlers={HTTPException: _no_route, RbeeError: _refused},

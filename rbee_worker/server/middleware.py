@@ -5,6 +5,7 @@ From the outside in: :class:`RequestLog`, :class:`Errors`, :class:`Auth`, :class
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import re
 import time
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("rbee_worker.access")
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_OTHER_SITES = frozenset({"cross-site", "same-site"})
 _MAX_LOGGED_PATH = 200
 _DISCARD_SECONDS = 5.0
 
@@ -125,11 +127,13 @@ class Errors:
 class Auth:
     """Asks for one of the API keys; without any, refuses what other sites' pages make a browser send.
 
-    Keys are compared in constant time, each one every time.
+    Keys are compared in constant time, each one every time. Without a key only this machine's own names are answered
+    to, unless ``any_host``: a page whose own name was made to lead here (DNS rebinding) says that name in ``Host``.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], *, any_host: bool = False) -> None:
         self.app = app
+        self._any_host = any_host
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,7 +147,12 @@ class Auth:
             headers = Headers(scope=scope)
             if self._digests:
                 self._check_key(headers.get("authorization", ""))
-            elif scope["method"] not in {"GET", "HEAD"} and headers.get("sec-fetch-site") == "cross-site":
+            elif not self._any_host and not is_loopback_host(headers.get("host", "")):
+                raise Forbidden(
+                    "Without an API key only this machine's own names are answered to.",
+                    hint="Ask for 127.0.0.1 or localhost, or set --api-key or --allow-unauthenticated.",
+                )
+            elif scope["method"] not in {"GET", "HEAD"} and headers.get("sec-fetch-site") in _OTHER_SITES:
                 # Such a page could not read the answer, but it could spend the machine or unload the model.
                 raise Forbidden("Requests from other sites' pages are refused.", hint="Set --api-key to allow them.")
         await self.app(scope, receive, send)
@@ -154,6 +163,18 @@ class Auth:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("The API key is missing or wrong.", hint="Send it as: Authorization: Bearer KEY")
+
+
+def is_loopback_host(header: str) -> bool:
+    """Whether a ``Host`` header names this machine itself: localhost, or a loopback address, with or without a port."""
+    name = header.rpartition(":")[0] if re.search(r":\d+$", header) else header
+    name = name.removeprefix("[").removesuffix("]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class BodyLimit:

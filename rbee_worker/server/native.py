@@ -1,10 +1,11 @@
 """The worker's own routes: inference, loading, and what the worker says of itself."""
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -20,6 +21,9 @@ from rbee_worker.server.metrics import CONTENT_TYPE, WorkerMetrics
 from rbee_worker.server.responses import INFERENCE_PATH, off_loop, read_object
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.worker import Worker
+
+if TYPE_CHECKING:
+    from rbee_worker.job import Job
 
 PROGRESS_PATH = "/v1/loading/progress"
 
@@ -98,22 +102,29 @@ class Native:
 
     async def infer(self, request: Request) -> Response:
         """Stream one job. Everything that can be refused is refused here, before the 200 goes out."""
-        body = InferenceBody.parse(await read_object(request))
+        size = len(await request.body())
+        body = await off_loop(size, InferenceBody.parse, await read_object(request))
         if self._config.hold_requests and self._worker.changing:
             if self._holding >= self._config.max_queue:
                 raise QueueFull(f"The queue is full: {self._holding} of {self._config.max_queue}.", retry_after=1)
-            return self._stream(self._held(body), sse.inference_failed)
-        job = await off_loop(body.text_size, self._worker.submit, body.to_request())
+            return self._stream(self._held(body, size), sse.inference_failed)
+        job = await off_loop(size, self._worker.submit, body.to_request())
         return self._stream(job.events(), sse.inference_failed, on_close=job.cancel)
 
-    async def _held(self, body: InferenceBody) -> AsyncIterator[Event]:
+    async def _held(self, body: InferenceBody, size: int) -> AsyncIterator[Event]:
         """A job that begins when the load has ended; until then its stream is silent, and so kept alive."""
         self._holding += 1
         try:
             await self._worker.settled()
         finally:
             self._holding -= 1
-        job = await off_loop(body.text_size, self._worker.submit, body.to_request())
+        submission = asyncio.ensure_future(off_loop(size, self._worker.submit, body.to_request()))
+        try:
+            # Shielded: a client that leaves just now must not leave behind a job that nobody knows of.
+            job = await asyncio.shield(submission)
+        except asyncio.CancelledError:
+            submission.add_done_callback(_cancel_unwanted)
+            raise
         async with aclosing(job):
             async for event in job:
                 yield event
@@ -133,7 +144,10 @@ class Native:
         """Begin a load; 202 at once."""
         body = LoadingBody.parse(await read_object(request))
         model = self._models.choose(body.model)
-        keeps = self._worker.load(model, device=body.device, dtype=body.dtype)
+        begin = functools.partial(
+            self._worker.load, model, device=body.device, dtype=body.dtype, quantize=body.quantize
+        )
+        keeps = await anyio.to_thread.run_sync(begin)  # reads headers
         answer = {"progress_url": PROGRESS_PATH, "model": model or DEFAULT_MODEL, "resident_keeps_serving": keeps}
         return JSONResponse(answer, 202, {"Location": PROGRESS_PATH})
 
@@ -211,21 +225,23 @@ class Native:
 
     async def tokenize(self, request: Request) -> Response:
         """Text to token ids."""
-        body = TokenizeBody.parse(await read_object(request))
+        size = len(await request.body())
+        body = await off_loop(size, TokenizeBody.parse, await read_object(request))
         tokenizer = self._worker.tokenizer()
         encode = functools.partial(tokenizer.encode, body.text, add_special_tokens=body.add_special)
-        return JSONResponse({"tokens": await off_loop(len(body.text), encode)})
+        return JSONResponse({"tokens": await off_loop(size, encode)})
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids to text; special tokens are written out, so that it is the way back."""
-        body = DetokenizeBody.parse(await read_object(request))
+        size = len(await request.body())
+        body = await off_loop(size, DetokenizeBody.parse, await read_object(request))
         tokenizer = self._worker.tokenizer()
         if max(body.tokens, default=0) >= tokenizer.vocab_size:
             constraint = f"token ids below {tokenizer.vocab_size}"
             field = FieldError("tokens", constraint, f"tokens must be {constraint}.")
             raise InvalidRequest(field.message, fields=[field])
         decode = functools.partial(tokenizer.decode, body.tokens, skip_special_tokens=False)
-        return JSONResponse({"text": await off_loop(len(body.tokens), decode)})
+        return JSONResponse({"text": await off_loop(size, decode)})
 
     # -- helpers
 
@@ -248,10 +264,15 @@ class Native:
         )
 
     def _serves(self) -> bool:
-        return self._worker.state == "ready" and self._worker.engine_alive
+        return self._worker.serves
 
     def _reason(self) -> Mapping[str, str]:
         if not self._worker.engine_alive:
             return {"reason": "The engine's thread has died; the log says why. Restart the worker."}
         error = self._worker.load_error
         return {"reason": str(error), "code": error.code} if error else {"reason": "The load failed."}
+
+
+def _cancel_unwanted(submission: "asyncio.Future[Job]") -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        submission.result().cancel()

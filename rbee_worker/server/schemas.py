@@ -7,7 +7,7 @@ of ``rbee_worker.config``.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -21,6 +21,7 @@ from rbee_worker.config import (
     DTypeName,
     GenerationRequest,
     Message,
+    Quantization,
     SamplingParams,
 )
 from rbee_worker.errors import FieldError, InvalidRequest
@@ -204,11 +205,6 @@ class InferenceBody(Body):
             ),
         )
 
-    @property
-    def text_size(self) -> int:
-        """Characters that will be tokenized."""
-        return len(self.prompt or "") + sum(len(m.content) for m in self.messages or ())
-
 
 class LoadingBody(Body):
     """``POST /v1/loading``; without ``model``: the one given at start."""
@@ -216,7 +212,7 @@ class LoadingBody(Body):
     model: NonEmptyText | None = None
     device: Annotated[NonEmptyText, AfterValidator(_device)] | None = None
     dtype: DTypeName | None = None
-    quantize: Literal["none"] | None = None
+    quantize: Quantization | None = None
 
 
 class TokenizeBody(Body):

@@ -54,7 +54,8 @@ class StreamState(enum.Enum):
 
 def encode(event: Event) -> bytes:
     """One event as one frame."""
-    return b"data: " + to_json(event).encode() + b"\n\n"
+    # A name that is no Unicode is escaped, in a form that JSON reads.
+    return b"data: " + to_json(event).encode(errors="backslashreplace") + b"\n\n"
 
 
 def encode_error(error: RbeeError) -> bytes:

@@ -129,7 +129,7 @@ class RawConnection:
 
     def __init__(self, address: tuple[str, int], method: str, path: str, body: bytes = b"", **headers: str) -> None:
         self._socket = socket.create_connection(address, timeout=SECONDS)
-        lines = [f"{method} {path} HTTP/1.1", "Host: worker", "Connection: close", f"Content-Length: {len(body)}"]
+        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", f"Content-Length: {len(body)}"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self._socket.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         self._received = b""

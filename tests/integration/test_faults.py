@@ -14,7 +14,7 @@ import httpx
 from .conftest import SECONDS, RawConnection, Served, environment, events_of, serving
 
 PROGRESS = "/v1/loading/progress"
-GET_PROGRESS = b"GET /v1/loading/progress HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n"
+GET_PROGRESS = b"GET /v1/loading/progress HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
 
 
 def descriptors(worker: Served) -> int:

@@ -91,6 +91,16 @@ def test_tiny_configs_give_the_reference_logits(tiny_llama: Callable[..., Path],
             assert relative_error(ours, wanted) < 1e-4, f"in pieces of {chunk}"
 
 
+def test_a_cache_that_grows_keeps_what_it_holds(tiny_llama: Callable[..., Path]) -> None:
+    path = tiny_llama(max_position_embeddings=1024)
+    theirs, transformer = reference(path), transformer_of(load(path))
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (700, 300)]
+    for ours, prompt in zip(logits_of(transformer, prompts, 90), prompts, strict=True):
+        with torch.inference_mode():
+            assert relative_error(ours, theirs(torch.tensor([prompt])).logits[0]) < 1e-4
+
+
 @pytest.mark.parametrize("changes", [CONFIGS["grouped"], CONFIGS["llama3 rope"]], ids=["grouped", "llama3 rope"])
 def test_tiny_configs_give_the_reference_greedy_tokens(
     tiny_llama: Callable[..., Path], changes: dict[str, Any]

@@ -64,7 +64,9 @@ def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, temperature=0), 0, [1, 1, 2], 4)
     logits = torch.tensor([5.0, 1.0, 1.0, 1.0])
     assert torch.equal(sampler.penalize(logits), logits)
-    assert [sampler.sample(logits), sampler.sample(logits)] == [0, 0]
+    assert sampler.sample(logits) == 0
+    assert sampler.penalize(logits).tolist() == [5.0 - 0.25 - 0.5, 1.0, 1.0, 1.0]
+    assert sampler.sample(logits) == 0
     assert sampler.penalize(logits).tolist() == [5.0 - 2 * 0.25 - 0.5, 1.0, 1.0, 1.0]
 
 
@@ -82,3 +84,9 @@ def test_same_seed_same_draws_other_seed_others() -> None:
 def test_an_empty_nucleus_keeps_the_likeliest() -> None:
     sampler = Sampler(SamplingParams(top_p=0.0), 3, [], 3)
     assert {sampler.sample(torch.tensor([0.0, 0.1, 0.2])) for _ in range(50)} == {2}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 5e-324])
+def test_the_smallest_temperature_takes_the_likeliest(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature), 3, [], 4)
+    assert {sampler.sample(torch.tensor([1.0, 9.0, 8.0, 2.0])) for _ in range(20)} == {1}

@@ -147,7 +147,7 @@ def test_a_signal_after_the_last_event_counts(engine: Script):
 
 def test_handlers_are_given_back():
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-    with interrupts(), interrupts(threading.Event()):
+    with interrupts(), interrupts(threading.Event().set):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -225,6 +225,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path):
         "class Engine:\n"
         "    def __init__(self, config): pass\n"
         "    def load(self, model, cancel): return iter(())\n"
+        "    def cancel(self, job_id): pass\n"
         "    def generate(self, request): return (Token(t='word ' * 999, i=i) for i in range(10**6))\n"
         "module = sys.modules['rbee_worker.runtime.engine'] = ModuleType('rbee_worker.runtime.engine')\n"
         "module.Engine = Engine\n"

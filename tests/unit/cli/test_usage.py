@@ -23,9 +23,9 @@ def test_version_and_help_import_nothing_heavy():
         assert done.stdout.startswith(f"rbee-worker {__version__}\n") == (option == "--version")
 
 
-@pytest.mark.parametrize("command", ["load", "generate", "serve", "inspect", "convert", "devices"])
+@pytest.mark.parametrize("command", ["load", "generate", "serve", "inspect", "convert", "devices", "bench load"])
 def test_help_has_a_purpose_and_an_example(command: str):
-    result = run(command, "--help", env={"TERMINAL_WIDTH": "100"})
+    result = run(*command.split(), "--help", env={"TERMINAL_WIDTH": "100"})
     assert result.exit_code == 0
     assert f"Example: rbee-worker {command}" in result.output
 

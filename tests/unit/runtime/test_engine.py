@@ -21,7 +21,7 @@ from rbee_worker.events import (
     Token,
 )
 from rbee_worker.runtime.engine import Engine
-from tests.tiny import write_tiny_model
+from tests.tiny import byte_tokenizer, write_tiny_model
 
 
 def loaded(path: Path, **config: object) -> Engine:
@@ -112,6 +112,34 @@ def test_neighbours_and_chunks_do_not_change_what_a_sequence_says(tiny: Path) ->
     assert [text(streams[f"job-{i}"]) for i in range(len(jobs))] == alone
     for events in streams.values():
         assert_whole_stream(events)
+
+
+def test_the_text_is_what_decoding_all_tokens_at_once_gives(engine: Engine) -> None:
+    assert engine.model is not None
+    held = 0
+    for seed in range(12):
+        sequence = engine.submit(request(seed=seed, max_tokens=9, ignore_eos=True))
+        (events,) = run(engine).values()
+        assert text(events) == engine.model.tokenizer.decode(sequence.tokens[sequence.prompt_tokens :])
+        held += text(events).endswith("\N{REPLACEMENT CHARACTER}")
+    assert held, "no text ended inside a character: the test shows nothing about the last flush"
+
+
+def test_the_rate_is_that_of_the_tokens_after_the_first(engine: Engine) -> None:
+    end = assert_whole_stream(list(engine.generate(request(max_tokens=300, ignore_eos=True))))
+    assert end.tokens_per_second * end.decode_time_ms / 1000 == pytest.approx(299, rel=0.02)
+
+
+def test_a_prompt_with_a_token_the_model_lacks_harms_nobody(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path, vocab_size=256)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    engine = loaded(path)
+    engine.submit(request(job_id="good"))
+    with pytest.raises(InvalidRequest, match="token 256; the model knows 256"):
+        engine.submit(request("hi <pad>"))
+    assert_whole_stream(run(engine)["good"])
 
 
 def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
@@ -218,6 +246,56 @@ def test_a_cancelled_load_says_so_and_keeps_the_model_before(engine: Engine, tin
             cancel.set()
     assert isinstance(events[-1], LoadCancelled)
     assert_whole_stream(list(engine.generate(request())))
+
+
+def test_a_load_cancelled_at_the_last_moment_is_cancelled(tiny: Path) -> None:
+    cancel = threading.Event()
+    engine = Engine(EngineConfig(device="cpu", dtype="float32"))
+    for event in engine.load(str(tiny), cancel):
+        if event.stage == "warming_up":
+            cancel.set()
+    assert isinstance(event, LoadCancelled)
+    assert engine.model is None
+
+
+def test_a_load_while_jobs_run_is_refused_at_once(engine: Engine, tiny: Path) -> None:
+    engine.submit(request())
+    with pytest.raises(Conflict):
+        engine.load(str(tiny))
+
+
+def test_streams_iterated_in_turn_keep_their_events(engine: Engine) -> None:
+    first, second = engine.generate(request(seed=1)), engine.generate(request(seed=2))
+    unstarted = engine.generate(request())
+    mixed: list[list[InferenceEvent]] = [[], []]
+    for one, other in zip(first, second, strict=False):
+        mixed[0].append(one)
+        mixed[1].append(other)
+    mixed[0].extend(first)
+    mixed[1].extend(second)
+    for events, seed in zip(mixed, (1, 2), strict=True):
+        assert text(events) == text(list(engine.generate(request(seed=seed))))
+    del unstarted
+    assert not engine.has_work
+
+
+def test_one_failing_sampler_loses_nobody_else_an_event(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.submit(request(job_id="good", max_tokens=1))
+    bad = engine.submit(request(job_id="bad"))
+    monkeypatch.setattr(bad, "sampler", None)
+    streams = run(engine)
+    assert_whole_stream(streams["good"])
+    assert isinstance(streams["bad"][-1], InferenceFailed)
+
+
+def test_unloading_ends_what_still_runs(engine: Engine) -> None:
+    stream = engine.generate(request(max_tokens=400, ignore_eos=True))
+    next(stream)
+    engine.submit(request(job_id="other"))
+    engine.unload()
+    assert isinstance(list(stream)[-1], InferenceFailed)
+    assert [(job, type(event)) for job, event in engine.step()] == [("other", InferenceFailed)]
+    assert not engine.has_work
 
 
 def test_closing_a_load_leaves_no_reader_behind(tiny: Path) -> None:

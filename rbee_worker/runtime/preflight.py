@@ -1,0 +1,168 @@
+"""Does it fit? Answered from headers and configs, before any memory is taken, with the remedies that would work.
+
+What is needed, in bytes:
+
+- weights: every matrix in the form it runs in, every other tensor in its dtype;
+- cache: keys and values of one sequence as long as the context (others take what is left, as they grow);
+- workspace: the activations of one prefill chunk, float32 logits of a full batch, the rotary tables, half a cache (a
+  growing one is copied into one twice its size), and on CPUs that pack weights the float32 copy of one block.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rbee_worker.config import EngineConfig
+from rbee_worker.errors import OutOfMemory
+from rbee_worker.runtime.architectures import layer_shapes
+from rbee_worker.runtime.linear import BLOCK_WEIGHTS, LinearFormat
+from rbee_worker.runtime.memory import MIB, DeviceInfo
+from rbee_worker.runtime.model_config import ModelConfig
+from rbee_worker.runtime.weights import WeightGroup
+
+_CONTEXT_STEP = 256
+"""Contexts are proposed in multiples of this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that a model takes on its device."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        parts = (("weights", self.weights), ("cache", self.cache), ("workspace", self.workspace))
+        return ", ".join(f"{name} {_mib(size)}" for name, size in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to run the model: what to say on the command line, and what it needs then."""
+
+    flags: str
+    needs: Needs
+
+    def __str__(self) -> str:
+        return f"{self.flags} ({_mib(self.needs.total)})"
+
+
+def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig) -> Needs:
+    """What a model takes in a form at a context length."""
+    itemsize = form.activation_dtype.itemsize
+    cache = context * config.kv_bytes_per_token(itemsize)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    widths = 4 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
+    workspace = min(engine.prefill_chunk, context) * widths * itemsize
+    workspace += engine.max_batch_size * config.vocab_size * 4 + cache // 2
+    workspace += 2 * context * config.head_dim * 4
+    if form.packed:
+        workspace += BLOCK_WEIGHTS * 4
+    return Needs(weights_bytes(config, form), cache, workspace)
+
+
+def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
+    """Bytes of all weights where they are used; a packed head tied to the embedding is a second copy."""
+    shapes = layer_shapes(config)
+    matrices = [shape for shape in shapes.values() if len(shape) > 1]
+    vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    layer = sum(form.linear_bytes(*shape) for shape in matrices) + vectors * form.activation_dtype.itemsize
+    table = config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
+    own_head = form.packed or not config.tie_word_embeddings
+    head = form.linear_bytes(config.vocab_size, config.hidden_size) if own_head else 0
+    return config.num_hidden_layers * layer + table + head + config.hidden_size * form.activation_dtype.itemsize
+
+
+def check_fit(
+    name: str,
+    config: ModelConfig,
+    form: LinearFormat,
+    *,
+    context: int,
+    engine: EngineConfig,
+    device: DeviceInfo,
+    alternatives: Callable[[], Sequence[tuple[str, LinearFormat, DeviceInfo]]],
+) -> Needs:
+    """Refuse what cannot fit.
+
+    Args:
+        name: the model, for the message.
+        config: its shapes.
+        form: how its weights are to be held.
+        context: tokens to serve.
+        engine: prefill chunk and batch size.
+        device: where it is to go, with its free memory now.
+        alternatives: other ways to run it, asked for only when needed: flags, form and device of each.
+
+    Returns:
+        What it will take.
+
+    Raises:
+        OutOfMemory: with the figures, and in the hint each remedy that would work.
+    """
+    needed = needs(config, form, context, engine)
+    if needed.total <= device.free_bytes:
+        return needed
+    remedies = list(_remedies(config, context, engine, [("", form, device), *alternatives()]))
+    hint = (
+        f"What would fit: {'; '.join(map(str, remedies))}."
+        if remedies
+        else "No option makes it fit on this machine as it is: free memory, or use a smaller model."
+    )
+    raise OutOfMemory(
+        f"{name} needs {_mib(needed.total)} on {device.name} ({needed}, at a context of {context:,} tokens); "
+        f"{_mib(device.free_bytes)} of {_mib(device.total_bytes)} are free.",
+        hint=hint,
+    )
+
+
+def check_host(name: str, groups: Sequence[WeightGroup], host: DeviceInfo) -> None:
+    """Refuse what could not pass through the host's memory on its way to another device: two groups at a time.
+
+    Raises:
+        OutOfMemory: with the figures.
+    """
+    sizes = sorted(sum(info.nbytes for info in group.tensors.values()) for group in groups)
+    passing = sum(sizes[-2:])
+    if passing > host.free_bytes:
+        raise OutOfMemory(
+            f"{name} passes through {_mib(passing)} of host memory on its way; "
+            f"{_mib(host.free_bytes)} of {_mib(host.total_bytes)} are free.",
+            hint="Free memory on the host.",
+        )
+
+
+def _remedies(
+    config: ModelConfig, context: int, engine: EngineConfig, ways: Sequence[tuple[str, LinearFormat, DeviceInfo]]
+) -> Iterator[Option]:
+    """Each way as it is where that fits, else with the longest context that does."""
+    for flags, form, device in ways:
+        whole = needs(config, form, context, engine)
+        if whole.total <= device.free_bytes:
+            yield Option(flags, whole)
+            continue
+        shorter = _longest_context(config, form, context, engine, device.free_bytes)
+        if shorter:
+            option = f"{flags} --max-context {shorter}".strip()
+            yield Option(option, needs(config, form, shorter, engine))
+
+
+def _longest_context(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig, free: int) -> int:
+    """The longest context, in steps, that fits into ``free`` bytes; 0: none does."""
+    low, high = 0, context // _CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needs(config, form, middle * _CONTEXT_STEP, engine).total <= free:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _CONTEXT_STEP
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"

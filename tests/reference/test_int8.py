@@ -1,0 +1,160 @@
+"""int8 weights: what they cost in accuracy, against the same model in float32."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.events import End, LoadReport, Ready, Token
+from rbee_worker.runtime import linear_int8
+from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.linear import DenseLinear
+from rbee_worker.runtime.linear_int8 import fbgemm_levels, hadamard, quantize_weight, rotate
+from rbee_worker.runtime.transformer import Transformer
+
+from .conftest import load
+from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
+
+PARAGRAPH = (
+    "The old lighthouse on the northern cape had not been lit for eleven years when Marta bought it from the harbour "
+    "board. She had seen it first from the deck of a ferry, a white column against a grey sky, and had thought no more "
+    "about it until the notice appeared in the newspaper. The price was small, because the road had been washed away "
+    "in two places and nobody wanted to carry stone, glass and oil over the rocks by hand. In the first summer she "
+    "repaired the stairs. In the second she learned how the lamp had worked: a wick, a pump, and a ring of prisms that "
+    "bent the light into a single beam."
+)
+TEXTS = [
+    PARAGRAPH,
+    "def mean(values):\n    total = 0\n    for x in values:\n        total += x\n    return total / len(values)",
+    "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
+]
+FINEST, COARSEST = 127, 63
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """The float32 weights that an int8 layer of these weights stands for."""
+    rotation = hadamard(weight.shape[1], weight.device)
+    values, scale = quantize_weight(weight, rotation)
+    return rotate(values.float() * scale[:, None], rotation)
+
+
+def twin_of(path: Path, **config: Any) -> Transformer:
+    """The float32 model whose matrices are the int8 ones."""
+    twin = transformer_of(load(path, **config))
+    for layer in twin.layers:
+        for name in ("qkv", "o", "gate_up", "down"):
+            dense = getattr(layer, name)
+            assert isinstance(dense, DenseLinear)
+            setattr(layer, name, DenseLinear(dequantized(dense.weight), dense.bias))
+    assert isinstance(twin._head, DenseLinear)
+    twin._head = DenseLinear(dequantized(twin._head.weight), None)
+    return twin
+
+
+def load_int8(path: Path, dtype: str = "float32") -> tuple[Engine, LoadReport]:
+    engine = Engine(EngineConfig(device="cpu", dtype=dtype, quantize="int8", max_context=256))
+    last = list(engine.load(str(path)))[-1]
+    assert isinstance(last, Ready)
+    return engine, last.report
+
+
+def perplexity(logits: Tensor, tokens: list[int]) -> float:
+    return float(functional.cross_entropy(logits[:-1].double(), torch.tensor(tokens[1:])).exp())
+
+
+@pytest.fixture(params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])
+def levels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Levels of the activations: those of CPUs with VNNI, and those of CPUs without, which any CPU can run."""
+    best = fbgemm_levels()
+    if request.param > (best or FINEST):
+        pytest.skip("this CPU does not multiply 8 bits by 8 bits exactly")
+    if request.param < FINEST and best is None:
+        pytest.skip("this CPU has no FBGEMM, and 8 bits without it")
+    if best is not None and request.param != best:
+        monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
+    path = tiny_llama(**changes)
+    exact = logits_of(transformer_of(load(path, max_context=256)), random_prompts())
+    ours = logits_of(transformer_of(load_int8(path)[0]), random_prompts())
+    for mine, wanted in zip(ours, exact, strict=True):
+        # Random weights without a trained model's slack, and no outliers to spread: measured 0.03 to 0.07.
+        assert relative_error(mine, wanted) < 0.12 * FINEST / (fbgemm_levels() or FINEST)
+
+
+def test_an_int8_model_is_its_dequantised_twin_but_for_the_activations(
+    model_dir: Path, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = twin_of(model_dir, max_context=256)
+    engine = load_int8(model_dir)[0]
+    assert engine.model is not None
+    prompt = [engine.model.tokenizer.encode(PARAGRAPH)]
+    error = relative_error(logits_of(transformer_of(engine), prompt)[0], logits_of(twin, prompt)[0])
+    assert error < 0.05 * FINEST / levels
+    # Activations of 17 bits leave nothing but the weights: the product is made in plain arithmetic to take them.
+    monkeypatch.setattr(linear_int8, "fbgemm_product", fine_product)
+    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 2**17 - 1)
+    fine = transformer_of(load_int8(model_dir)[0])
+    assert relative_error(logits_of(fine, prompt)[0], logits_of(twin, prompt)[0]) < error / 50
+
+
+def fine_product(values: Tensor, scale: Tensor, _levels: int = 0) -> Callable[[Tensor], Tensor]:
+    """The integer product for activations of any number of levels."""
+    return lambda rows: (rows.double() @ values.double().T * scale.double()).float()
+
+
+def test_the_real_model_keeps_its_wits(model_dir: Path, levels: int) -> None:
+    exact_engine = load(model_dir, max_context=256)
+    exact, ours = transformer_of(exact_engine), transformer_of(load_int8(model_dir)[0])
+    assert exact_engine.model is not None
+    prompts = [exact_engine.model.tokenizer.encode(text) for text in TEXTS]
+    wanted, mine = logits_of(exact, prompts), logits_of(ours, prompts)
+    coarser = FINEST / levels
+    assert relative_error(torch.cat(mine), torch.cat(wanted)) < 0.06 * coarser
+    agreement = (torch.cat(mine).argmax(1) == torch.cat(wanted).argmax(1)).float().mean()
+    assert float(agreement) > 0.85
+    assert perplexity(mine[0], prompts[0]) < (1 + 0.03 * coarser) * perplexity(wanted[0], prompts[0])
+
+
+def test_it_still_knows_the_capital_of_france(model_dir: Path, levels: int) -> None:
+    engine, _ = load_int8(model_dir)
+    request = GenerationRequest.from_text(
+        "What is the capital of France?",
+        system=None,
+        raw=False,
+        sampling=SamplingParams(temperature=0, max_tokens=24),
+    )
+    events = list(engine.generate(request))
+    assert "Paris" in "".join(event.t for event in events if isinstance(event, Token))
+    assert isinstance(events[-1], End)
+    assert levels
+
+
+def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Callable[..., Path]) -> None:
+    layer = transformer_of(load_int8(tiny_llama())[0]).layers[0]
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1e4
+    for linear in (layer.qkv, layer.o, layer.gate_up):
+        whole = linear(x)
+        for begin, end in ((0, 1), (1, 8), (8, 50), (7, 8)):
+            assert torch.equal(linear(x[begin:end]), whole[begin:end])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_report_says_what_was_saved(model_dir: Path, dtype: str) -> None:
+    engine, report = load_int8(model_dir, dtype)
+    plain = load(model_dir, dtype, max_context=256)
+    assert engine.model is not None
+    assert plain.model is not None
+    assert (report.quantize, report.dtype) == ("int8", dtype)
+    assert report.saved_mb == (plain.model.nbytes - engine.model.nbytes) // 2**20
+    assert report.saved_mb > 0.35 * plain.model.nbytes / 2**20
+    assert transformer_of(engine)._embedding.table.dtype == getattr(torch, dtype)
