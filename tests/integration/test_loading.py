@@ -135,7 +135,8 @@ def test_cancelled_loads_leave_nothing_behind(tmp_path: Path, dtype: str) -> Non
     assert done.returncode == 0, done.stderr
     before, most, after = map(int, done.stdout.split())
     assert most > before + 60, "the model is too small to tell"
-    assert after < before + (most - before) // 8
+    # After four loads: a leak of one layer each would be half of a load. malloc may keep the end of a thread's heap.
+    assert after < before + (most - before) // 4
 
 
 STUCK = """
