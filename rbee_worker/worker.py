@@ -134,10 +134,7 @@ class Worker:
         return running
 
     async def unload(self) -> int:
-        """Free the model once its running jobs have ended, and forget the load that brought it.
-
-        Returns:
-            Bytes of weights freed.
+        """Free the model once its running jobs have ended, and forget its load; returns the bytes of weights freed.
 
         Raises:
             Conflict: a load, or another unload, is under way.

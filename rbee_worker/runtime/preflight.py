@@ -4,8 +4,9 @@ What is needed, in bytes:
 
 - weights: every matrix in the form it runs in, every other tensor in its dtype;
 - cache: keys and values of one sequence as long as the context (others take what is left, as they grow);
-- workspace: the activations of one prefill chunk, float32 logits of a full batch, the rotary tables, half a cache (a
-  growing one is copied into one twice its size), and on CPUs that pack weights the float32 copy of one block.
+- workspace: the rotary tables, and the larger of what running takes (the activations of one prefill chunk, float32
+  logits of a full batch, half a cache, as a growing one is copied into one twice its size) and what loading takes on a
+  CPU that packs weights (a float32 copy of the largest fused matrix for each reader).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory
 from rbee_worker.runtime.architectures import layer_shapes
-from rbee_worker.runtime.linear import BLOCK_WEIGHTS, LinearFormat
+from rbee_worker.runtime.linear import LinearFormat
 from rbee_worker.runtime.memory import MIB, DeviceInfo
 from rbee_worker.runtime.model_config import ModelConfig
+from rbee_worker.runtime.storage import LOCAL_READERS
 from rbee_worker.runtime.weights import WeightGroup
 
 _CONTEXT_STEP = 256
@@ -58,12 +60,12 @@ def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineC
     cache = context * config.kv_bytes_per_token(itemsize)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     widths = 4 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
-    workspace = min(engine.prefill_chunk, context) * widths * itemsize
-    workspace += engine.max_batch_size * config.vocab_size * 4 + cache // 2
-    workspace += 2 * context * config.head_dim * 4
-    if form.packed:
-        workspace += BLOCK_WEIGHTS * 4
-    return Needs(weights_bytes(config, form), cache, workspace)
+    running = min(engine.prefill_chunk, context) * widths * itemsize
+    running += engine.max_batch_size * config.vocab_size * 4 + cache // 2
+    fused = config.hidden_size * max(heads * config.head_dim, 2 * config.intermediate_size)
+    loading = LOCAL_READERS * fused * 4 if form.packed else 0
+    rotary = 2 * context * config.head_dim * 4
+    return Needs(weights_bytes(config, form), cache, max(running, loading) + rotary)
 
 
 def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:

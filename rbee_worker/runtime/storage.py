@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-_LOCAL_READERS = 2
+LOCAL_READERS = 2
 _LOCAL_CHUNK = 8 * 2**20
 _NETWORK_CHUNK = 32 * 2**20
 
@@ -37,7 +37,7 @@ class Storage:
     @property
     def readers(self) -> int:
         """Threads that read at once. One behind a network: its server reads ahead of a sequential reader."""
-        return 1 if self.network else _LOCAL_READERS
+        return 1 if self.network else LOCAL_READERS
 
     @property
     def chunk_bytes(self) -> int:
