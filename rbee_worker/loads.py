@@ -115,9 +115,9 @@ class Loads:
         try:
             self._host.take_over(model, cancel)
         except Cancelled:
-            freed, device = model.nbytes // MIB, model.device
+            freed = model.nbytes // MIB
             del model
-            release_memory(device)
+            release_memory()
             return LoadCancelled(seq=ready.seq, elapsed_seconds=ready.elapsed_seconds, vram_mb_freed=freed)
         except RbeeError as error:
             return self._failed(error, ready, seq=ready.seq)
@@ -133,6 +133,8 @@ class Loads:
         else:
             logger.error("loading failed", exc_info=error)
             self.error = RbeeError(f"Loading failed: {error}")
+            error.__traceback__ = None
+        release_memory()
         if isinstance(last, LoadFailed):
             return last
         message, number = str(self.error), last.seq + 1 if seq is None else seq

@@ -73,9 +73,9 @@ class Engine:
         model, self.model = self.model, None
         if model is None:
             return 0
-        freed, device = model.nbytes, model.device
+        freed = model.nbytes
         del model
-        release_memory(device)
+        release_memory()
         return freed
 
     def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:

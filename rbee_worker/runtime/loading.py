@@ -155,7 +155,7 @@ def load_model(
         if not finished or cancel.is_set():
             freed = transformer.nbytes // MIB
             del transformer
-            release_memory(plan.device)
+            release_memory()
             yield timeline.event(LoadCancelled, vram_mb_freed=freed)
             return None
     except RbeeError as error:
@@ -202,12 +202,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def release_memory(device: torch.device) -> None:
-    """Give memory that nothing refers to any more back to the device, and to the host."""
+def release_memory() -> None:
+    """Give memory that nothing refers to any more back to the devices and the host."""
     trim_host_memory()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
-    elif device.type == "mps":
+    if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
