@@ -267,7 +267,7 @@ def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: s
         assert worker.cancel_load()
         assert isinstance((await loading)[-1], LoadCancelled)
         assert worker.serves
-        assert worker.model_name == "tiny0"
+        assert worker.model_name == Path(tiny).name
         job.cancel()
         await events_of(job.events())
 
