@@ -1,7 +1,7 @@
 """Frozen settings. The command line and the request schemas read their defaults and ranges from here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, Self, TypedDict
 
 from rbee_worker.errors import FieldError, InvalidRequest
@@ -201,8 +201,3 @@ class ServerConfig:
     send_timeout_seconds: float = 60.0
     hold_requests: bool = False
     exit_on_load_error: bool = False
-
-
-def default_of(cls: type[EngineConfig | ServerConfig | SamplingParams], name: str) -> object:
-    """The default of a field, for help texts and option defaults."""
-    return next(f.default for f in fields(cls) if f.name == name)

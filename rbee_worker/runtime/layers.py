@@ -32,7 +32,7 @@ class Rotary:
     ``x * cos + swap(x) * [-sin, sin]``.
     """
 
-    __slots__ = ("_cos", "_sin", "nbytes")
+    __slots__ = ("_cos", "_sin")
 
     def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
         frequencies = inverse_frequencies(config.rope, config.head_dim)
@@ -40,7 +40,6 @@ class Rotary:
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat((cos, cos), dim=-1).to(device)
         self._sin = torch.cat((-sin, sin), dim=-1).to(device)
-        self.nbytes = self._cos.nbytes + self._sin.nbytes
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables for int64 positions [tokens]: cos and signed sin, each [tokens, 1, head_dim]."""

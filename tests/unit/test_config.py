@@ -16,7 +16,6 @@ from rbee_worker.config import (
     Range,
     SamplingParams,
     ServerConfig,
-    default_of,
 )
 from rbee_worker.errors import InvalidRequest
 
@@ -86,9 +85,8 @@ def test_text_becomes_messages_only_with_a_system_text():
 
 
 @pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, SamplingParams])
-def test_settings_are_frozen_and_know_their_defaults(kind: type):
+def test_settings_are_frozen(kind: type):
     settings = kind()
     for field in dataclasses.fields(kind):
-        assert default_of(kind, field.name) == getattr(settings, field.name)
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(settings, field.name, None)
