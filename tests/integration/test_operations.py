@@ -1,5 +1,6 @@
 """What operators see and do at run time: metrics during a load, held requests, swapping models."""
 
+import json
 import re
 import threading
 import time
@@ -138,3 +139,34 @@ def test_load_of_a_running_worker_draws_its_events(tiny: Path) -> None:
         deadline = time.monotonic() + 10
         while metrics(worker)["rbee_load_watchers"]:
             assert time.monotonic() < deadline
+
+
+def test_what_cannot_fit_is_refused_before_any_memory_is_taken(tmp_path: Path) -> None:
+    giant = write_tiny_model(
+        tmp_path / "giant", max_position_embeddings=2**24, num_hidden_layers=24, num_key_value_heads=4
+    )
+    done = run("load", str(giant), "--json", "--dtype", "float32")
+    assert done.returncode == 5
+    stages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["stage"] for event in stages] == ["resolving", "error"]
+    assert stages[1]["code"] == "OUT_OF_MEMORY"
+    assert re.search(r"giant needs [\d,]+ MiB on \w+.* \(weights [\d,]+ MiB, cache [\d,]+ MiB", done.stderr)
+    remedy = re.search(r"--max-context (\d+)", done.stderr)
+    assert remedy is not None
+    assert run("load", str(giant), "--max-context", "4096", "--quiet").returncode == 0
+    with serving("--model", str(giant), "--dtype", "float32") as worker:
+        assert worker.events()[-1]["code"] == "OUT_OF_MEMORY"
+        assert httpx.get(f"{worker.url}/health").status_code == 503
+
+
+def test_int8_is_asked_for_on_the_command_line_and_over_http(model_dir: Path) -> None:
+    question = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
+    done = run("generate", "-m", str(model_dir), "--quantize", "int8", *question)
+    assert "Paris" in done.stdout
+    with serving("--model", str(model_dir)) as worker:
+        whole = worker.events()[-1]["report"]
+        assert httpx.post(f"{worker.url}/v1/loading", json={"quantize": "int8"}).status_code == 202
+        report = worker.events()[-1]["report"]
+    assert (whole["quantize"], report["quantize"]) == ("none", "int8")
+    assert report["device_mb"]["cpu"] < 0.7 * whole["device_mb"]["cpu"]
+    assert report["saved_mb"] > 0
