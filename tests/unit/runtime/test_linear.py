@@ -88,12 +88,6 @@ def test_auto_never_takes_plain_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_auto_holds_the_embedding_beside_int8_in_the_finer_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_bf16_arithmetic", lambda: True)
-    assert choose_format(CPU, "auto", "int8").dtype_name == "float16"
-    assert choose_format(CPU, "bfloat16", "int8").dtype_name == "bfloat16"
-
-
 def test_an_asked_for_dtype_is_held(quantize: str) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         form = choose_format(CPU, dtype, quantize)
@@ -245,3 +239,9 @@ def test_seven_bits_give_the_same_from_either_product(monkeypatch: pytest.Monkey
     plain.levels = 63
     assert packed.levels == 63
     assert torch.equal(packed(x), plain(x))
+
+
+def test_auto_holds_the_embedding_beside_int8_in_the_finer_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_has_bf16_arithmetic", lambda: True)
+    assert choose_format(CPU, "auto", "int8").dtype_name == "float16"
+    assert choose_format(CPU, "bfloat16", "int8").dtype_name == "bfloat16"
