@@ -107,7 +107,8 @@ def _say(message: str, hint: str | None) -> None:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
     # Whoever reads stderr may have left with stdout (`2>&1 | head`); the exit code still tells.
-    with suppress(BrokenPipeError):
+    # A closed stderr (`2>&-`) is None.
+    with suppress(BrokenPipeError, AttributeError):
         sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
         sys.stderr.flush()
 

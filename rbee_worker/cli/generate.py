@@ -130,7 +130,7 @@ def _generate_here(
     from rbee_worker.display import loading_sink  # noqa: PLC0415 - rich
 
     out = opt.stdout()
-    engine = load_here(model, config, loading_sink(json=json, quiet=quiet, report=False, out=out, err=sys.stderr))
+    engine = load_here(model, config, loading_sink(json=json, quiet=quiet, report=False, out=out, err=opt.stderr()))
     job_id = str(uuid.uuid4())
     events = engine.generate(replace(request, job_id=job_id))
     # A signal ends the job with its `end` event, after the text so far.
@@ -156,7 +156,7 @@ def _generate_there(request: GenerationRequest, addr: str, api_key: str | None, 
 def _printer(out: TextIO, *, json: bool, quiet: bool) -> "EventSink":
     from rbee_worker.display import JsonLines, TokenPrinter  # noqa: PLC0415 - rich
 
-    return JsonLines(out) if json else TokenPrinter(out, None if quiet else sys.stderr)
+    return JsonLines(out) if json else TokenPrinter(out, None if quiet else opt.stderr())
 
 
 def read_prompt(text: str) -> str:

@@ -1,6 +1,5 @@
 """``rbee-worker load``, and the loading that ``generate`` shares."""
 
-import sys
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ def load(
     log.configure(log_level, log_format)
     from rbee_worker.display import loading_sink  # noqa: PLC0415 - rich
 
-    sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=sys.stderr)
+    sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=opt.stderr())
     if addr is None:
         load_here(model, EngineConfig(device=device, dtype=dtype, quantize=quantize, max_context=max_context), sink)
         return

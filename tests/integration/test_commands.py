@@ -157,3 +157,31 @@ def test_a_worker_that_is_killed_leaves_the_next_start_clean(gguf_path: Path) ->
     with serving("--model", str(gguf_path), "--addr", f"127.0.0.1:{port}") as worker:
         assert worker.address[1] == port
         assert worker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        ("generate -m {tiny} -p $'a\\xff'", 2, "not UTF-8"),
+        ("load {tiny} --max-context 1", 2, "max-context"),
+        ("generate -m {tiny} -p x --raw --max-tokens 2 -q >&-", 0, ""),
+        ("load {tiny} 2>&-", 0, ""),
+        ("load $'no\\xffwhere' --json", 3, ""),
+    ],
+    ids=["odd bytes in a prompt", "a context of one", "stdout closed", "stderr closed", "odd bytes in a path"],
+)
+def test_odd_surroundings_are_no_surprise(tiny: Path, script: str, code: int, message: str) -> None:
+    command = f"{PROGRAM} {script.format(tiny=tiny)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=SECONDS, env=environment(), check=False)
+    assert done.returncode == code, done.stderr
+    assert message.encode() in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"unexpected" not in done.stderr
+
+
+def test_ctrl_c_in_the_middle_of_a_long_prompt_does_not_wait_for_its_end(model_dir: Path) -> None:
+    arguments = ("generate", "-m", str(model_dir), "--raw", "--json", "--dtype", "float32", "-p", " hello" * 8000)
+    code, out, _ = interrupted(*arguments, when=b'"started"', stream="stdout")
+    assert code == 130
+    assert '"event":"token"' not in out
+    assert '"stop_reason":"cancelled"' in out.splitlines()[-1]
