@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self, TypedDict
+from pathlib import Path
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from rbee_worker.errors import FieldError, InvalidRequest
 
@@ -17,10 +18,31 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 class Message(TypedDict):
-    """One chat message, as chat templates take it."""
+    """One chat message, as chat templates take it; the keys beside the first two are those of OpenAI's messages."""
 
     role: str
-    content: str
+    content: str | None
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What the generated text must match.
+
+    Attributes:
+        kind: ``json_object`` (any JSON object), ``json_schema``, ``regex``, or ``lark`` (a grammar in llguidance's
+            dialect of Lark).
+        text: the schema as JSON text, the expression, or the grammar; empty for ``json_object``.
+    """
+
+    kind: GrammarKind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +76,14 @@ SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 
 MAX_STOP_SEQUENCES = 16
 MAX_JOB_ID_LENGTH = 128
+MAX_LOGPROBS = 20
+"""Likeliest tokens that can be told with each generated one."""
+MAX_SPECULATION = 16
+"""Tokens guessed at once."""
+MAX_LOGIT_BIAS = 1024
+"""Entries of ``logit_bias``."""
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""UTF-8 bytes of a JSON schema, regular expression or grammar."""
 
 RANGES: Mapping[str, Range] = {
     "max_tokens": Range(low=1),
@@ -64,8 +94,16 @@ RANGES: Mapping[str, Range] = {
     "repetition_penalty": Range(above=0, high=2),
     "presence_penalty": Range(low=-2, high=2),
     "frequency_penalty": Range(low=-2, high=2),
+    "logprobs": Range(low=0, high=MAX_LOGPROBS),
+    "prompt_logprobs": Range(low=0, high=MAX_LOGPROBS),
 }
 """Bounds of the numeric sampling parameters (see docs/http-api.md)."""
+
+LOGIT_BIAS_RANGE = Range(low=-100, high=100)
+CHOICES_RANGE = Range(low=1, high=128)
+"""Answers that one request may ask for (OpenAI's ``n``), all its prompts together."""
+TIMEOUT_RANGE = Range(above=0, high=86_400)
+"""Seconds that a request may give itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +123,12 @@ class SamplingParams:
         seed: None: chosen at random and reported.
         stop: strings that end generation; they are not part of the text.
         ignore_eos: go on past end-of-sequence tokens.
+        logit_bias: added to the logits of token ids (OpenAI's definition), as pairs of id and bias from -100 to 100.
+        logprobs: tell each generated token's log-probability and those of this many likeliest ones; None: tell none.
+            They are the model's own, before penalties, bias, temperature and truncation.
+        prompt_logprobs: the same for the tokens of the prompt, told before the first token.
+        grammar: what the text must match; None: anything.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     max_tokens: int | None = None
@@ -98,6 +142,11 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -117,6 +166,12 @@ class SamplingParams:
             bad.append(FieldError("stop", f"at most {MAX_STOP_SEQUENCES} strings", message))
         if any(not text for text in self.stop):
             bad.append(FieldError("stop", "non-empty strings", "stop holds an empty string."))
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            message = f"logit_bias holds {len(self.logit_bias)} entries; {MAX_LOGIT_BIAS} are allowed."
+            bad.append(FieldError("logit_bias", f"at most {MAX_LOGIT_BIAS} entries", message))
+        if any(bias not in LOGIT_BIAS_RANGE for _, bias in self.logit_bias):
+            message = f"logit_bias holds a bias that is not {LOGIT_BIAS_RANGE}."
+            bad.append(FieldError("logit_bias", f"biases {LOGIT_BIAS_RANGE}", message))
         if bad:
             raise InvalidRequest(" ".join(error.message for error in bad), fields=bad)
 
@@ -126,17 +181,27 @@ class GenerationRequest:
     """One job: a prompt, or messages for the chat template, and how to continue it.
 
     Attributes:
-        prompt: text to continue; exactly one of ``prompt`` and ``messages`` is given.
+        prompt: text to continue; exactly one of ``prompt``, ``prompt_ids`` and ``messages`` is given.
+        prompt_ids: token ids to continue, taken as they are.
         messages: rendered with the model's chat template.
+        template_variables: further values for the chat template, such as ``tools`` and ``documents``.
         raw: take ``prompt`` as it is; without it a prompt is wrapped as one user message when the model has a
             chat template.
         job_id: unique among running jobs; None: a new UUID.
+        prompt_progress: tell how much of the prompt has been processed, as it is.
+        client: who asks; clients that wait take turns. Empty: nobody in particular.
+        timeout_seconds: from submission; a job that takes longer ends with an error. None: no limit.
     """
 
     prompt: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     raw: bool = True
     job_id: str | None = None
+    prompt_progress: bool = False
+    client: str = ""
+    timeout_seconds: float | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     @classmethod
@@ -158,7 +223,11 @@ class EngineConfig:
         quantize: ``int8`` turns the matrices into int8 as they are loaded (see docs/quantization.md).
         max_context: context length in tokens to serve; None: the model's own.
         max_batch_size: sequences that run in one step at most.
-        prefill_chunk: prompt tokens processed in one step at most.
+        prefill_chunk: prompt tokens processed in one step at most; beside running answers, an eighth of it.
+        kv_cache_memory: bytes of device memory for the keys and values of all sequences; None: what
+            ``max_batch_size`` whole contexts need, within a share of what is free.
+        prefix_cache: keep the keys and values of what was processed, and reuse them where a prompt begins alike.
+        speculate: tokens to guess by prompt lookup and check in one pass, per sequence; 0: none.
         stall_seconds: silence from the disk after which ``stalled`` is said.
     """
 
@@ -168,6 +237,9 @@ class EngineConfig:
     max_context: int | None = None
     max_batch_size: int = 8
     prefill_chunk: int = 512
+    kv_cache_memory: int | None = None
+    prefix_cache: bool = True
+    speculate: int = 0
     stall_seconds: float = 10.0
 
 
@@ -177,9 +249,21 @@ class ServerConfig:
 
     Attributes:
         host, port: the address bound; port 0 lets the system choose.
-        api_keys: accepted bearer tokens; none: no key is asked for.
+        api_keys: accepted bearer tokens; none, and no file: no key is asked for.
+        api_key_file: more of them, one a line; read again on SIGHUP.
         allow_unauthenticated: bind other than loopback addresses without a key.
+        trusted_hosts: names that ``Host`` may say, beside this machine's own; ``*.example.org`` stands for every name
+            below it. None: any name where a key is asked for.
+        cors_origins: origins whose pages may use the worker from a browser; ``*``: all of them.
+        tls_cert, tls_key: PEM files; a certificate makes the worker speak HTTPS. Without ``tls_key`` the key is in
+            the certificate's file.
+        tls_key_password: of an encrypted key.
         allow_models: models that clients may ask to load, beside the one given at start.
+        served_model_names: what OpenAI's clients may call the model, beside its own name; the first is what it is
+            called in answers.
+        max_connections: connections served at a time; on one more, only health and readiness are answered.
+        header_seconds: how long a request's head may take to arrive.
+        idle_seconds: how long a connection may stay open between two requests.
         max_queue: requests waiting for their turn at most.
         keep_alive_seconds: silence on a stream after which a comment line is sent; 0: never.
         shutdown_grace_seconds: how long running streams may go on after SIGTERM.
@@ -191,9 +275,19 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
     allow_unauthenticated: bool = False
+    trusted_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_key_password: str | None = field(default=None, repr=False)
     allow_models: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    max_connections: int = 4096
+    header_seconds: float = 20.0
+    idle_seconds: float = 65.0
     max_queue: int = 64
     keep_alive_seconds: float = 10.0
     shutdown_grace_seconds: float = 30.0

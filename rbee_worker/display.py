@@ -318,6 +318,9 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
     if report.storage:
         rows["from"] = report.storage
     rows |= {f"memory on {device}": f"{mb:,} MiB" for device, mb in report.device_mb.items()}
+    if report.kv_cache_tokens:
+        rows["context"] = f"{report.context_length:,} tokens"
+        rows["KV cache"] = f"{report.kv_cache_tokens:,} tokens, {report.kv_cache_mb:,} MiB"
     rows["peak host memory"] = f"{report.peak_host_mb:,} MiB"
     return rows
 

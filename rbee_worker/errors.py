@@ -15,6 +15,7 @@
     ├── WorkerUnreachable        6   502  WORKER_UNREACHABLE   --addr: nobody answers there
     ├── Cancelled              130   409  CANCELLED            interrupted by the user
     ├── InferenceError           1   500  INFERENCE_FAILED     a step failed, or there is no model to run
+    │   ├── DeadlineExceeded     1   504  DEADLINE_EXCEEDED    the job took longer than its timeout
     │   └── ModelNotLoaded       1   503  INFERENCE_FAILED     (503 with Retry-After)
     └── RequestRefused
         ├── Unauthorized         1   401  UNAUTHORIZED
@@ -24,6 +25,7 @@
         ├── Conflict             1   409  CONFLICT             the job id runs already, a load runs already
         ├── RequestTimeout       1   408  REQUEST_TIMEOUT      the request body did not arrive in time
         ├── BodyTooLarge         1   413  BODY_TOO_LARGE
+        ├── HeadersTooLarge      1   431  HEADERS_TOO_LARGE
         ├── QueueFull            1   429  QUEUE_FULL           (Retry-After)
         └── Unavailable          1   503  UNAVAILABLE          loading or draining (Retry-After)
 
@@ -153,6 +155,13 @@ class InferenceError(RbeeError):
     code = "INFERENCE_FAILED"
 
 
+class DeadlineExceeded(InferenceError):
+    """The job took longer than its timeout."""
+
+    code = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
 class ModelNotLoaded(InferenceError):
     """There is no model to run."""
 
@@ -210,6 +219,13 @@ class BodyTooLarge(RequestRefused):
 
     code = "BODY_TOO_LARGE"
     http_status = 413
+
+
+class HeadersTooLarge(RequestRefused):
+    """The request's head is over the limit."""
+
+    code = "HEADERS_TOO_LARGE"
+    http_status = 431
 
 
 class QueueFull(RequestRefused):

@@ -11,11 +11,12 @@ Loading, in this order (``?`` may be absent, ``*`` may repeat)::
 
 Inference, one stream per job::
 
-    started  token*  end | error
+    started  prompt_progress*  prompt_logprobs?  token*  end | error
     end                             (cancelled while it waited for a place)
     error                           (refused)
 
 ``token`` events are numbered from 0 by ``i``; the concatenation of their ``t`` is the generated text.
+``prompt_progress`` and ``prompt_logprobs`` come only where the request asks for them.
 
 The JSON form of an event (:func:`to_dict`, :func:`to_json`) puts the discriminator first (``stage`` or ``event``)
 and leaves out fields whose value is None.
@@ -48,6 +49,9 @@ class LoadReport:
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.
+        context_length: tokens of prompt and output together at most.
+        kv_cache_tokens: tokens of all sequences together whose keys and values find room.
+        kv_cache_mb: MiB of memory that takes; on a CPU taken as it is filled.
         peak_host_mb: the process's peak resident memory in MiB, as the operating system counts it.
     """
 
@@ -64,6 +68,9 @@ class LoadReport:
     storage: str = ""
     quantize: str = "none"
     saved_mb: int = 0
+    context_length: int = 0
+    kv_cache_tokens: int = 0
+    kv_cache_mb: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,12 +194,64 @@ class Started(InferenceEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProgress(InferenceEvent):
+    """How far the prompt has been processed, after each step that takes some of it.
+
+    Attributes:
+        total: tokens of the prompt.
+        cached: those whose keys and values were reused.
+        processed: those done, ``cached`` included.
+        elapsed_ms: milliseconds since admission.
+    """
+
+    event: ClassVar[str] = "prompt_progress"
+    total: int
+    cached: int
+    processed: int
+    elapsed_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token and the model's natural log-probability of it; None for a first one, which nothing predicts.
+
+    Attributes:
+        id: token id.
+        token: its text alone; bytes that are no UTF-8 show as U+FFFD.
+        bytes: its bytes.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens at its place, likeliest first; their own ``top`` is empty.
+    """
+
+    id: int
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float | None
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs(InferenceEvent):
+    """The log-probabilities of the prompt's tokens, all of them, in order."""
+
+    event: ClassVar[str] = "prompt_logprobs"
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token(InferenceEvent):
-    """A piece of text: whole characters only. ``i`` counts these events from 0."""
+    """A piece of text: whole characters only.
+
+    Attributes:
+        t: the text.
+        i: counts these events from 0.
+        logprobs: of the tokens that make the text, where the request asks for them.
+    """
 
     event: ClassVar[str] = "token"
     t: str
     i: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +297,9 @@ _STAGES: Mapping[str, type[LoadingEvent]] = {
     cls.stage: cls
     for cls in (Resolving, Downloading, LoadingToVram, WarmingUp, Stalled, Ready, LoadFailed, LoadCancelled)
 }
-_EVENTS: Mapping[str, type[InferenceEvent]] = {cls.event: cls for cls in (Started, Token, End, InferenceFailed)}
+_EVENTS: Mapping[str, type[InferenceEvent]] = {
+    cls.event: cls for cls in (Started, PromptProgress, PromptLogprobs, Token, End, InferenceFailed)
+}
 
 
 def to_dict(event: Event) -> dict[str, Any]:
@@ -276,12 +337,27 @@ def from_dict(data: Mapping[str, Any]) -> Event:
     try:
         if cls is Ready and isinstance(report := values.get("report"), Mapping):
             values["report"] = LoadReport(**{f.name: report[f.name] for f in fields(LoadReport) if f.name in report})
+        if values.get("logprobs") is not None:
+            values["logprobs"] = tuple(map(_logprob, values["logprobs"]))
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"incomplete {cls.__name__} event: {error}") from None
+
+
+def _logprob(data: Mapping[str, Any]) -> TokenLogprob:
+    """The reverse of :func:`_plain` for one token."""
+    top = tuple(map(_logprob, data.get("top", ())))
+    return TokenLogprob(
+        id=data["id"], token=data["token"], bytes=tuple(data["bytes"]), logprob=data["logprob"], top=top
+    )
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, LoadReport):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, TokenLogprob):
+        plain = {"id": value.id, "token": value.token, "bytes": list(value.bytes), "logprob": value.logprob}
+        return plain | {"top": _plain(value.top)} if value.top else plain
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return dict(value) if isinstance(value, Mapping) else value

@@ -80,6 +80,9 @@ class ChatTemplate:
         special_tokens: ``bos_token`` and its like, visible to the template by name.
         now: the clock that ``strftime_now`` reads.
 
+    Attributes:
+        source: as given.
+
     Raises:
         ModelMalformed: the text is no template.
     """
@@ -93,6 +96,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
+        self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)

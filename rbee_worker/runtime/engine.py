@@ -3,24 +3,41 @@
 Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another.
 """
 
-import secrets
 import threading
-import uuid
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
 
-import torch
+from torch import Tensor
 
-from rbee_worker.config import EngineConfig, GenerationRequest, Message
-from rbee_worker.errors import Conflict, ContextTooLong, FieldError, InferenceError, InvalidRequest, ModelNotLoaded
+from rbee_worker.config import EngineConfig, GenerationRequest
+from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
 from rbee_worker.events import InferenceEvent, LoadingEvent, Ready
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS, PoolUse
+from rbee_worker.runtime.decide import Guess, decide
+from rbee_worker.runtime.kv_cache import SequenceCache
 from rbee_worker.runtime.loading import LoadedModel, load_model, release_memory
+from rbee_worker.runtime.prepare import prepare
+from rbee_worker.runtime.sampler import likelihoods
 from rbee_worker.runtime.scheduler import Scheduled, Scheduler
 from rbee_worker.runtime.sequence import Sequence
-from rbee_worker.runtime.transformer import Batch, Segment
+from rbee_worker.runtime.stats import EngineStats
+from rbee_worker.runtime.transformer import Batch
 
 JobEvents = list[tuple[str, InferenceEvent]]
 """Events of one step, each with the id of its job, in order."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What the engine counts itself; see :class:`EngineStats`."""
+
+    steps: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine:
@@ -38,6 +55,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._followed: dict[str, deque[InferenceEvent]] = {}
         self._undelivered: JobEvents = []
+        self._counts = _Counts()
+        self._batch_sizes: list[int] = []
 
     def load(self, model: str | None, cancel: threading.Event | None = None) -> Iterator[LoadingEvent]:
         """Load a model and make it the one that runs; see :func:`rbee_worker.runtime.loading.load_model`.
@@ -85,7 +104,7 @@ class Engine:
             InvalidRequest, ContextTooLong, ModelNotLoaded: at the call, before anything is generated.
             Conflict: at the first event, when the job id runs already.
         """
-        return self._follow(prepare(self.model, request))
+        return self._follow(prepare(self.model, request, self.config))
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a job for :meth:`step`.
@@ -96,7 +115,7 @@ class Engine:
             ModelNotLoaded: there is no model.
             Conflict: the job id runs already.
         """
-        sequence = prepare(self.model, request)
+        sequence = prepare(self.model, request, self.config)
         self.add(sequence)
         return sequence
 
@@ -132,6 +151,22 @@ class Engine:
         """Whether :meth:`step` has anything to do."""
         return bool(self._sequences or self._undelivered)
 
+    @property
+    def stats(self) -> EngineStats:
+        """What has been done and what is held; any thread may read it."""
+        model = self.model
+        pool = model.transformer.cache.pool if model is not None else None
+        use = pool.use if pool is not None else PoolUse(0, 0, 0)
+        return EngineStats(
+            **asdict(self._counts),
+            batch_sizes=tuple(self._batch_sizes),
+            preemptions=self._scheduler.preemptions,
+            kv_blocks_total=pool.blocks if pool is not None else 0,
+            kv_blocks_used=use.used,
+            kv_blocks_cached=use.cached,
+            block_tokens=BLOCK_TOKENS,
+        )
+
     def step(self) -> JobEvents:
         """Move the running sequences: admit, one forward pass, sample, and tell.
 
@@ -139,8 +174,8 @@ class Engine:
         engine goes on. Events of jobs that :meth:`generate` iterates go there.
         """
         self._undelivered, events = [], self._undelivered
-        for sequence in self._scheduler.take_cancelled():
-            events.extend((sequence.job_id, event) for event in sequence.cancel())
+        for sequence in self._scheduler.take_ended(time.monotonic()):
+            events.extend((sequence.job_id, event) for event in _end(sequence))
         try:
             self._admit(events)
             self._run(events)
@@ -157,25 +192,47 @@ class Engine:
         model = self.model
         if model is None:
             raise ModelNotLoaded("Model not loaded")
-        for sequence in self._scheduler.admit():
-            events.append((sequence.job_id, sequence.admit(model.name, model.transformer.new_cache())))
+        pool = model.transformer.cache.pool
+
+        def new_cache(sequence: Sequence) -> SequenceCache:
+            # The last token is always computed: its logits are what comes next.
+            prefix = sequence.tokens[:-1] if sequence.shares_prefix else ()
+            return SequenceCache(pool, prefix, headroom=sequence.tokens_left)
+
+        for sequence, cache in self._scheduler.admit(new_cache):
+            self._counts.prefix_query_tokens += len(sequence.tokens)
+            self._counts.prefix_hit_tokens += cache.reused
+            events.extend((sequence.job_id, event) for event in sequence.admit(model.name, cache))
 
     def _run(self, events: JobEvents) -> None:
         shares = self._scheduler.schedule()
         if not shares or self.model is None:
             return
         transformer = self.model.transformer
-        logits = transformer.forward(_batch(shares, transformer.device))
-        for row, share in enumerate(shares):
+        outputs = [
+            share.sequence.prompt_outputs(share.count) if share.count > 1 else 1 + len(share.drafts) for share in shares
+        ]
+        batch = Batch.of(map(_passed, shares, outputs), transformer.device)
+        logits = transformer.forward(batch)
+        self._count(shares)
+        sampling = []
+        row = 0
+        for share, count in zip(shares, outputs, strict=True):
             sequence = share.sequence
-            sequence.computed += share.count
-            if sequence.pending:
-                continue
-            try:
-                for event in sequence.append(sequence.sampler.sample(logits[row])):
-                    events.append((sequence.job_id, event))
-            except Exception as error:  # noqa: BLE001  (the others' tokens are not lost with it)
-                events.append((sequence.job_id, sequence.fail(InferenceError.code, f"Sampling failed: {error}")))
+            events.extend((sequence.job_id, event) for event in _advance(share, logits[row : row + count]))
+            if not sequence.pending:
+                sampling.append(Guess(sequence, row + count - 1 - len(share.drafts), share.drafts))
+            row += count
+        before = sum(len(guess.sequence.tokens) for guess in sampling)
+        events.extend(decide(logits, sampling))
+        self._counts.generated_tokens += sum(len(guess.sequence.tokens) for guess in sampling) - before
+
+    def _count(self, shares: list[Scheduled]) -> None:
+        counts = self._counts
+        counts.steps += 1
+        counts.prefilled_tokens += sum(share.count for share in shares if share.count > 1)
+        self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
+        self._batch_sizes[len(shares)] += 1
 
     def _fail(self, error: Exception, events: JobEvents) -> None:
         failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
@@ -237,68 +294,31 @@ class Engine:
             loading.close()
 
 
-def prepare(model: LoadedModel | None, request: GenerationRequest) -> Sequence:
-    """Check a request and tokenize it. Touches no weights, so that any thread may do it.
-
-    Raises:
-        InvalidRequest, ContextTooLong, ModelNotLoaded: as :meth:`Engine.submit`.
-    """
-    if model is None:
-        raise ModelNotLoaded("Model not loaded", hint="Load one first.", retry_after=1)
-    prompt = _prompt_ids(model, request)
-    longest = model.context_length - 1
-    if len(prompt) > longest:
-        problem = f"The prompt has {len(prompt)} tokens; the context holds {model.context_length} with the answer."
-        raise ContextTooLong(problem, fields=[FieldError(_prompt_field(request), f"at most {longest} tokens", problem)])
-    params = request.sampling
-    return Sequence(
-        request.job_id or str(uuid.uuid4()),
-        prompt,
-        params,
-        params.seed if params.seed is not None else secrets.randbits(32),
-        model.tokenizer,
-        context_length=model.context_length,
-        vocab_size=model.config.vocab_size,
-    )
+def _passed(share: Scheduled, outputs: int) -> tuple[SequenceCache, list[int], int]:
+    """What a share brings into the batch."""
+    tokens, begin = share.sequence.tokens, share.cache.length
+    return share.cache, [*tokens[begin : begin + share.count], *share.drafts], outputs
 
 
-def _prompt_ids(model: LoadedModel, request: GenerationRequest) -> list[int]:
-    tokenizer, messages = model.tokenizer, request.messages
-    if (request.prompt is None) == (messages is None):
-        raise InvalidRequest("Give either a prompt or messages.")
-    if request.prompt == "":
-        problem = "The prompt is empty."
-        raise InvalidRequest(problem, fields=[FieldError("prompt", "at least 1 character", problem)])
-    if request.prompt is not None and not request.raw and tokenizer.has_chat_template:
-        messages = (Message(role="user", content=request.prompt),)
-    if messages is not None:
-        ids = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+def _advance(share: Scheduled, logits: Tensor) -> Iterator[InferenceEvent]:
+    """Count a share as computed, and tell what the logits of its tokens say of the prompt."""
+    sequence = share.sequence
+    targets = sequence.prompt_targets(share.count)
+    of_prompt = sequence.computed < sequence.prompt_tokens
+    share.cache.advance(sequence.tokens, share.cache.length + share.count)
+    if not of_prompt:
+        return
+    yield from sequence.progress()
+    told = []
+    if targets:
+        wanted = sequence.params.prompt_logprobs or 0
+        told = likelihoods(logits[: len(targets)].log_softmax(-1), targets, [wanted] * len(targets))
+    yield from sequence.take_prompt_likelihoods(told)
+
+
+def _end(sequence: Sequence) -> Iterator[InferenceEvent]:
+    """The end of a sequence that was cancelled, or has run out of time."""
+    if sequence.cancelled:
+        yield from sequence.cancel()
     else:
-        ids = tokenizer.encode(request.prompt or "")
-    if not ids:
-        problem = "The prompt has no tokens."
-        raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), "at least 1 token", problem)])
-    if max(ids) >= model.config.vocab_size:
-        problem = f"The prompt has token {max(ids)}; the model knows {model.config.vocab_size}."
-        constraint = f"tokens below {model.config.vocab_size}"
-        raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), constraint, problem)])
-    return ids
-
-
-def _prompt_field(request: GenerationRequest) -> str:
-    return "prompt" if request.messages is None else "messages"
-
-
-def _batch(shares: list[Scheduled], device: torch.device) -> Batch:
-    """The pending tokens of all shares, side by side."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments = []
-    for share in shares:
-        sequence = share.sequence
-        assert sequence.cache is not None  # noqa: S101  (running sequences have one)
-        begin, end = sequence.computed, sequence.computed + share.count
-        segments.append(Segment(sequence.cache, len(tokens), share.count))
-        tokens.extend(sequence.tokens[begin:end])
-        positions.extend(range(begin, end))
-    return Batch(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
+        yield sequence.fail(DeadlineExceeded.code, "The job took longer than its timeout.")

@@ -1,71 +1,149 @@
-"""Cached keys and values: one growing buffer per sequence.
+"""Cached keys and values: one pool of blocks, and each sequence's way through it.
 
-A sequence owns its buffer alone; it starts small and doubles, so that what a job holds follows what it has
-written and not the longest it might become.
+The pool is one tensor. A sequence owns a table of blocks (``block_pool.py``); neighbouring blocks form a run, which
+attention reads in place, as one slice.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS, BlockPool
 from rbee_worker.runtime.model_config import ModelConfig
 
-_FIRST_CAPACITY = 256
 
+class KVCache:
+    """The pool: [layers, 2, kv_heads, positions, head_dim] in the activation dtype.
 
-class SequenceCache:
-    """Keys and values of one sequence: [layers, 2, kv_heads, capacity, head_dim] in the activation dtype.
+    On a CPU the memory is the process's only once it is written.
 
     Attributes:
-        length: positions written so far.
+        pool: which blocks are whose.
+        positions: how many positions it holds.
     """
 
-    __slots__ = ("_data", "_limit", "length")
-
-    def __init__(self, config: ModelConfig, limit: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        self._limit = limit
-        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, min(_FIRST_CAPACITY, limit), config.head_dim)
+    def __init__(
+        self, config: ModelConfig, positions: int, dtype: torch.dtype, device: torch.device, *, prefix_cache: bool
+    ) -> None:
+        blocks = blocks_for(positions)
+        self.pool = BlockPool(blocks, prefix_cache=prefix_cache)
+        self.positions = blocks * BLOCK_TOKENS
+        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, self.positions, config.head_dim)
         self._data = torch.empty(shape, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, written or not."""
+        """Bytes of the pool."""
         return self._data.nbytes
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more positions; what is written stays.
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, each [kv_heads, positions, head_dim]."""
+        return self._data[index, 0], self._data[index, 1]
 
-        Raises:
-            RuntimeError: beyond the limit given at construction, or the device is out of memory.
-        """
-        needed = self.length + tokens
-        capacity = self._data.shape[3]
-        if needed <= capacity:
-            return
-        if needed > self._limit:
-            raise RuntimeError(f"{needed} positions asked of a cache limited to {self._limit}")
-        while capacity < needed:
-            capacity *= 2
-        shape = (*self._data.shape[:3], min(capacity, self._limit), self._data.shape[4])
-        grown = torch.empty(shape, dtype=self._data.dtype, device=self._data.device)
-        grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
-        self._data = grown
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [tokens, kv_heads, head_dim] behind ``length``.
-
-        Room must have been reserved. ``length`` moves on only when the step is over (:meth:`advance`), since every
-        layer writes at the same place.
+    def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values [tokens, kv_heads, head_dim] at int64 positions of the pool [tokens].
 
         Returns:
-            All keys and all values so far, the new ones included: each [kv_heads, positions, head_dim].
+            As :meth:`layer`.
         """
-        end = self.length + keys.shape[0]
-        cached_keys, cached_values = self._data[layer, 0, :, :end], self._data[layer, 1, :, :end]
-        cached_keys[:, self.length :] = keys.transpose(0, 1)
-        cached_values[:, self.length :] = values.transpose(0, 1)
-        return cached_keys, cached_values
+        all_keys, all_values = self.layer(index)
+        all_keys.index_copy_(1, slots, keys.transpose(0, 1))
+        all_values.index_copy_(1, slots, values.transpose(0, 1))
+        return all_keys, all_values
 
-    def advance(self, tokens: int) -> None:
-        """Count ``tokens`` positions as written by every layer."""
-        self.length += tokens
+
+class SequenceCache:
+    """One sequence's table of blocks.
+
+    Attributes:
+        length: tokens whose keys and values are written and valid.
+        reused: of those, how many were there before the sequence came.
+    """
+
+    __slots__ = ("_blocks", "_identity", "_known", "_pool", "_runs", "headroom", "length", "reused")
+
+    def __init__(self, pool: BlockPool, prefix: Sequence[int] = (), headroom: int = 0) -> None:
+        """Begin with what is cached of ``prefix``; ``headroom``: tokens the sequence is expected to grow by."""
+        self._pool = pool
+        self._blocks: list[int] = []
+        self._runs: list[tuple[int, int]] = []  # first block and number of neighbours
+        blocks, identity = pool.match(prefix)
+        self._append(blocks)
+        self._identity: int | None = identity
+        self._known = len(self._blocks)
+        self.length = self.reused = self._known * BLOCK_TOKENS
+        self.headroom = headroom
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Its blocks, in order."""
+        return tuple(self._blocks)
+
+    def missing(self, tokens: int) -> int:
+        """Blocks that are yet to be allocated before ``tokens`` more fit."""
+        return max(blocks_for(self.length + tokens) - len(self._blocks), 0)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` more positions.
+
+        Raises:
+            CacheFull: there are not enough blocks; nothing is taken then.
+        """
+        missing = self.missing(tokens)
+        if missing:
+            own = self._blocks[-1] if len(self._blocks) > self.reused // BLOCK_TOKENS else None
+            headroom = blocks_for(max(self.headroom - tokens, 0))
+            self._append(self._pool.allocate(missing, own, headroom))
+
+    def advance(self, tokens: Sequence[int], length: int) -> None:
+        """Count positions as written and valid, up to ``length``, and make full blocks findable.
+
+        Args:
+            tokens: the sequence's tokens, at least up to there.
+            length: at most what was reserved.
+        """
+        self.length = length
+        while self._identity is not None and (self._known + 1) * BLOCK_TOKENS <= length:
+            begin = self._known * BLOCK_TOKENS
+            held = tokens[begin : begin + BLOCK_TOKENS]
+            self._identity = self._pool.register(self._blocks[self._known], self._identity, held)
+            self._known += 1
+
+    def release(self) -> None:
+        """Give all blocks up."""
+        self._pool.release(self._blocks)
+        self._blocks, self._runs = [], []
+        self.length = 0
+
+    def slots(self, count: int) -> list[int]:
+        """Positions in the pool of the next ``count`` tokens; room must have been reserved."""
+        return [
+            self._blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+            for position in range(self.length, self.length + count)
+        ]
+
+    def runs(self, count: int) -> list[tuple[int, int]]:
+        """The rows of the pool that hold it and ``count`` more tokens, in order: first position, and that behind the last."""
+        left = self.length + count
+        runs = []
+        for block, blocks in self._runs:
+            if left <= 0:
+                break
+            begin, size = block * BLOCK_TOKENS, min(blocks * BLOCK_TOKENS, left)
+            runs.append((begin, begin + size))
+            left -= size
+        return runs
+
+    def _append(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if self._runs and sum(self._runs[-1]) == block:
+                self._runs[-1] = (self._runs[-1][0], self._runs[-1][1] + 1)
+            else:
+                self._runs.append((block, 1))
+        self._blocks += blocks
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // BLOCK_TOKENS)

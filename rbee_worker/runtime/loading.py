@@ -23,6 +23,7 @@ from rbee_worker.events import (
     WarmingUp,
 )
 from rbee_worker.runtime.architectures import ARCHITECTURES
+from rbee_worker.runtime.grammar import GrammarCompiler
 from rbee_worker.runtime.hub import DownloadProgress
 from rbee_worker.runtime.inspection import context_length, read_config
 from rbee_worker.runtime.linear import LinearFormat, choose_format
@@ -37,12 +38,12 @@ from rbee_worker.runtime.memory import (
     trim_host_memory,
 )
 from rbee_worker.runtime.model_config import ModelConfig
-from rbee_worker.runtime.preflight import check_fit, check_host, weights_bytes
+from rbee_worker.runtime.preflight import cache_positions, check_fit, check_host, limit_context, weights_bytes
 from rbee_worker.runtime.reader import ReadState, WeightReader
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.storage import Storage, storage_of
 from rbee_worker.runtime.tokenizer import Tokenizer
-from rbee_worker.runtime.transformer import Batch, Segment, Transformer
+from rbee_worker.runtime.transformer import Batch, Transformer
 from rbee_worker.runtime.weights import WeightGroup, plan_weights
 
 _POLL_SECONDS = 0.1
@@ -58,6 +59,7 @@ class LoadedModel:
 
     Attributes:
         name: as shown to users.
+        grammars: compiles what generated text must match.
         context_length: tokens of prompt and output together at most.
     """
 
@@ -65,6 +67,7 @@ class LoadedModel:
     source: ModelSource
     config: ModelConfig
     tokenizer: Tokenizer
+    grammars: GrammarCompiler
     transformer: Transformer
     context_length: int
 
@@ -150,6 +153,7 @@ def load_model(
         if finished:
             timeline.enter("warming_up")
             yield timeline.event(WarmingUp)
+            _allocate_cache(plan, transformer, config)
             _warm_up(transformer)
             timeline.enter("")
         if not finished or cancel.is_set():
@@ -172,7 +176,10 @@ def load_model(
         # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
         yield timeline.event(LoadFailed, code=RbeeError.code, message=f"Loading failed: {error}")
         raise
-    loaded = LoadedModel(plan.source.name, plan.source, plan.config, plan.tokenizer, transformer, plan.context_length)
+    grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
+    loaded = LoadedModel(
+        plan.source.name, plan.source, plan.config, plan.tokenizer, grammars, transformer, plan.context_length
+    )
     yield timeline.event(Ready, report=_report(plan, transformer, timeline.phases))
     return loaded
 
@@ -243,7 +250,7 @@ def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
     form = choose_format(device, config.dtype, config.quantize)
-    length = context_length(parsed, config.max_context)
+    length = limit_context(parsed, form, context=context_length(parsed, config.max_context), engine=config)
     place = device_info(device)
     ways = functools.partial(_alternatives, config, place)
     check_fit(source.name, parsed, form, context=length, engine=config, device=place, alternatives=ways)
@@ -323,14 +330,24 @@ class _Progress:
         )
 
 
-@torch.inference_mode()
+def _allocate_cache(plan: _Plan, transformer: Transformer, config: EngineConfig) -> None:
+    """Take the KV cache's memory, of what is free now that the weights are there."""
+    free = device_info(plan.device).free_bytes
+    positions = cache_positions(
+        plan.config, plan.form, context=plan.context_length, engine=config, free=free, device=plan.device.type
+    )
+    transformer.allocate_cache(positions, prefix_cache=config.prefix_cache)
+
+
 def _warm_up(transformer: Transformer) -> None:
     """Run one short prompt and one decode step, so that the first request pays for nothing of the kind."""
     device, cache = transformer.device, transformer.new_cache()
     length = min(_WARM_UP_TOKENS, transformer.context_length - 1)
-    for start, count in ((0, length), (length, 1)) if length else ((0, 1),):
-        positions = torch.arange(start, start + count, device=device)
-        transformer.forward(Batch(torch.zeros_like(positions), positions, [Segment(cache, 0, count)]))
+    cache.reserve(length + 1)
+    for tokens in (length, 1) if length else (1,):
+        transformer.forward(Batch.of([(cache, [0] * tokens, 1)], device))
+        cache.length += tokens
+    cache.release()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -351,6 +368,9 @@ def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> 
         bytes_read=read,
         bytes_per_second=int(read / seconds) if seconds else read,
         device_mb={str(plan.device): transformer.nbytes // MIB},
+        context_length=plan.context_length,
+        kv_cache_tokens=transformer.cache.positions,
+        kv_cache_mb=transformer.cache.nbytes // MIB,
         peak_host_mb=peak_host_bytes() // MIB,
     )
 

@@ -3,10 +3,11 @@
 What is needed, in bytes:
 
 - weights: every matrix in the form it runs in, every other tensor in its dtype;
-- cache: keys and values of one sequence as long as the context (others take what is left, as they grow);
+- cache: keys and values of one sequence as long as the context, or ``--kv-cache-memory`` (without it the cache of all
+  sequences is sized later, from what is left);
 - workspace: the rotary tables, and the larger of what running takes (the activations of one prefill chunk, float32
-  logits of a full batch, half a cache, as a growing one is copied into one twice its size) and what loading takes on a
-  CPU that packs weights (a float32 copy of the largest fused matrix for each reader).
+  logits of a full batch) and what loading takes on a CPU that packs weights (a float32 copy of the largest fused matrix
+  for each reader).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,16 @@ from dataclasses import dataclass
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory
 from rbee_worker.runtime.architectures import layer_shapes
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS
+from rbee_worker.runtime.kv_cache import blocks_for
 from rbee_worker.runtime.linear import LinearFormat
 from rbee_worker.runtime.memory import MIB, DeviceInfo
 from rbee_worker.runtime.model_config import ModelConfig
 from rbee_worker.runtime.storage import LOCAL_READERS
 from rbee_worker.runtime.weights import WeightGroup
+
+_HOST_SHARE, _DEVICE_SHARE = 0.5, 0.9
+"""Shares of the free memory that the KV cache may take: a host has other uses for it."""
 
 _CONTEXT_STEP = 256
 """Contexts are proposed in multiples of this many tokens."""
@@ -57,15 +63,50 @@ class Option:
 def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig) -> Needs:
     """What a model takes in a form at a context length."""
     itemsize = form.activation_dtype.itemsize
-    cache = context * config.kv_bytes_per_token(itemsize)
+    cache = engine.kv_cache_memory or context * config.kv_bytes_per_token(itemsize)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     widths = 4 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
     running = min(engine.prefill_chunk, context) * widths * itemsize
-    running += engine.max_batch_size * config.vocab_size * 4 + cache // 2
+    running += engine.max_batch_size * config.vocab_size * 4
     fused = config.hidden_size * max(heads * config.head_dim, 2 * config.intermediate_size)
     loading = LOCAL_READERS * fused * 4 if form.packed else 0
     rotary = 2 * context * config.head_dim * 4
     return Needs(weights_bytes(config, form), cache, max(running, loading) + rotary)
+
+
+def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig) -> int:
+    """The context that ``--kv-cache-memory`` has room for, of the one asked for.
+
+    Raises:
+        OutOfMemory: less than ``--max-context`` asks for, or than one block.
+    """
+    if engine.kv_cache_memory is None:
+        return context
+    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    positions = engine.kv_cache_memory // per_token // BLOCK_TOKENS * BLOCK_TOKENS
+    if positions < (engine.max_context or BLOCK_TOKENS):
+        wanted = engine.max_context or context
+        raise OutOfMemory(
+            f"A KV cache of {_mib(engine.kv_cache_memory)} holds {positions:,} tokens of this model, "
+            f"fewer than the {wanted:,} of its context.",
+            hint=f"Use --kv-cache-memory {-(-blocks_for(wanted) * BLOCK_TOKENS * per_token // MIB)}MiB, "
+            "or a smaller --max-context.",
+        )
+    return min(context, positions)
+
+
+def cache_positions(
+    config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig, free: int, device: str
+) -> int:
+    """Tokens that the KV cache is to hold: ``--kv-cache-memory``, else a whole context for each place in the batch.
+
+    Without an option it takes a share of the ``free`` bytes of its ``device`` at most, but one whole context at least.
+    """
+    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    if engine.kv_cache_memory is not None:
+        return engine.kv_cache_memory // per_token
+    share = int(free * (_HOST_SHARE if device == "cpu" else _DEVICE_SHARE)) // per_token
+    return min(engine.max_batch_size * context, max(context, share))
 
 
 def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:

@@ -1,9 +1,24 @@
-"""Logits to tokens, each sequence with its own parameters and its own generator."""
+"""Logits to tokens: one vectorised pass for all sequences of a step, each with its own parameters and generator.
 
+A sequence's choice depends on its own row of logits and its own :class:`Sampler` alone, whoever else is in the batch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rbee_worker.config import SamplingParams
+from rbee_worker.runtime.grammar import GrammarMatcher
+from rbee_worker.runtime.grammar_mask import apply_masks
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+GrammarMask = npt.NDArray[np.int32]
 
 _SEED_MASK = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
@@ -11,99 +26,283 @@ _COLDEST = 1e-6
 """Temperatures below are no different from it, and float32 cannot divide by the smallest of them."""
 
 
-class Sampler:
-    """Chooses the next token of one sequence.
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """The model's log-probabilities at one place: the token's there, and the likeliest ones', likeliest first."""
 
-    In this order: repetition penalty (prompt and output), presence and frequency penalties (output), temperature,
-    top-k, top-p, min-p, as Hugging Face's warpers go. A draw takes one number from the sequence's own
-    generator, so the same seed gives the same text whatever else runs.
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token, with its likelihood where the parameters ask for it."""
+
+    token: int
+    likelihood: Likelihood | None = None
+
+
+class Sampler:
+    """What one sequence's choices depend on: its parameters, its generator, the tokens seen, its grammar.
 
     Args:
         params: validated sampling parameters.
         seed: of the generator.
         prompt: token ids of the prompt.
-        vocab_size: columns of the logits.
+        grammar: what the text must match.
     """
 
-    __slots__ = ("_counts", "_generator", "_params", "_seen")
+    __slots__ = ("_counts", "_generator", "_ids", "_places", "_point", "grammar", "params")
 
-    def __init__(self, params: SamplingParams, seed: int, prompt: list[int], vocab_size: int) -> None:
-        self._params = params
+    def __init__(
+        self, params: SamplingParams, seed: int, prompt: Sequence[int], grammar: GrammarMatcher | None = None
+    ) -> None:
+        self.params = params
+        self.grammar = grammar
         self._generator = torch.Generator().manual_seed(seed & _SEED_MASK)
-        self._seen: Tensor | None = None
-        self._counts: Tensor | None = None
-        if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self._seen[prompt] = True
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size)
+        self._point: float | None = None
+        distinct = list(dict.fromkeys(prompt)) if self.penalizes else []
+        self._places = {token: place for place, token in enumerate(distinct)}
+        self._ids = np.array(distinct, dtype=np.int64)
+        self._counts = np.zeros(len(distinct), dtype=np.float32)
 
-    def sample(self, logits: Tensor) -> int:
-        """The next token id from float32 logits [vocab_size], which may be overwritten."""
-        greedy = self._params.temperature == 0
-        token = int(self.penalize(logits).argmax()) if greedy else self._draw(*self.candidates(logits))
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] += 1
-        return token
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.params.temperature == 0
 
-    def penalize(self, logits: Tensor) -> Tensor:
-        """Logits [vocab_size] with the three penalties applied."""
-        params = self._params
-        if self._seen is not None:
-            seen = self._seen.to(logits.device)
-            factor = params.repetition_penalty
-            logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
-        if self._counts is not None:
-            counts = self._counts.to(logits.device)
-            logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-        return logits
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens seen before matter."""
+        params = self.params
+        return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
 
-    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens that may come next, for a temperature above 0.
+    @property
+    def point(self) -> float:
+        """The number in [0, 1) that decides the next token; the same until a token is accepted."""
+        if self._point is None:
+            self._point = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+        return self._point
 
-        Returns:
-            Their logits, of which the softmax is their probability, and their ids; None: all ids, in order.
+    def seen(self) -> tuple[IntArray, FloatArray]:
+        """Distinct token ids of prompt and output, and how often each is in the output."""
+        count = len(self._places)
+        return self._ids[:count], self._counts[:count]
+
+    def accept(self, token: int) -> None:
+        """Take note of the chosen token.
+
+        Raises:
+            InferenceError: the grammar does not allow it.
         """
-        params = self._params
-        logits = self.penalize(logits)
-        # From the maximum down, so that no temperature overflows: the likeliest stays at 0, the others sink.
-        logits = (logits - logits.max()) / max(params.temperature, _COLDEST)
-        ids: Tensor | None = None
-        if 0 < params.top_k < logits.shape[0]:
-            logits, ids = logits.topk(params.top_k)
-        if params.top_p < 1:
-            logits, ids = _nucleus(logits, ids, params.top_p)
-        if params.min_p > 0:
-            # p >= min_p * p_max, on logits: no softmax needed.
-            floor = logits.max() + torch.tensor(params.min_p, device=logits.device).log()
-            logits = logits.masked_fill(logits < floor, float("-inf"))
-        return logits, ids
-
-    def _draw(self, logits: Tensor, ids: Tensor | None) -> int:
-        # Inverse transform in float64 on the host: one uniform number a token, on every device alike.
-        cumulative = logits.double().softmax(-1).cumsum(-1).cpu()
-        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulative[-1]
-        index = torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[0] - 1)
-        return int(index if ids is None else ids[index.to(ids.device)])
+        self._point = None
+        if self.penalizes:
+            place = self._places.setdefault(token, len(self._places))
+            if place >= len(self._ids):
+                room = max(len(self._ids), 64)
+                self._ids = np.concatenate((self._ids, np.zeros(room, dtype=np.int64)))
+                self._counts = np.concatenate((self._counts, np.zeros(room, dtype=np.float32)))
+            self._ids[place] = token
+            self._counts[place] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
 
 
-def _nucleus(logits: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest set of likeliest tokens whose probabilities reach ``top_p`` (arXiv:1904.09751), never empty.
+def sample(
+    logits: Tensor, samplers: Sequence[Sampler], masks: Mapping[int, GrammarMask] = MappingProxyType({})
+) -> list[Sampled]:
+    """Choose the next token of each sequence.
+
+    In this order: logit bias, repetition penalty (prompt and output), presence and frequency penalties (output),
+    grammar, temperature, top-k, top-p, min-p, the latter as Hugging Face's warpers go.
+
+    Args:
+        logits: float32 [sequences, vocab_size]; overwritten.
+        samplers: of each row; they are not told what was chosen (:meth:`Sampler.accept`).
+        masks: what the grammars of some rows allow.
+    """
+    likelihoods = _Likelihoods.of(logits, samplers)
+    adjust(logits, samplers)
+    if masks:
+        apply_masks(logits, list(masks), list(masks.values()))
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
+    if drawn:
+        rows = logits if len(drawn) == len(samplers) else logits[drawn]
+        for row, token in zip(drawn, _draw(rows, [samplers[row] for row in drawn]), strict=True):
+            tokens[row] = token
+    return likelihoods.with_tokens(tokens)
+
+
+def adjust(logits: Tensor, samplers: Sequence[Sampler]) -> None:
+    """Add the logit biases to float32 logits [sequences, vocab_size], and apply the penalties, in place."""
+    _apply_bias(logits, samplers)
+    _apply_penalties(logits, samplers)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Tokens that may come next.
+
+    Attributes:
+        rows: of which sequences.
+        logits: of which the softmax is their probability, [rows, width].
+        ids: int64 [rows, width]; None: column ``i`` is token ``i``.
+    """
+
+    rows: list[int]
+    logits: Tensor
+    ids: Tensor | None
+
+
+def candidates(logits: Tensor, samplers: Sequence[Sampler]) -> Iterator[Candidates]:
+    """What temperature, top-k, top-p and min-p leave of logits [sequences, vocab_size]; each row comes once."""
+    device, params = logits.device, [sampler.params for sampler in samplers]
+    temperatures = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=device)
+    # From the maximum down, so that no temperature overflows: the likeliest stays at 0, the others sink.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures.unsqueeze(1)
+    cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
+    whole = [row for row, p in enumerate(params) if not p.top_k and p.top_p >= 1]
+    if whole:
+        yield Candidates(whole, _drop_unlikely(logits[whole], [params[row] for row in whole]), None)
+    width = _NUCLEUS_CANDIDATES
+    while cut:
+        # The nucleus is nearly always small: look among the likeliest few before ordering the whole vocabulary.
+        asked = [params[row] for row in cut]
+        top, ids, complete = _nucleus(logits[cut], asked, min(max(width, *(p.top_k for p in asked)), logits.shape[1]))
+        places = [place for place, is_complete in enumerate(complete) if is_complete]
+        if places:
+            rows = [cut[place] for place in places]
+            yield Candidates(rows, _drop_unlikely(top[places], [params[row] for row in rows]), ids[places])
+        cut = [row for row, is_complete in zip(cut, complete, strict=True) if not is_complete]
+        width *= 8
+
+
+def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """A token of each row of logits [sequences, vocab_size]."""
+    tokens = torch.empty(len(samplers), dtype=torch.int64, device=logits.device)
+    for found in candidates(logits, samplers):
+        points = torch.tensor([samplers[row].point for row in found.rows], dtype=torch.float64, device=logits.device)
+        index = _invert(found.logits, points)
+        tokens[found.rows] = index if found.ids is None else found.ids.gather(1, index.unsqueeze(1)).squeeze(1)
+    result: list[int] = tokens.tolist()
+    return result
+
+
+def _nucleus(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
+    """The likeliest ``width`` tokens of each row, those beyond top-k and top-p (arXiv:1904.09751) at -inf.
 
     Returns:
-        Their logits, likeliest first, and their ids.
+        Their logits, likeliest first, and ids, each [rows, width]; and of each row whether its nucleus is among them.
     """
-    probabilities = logits.softmax(-1)
-    count = min(_NUCLEUS_CANDIDATES, logits.shape[0])
-    while True:
-        # The nucleus is nearly always small: look among the likeliest few before ordering the whole vocabulary.
-        top, order = probabilities.topk(count)
-        cumulative = top.cumsum(-1)
-        if cumulative[-1] >= top_p or count == logits.shape[0]:
-            break
-        count = min(count * 8, logits.shape[0])
-    keep = int((cumulative - top < top_p).sum()) or 1
-    order = order[:keep]
-    return logits[order], order if ids is None else ids[order]
+    vocab_size, device = logits.shape[1], logits.device
+    top, ids = logits.topk(width)
+    top_k = torch.tensor([p.top_k or vocab_size for p in params], device=device).unsqueeze(1)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
+    places = torch.arange(width, device=device)
+    top = top.masked_fill(places >= top_k, float("-inf"))
+    limited = top_k <= width
+    total = torch.where(limited, top.double().logsumexp(-1, keepdim=True), logits.double().logsumexp(-1, keepdim=True))
+    probabilities = (top.double() - total).exp()
+    cumulative = probabilities.cumsum(-1)
+    beyond = (cumulative - probabilities >= top_p) & (places > 0)
+    complete = limited | (cumulative[:, -1:] >= top_p) | (width == vocab_size)
+    # A nucleus of everything is everything: rounding must not cut its end off.
+    return top.masked_fill(beyond & (top_p < 1), float("-inf")), ids, complete.squeeze(1).tolist()
+
+
+def _drop_unlikely(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Tokens less likely than min-p times the likeliest to -inf; the likeliest logit of each row is 0."""
+    if not any(p.min_p for p in params):
+        return logits
+    floors = torch.tensor([p.min_p for p in params], device=logits.device).log().unsqueeze(1)
+    return logits.masked_fill(logits < floors, float("-inf"))
+
+
+def _invert(logits: Tensor, points: Tensor) -> Tensor:
+    """Indices [rows] at which the cumulative probability passes ``points``, float64 [rows] in [0, 1).
+
+    The inverse transform, in float64: one number a token, on every device alike.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    last = (cumulative < total).sum(-1)  # where the last token that can come is
+    return torch.searchsorted(cumulative, points.unsqueeze(1) * total, right=True).squeeze(1).minimum(last)
+
+
+def _apply_bias(logits: Tensor, samplers: Sequence[Sampler]) -> None:
+    places = [
+        (row * logits.shape[1] + token, bias)
+        for row, sampler in enumerate(samplers)
+        for token, bias in sampler.params.logit_bias
+    ]
+    if places:
+        indices, biases = zip(*places, strict=True)
+        logits.view(-1).index_add_(
+            0, torch.tensor(indices, device=logits.device), torch.tensor(biases, device=logits.device)
+        )
+
+
+def _apply_penalties(logits: Tensor, samplers: Sequence[Sampler]) -> None:
+    """Only the tokens seen are touched, those of all rows at once."""
+    rows = [row for row, sampler in enumerate(samplers) if sampler.penalizes]
+    if not rows:
+        return
+    device, width = logits.device, logits.shape[1]
+    seen = [samplers[row].seen() for row in rows]
+    sizes = [len(ids) for ids, _ in seen]
+    flat = np.concatenate([ids + row * width for row, (ids, _) in zip(rows, seen, strict=True)])
+    indices = torch.from_numpy(flat).to(device)
+    counts = torch.from_numpy(np.concatenate([counts for _, counts in seen])).to(device)
+
+    def spread(name: str) -> Tensor:
+        values = np.array([getattr(samplers[row].params, name) for row in rows], dtype=np.float32)
+        return torch.from_numpy(np.repeat(values, sizes)).to(device)
+
+    values = logits.view(-1)[indices]
+    factor = spread("repetition_penalty")
+    values = torch.where(values > 0, values / factor, values * factor)
+    values -= spread("frequency_penalty") * counts + spread("presence_penalty") * (counts > 0)
+    logits.view(-1)[indices] = values
+
+
+class _Likelihoods:
+    """The log-probabilities that some rows ask for, taken before anything changes the logits."""
+
+    def __init__(self, wanted: list[int | None], logprobs: Tensor | None) -> None:
+        self._wanted = wanted
+        self._logprobs = logprobs
+
+    @classmethod
+    def of(cls, logits: Tensor, samplers: Sequence[Sampler]) -> "_Likelihoods":
+        wanted = [sampler.params.logprobs for sampler in samplers]
+        rows = [row for row, count in enumerate(wanted) if count is not None]
+        return cls(wanted, logits[rows].log_softmax(-1) if rows else None)
+
+    def with_tokens(self, tokens: list[int]) -> list[Sampled]:
+        if self._logprobs is None:
+            return [Sampled(token) for token in tokens]
+        asked = [row for row, count in enumerate(self._wanted) if count is not None]
+        told = likelihoods(self._logprobs, [tokens[row] for row in asked], [self._wanted[row] or 0 for row in asked])
+        by_row = dict(zip(asked, told, strict=True))
+        return [Sampled(token, by_row.get(row)) for row, token in enumerate(tokens)]
+
+
+def likelihoods(logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Likelihood]:
+    """Likelihoods at each row of float32 log-probabilities [rows, vocab_size].
+
+    Args:
+        logprobs: natural logarithms.
+        tokens: the token of each row.
+        counts: how many of the likeliest to tell beside it.
+    """
+    chosen: list[float] = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device).unsqueeze(1))[:, 0].tolist()
+    width = min(max(counts), logprobs.shape[1])
+    if not width:
+        return [Likelihood(logprob) for logprob in chosen]
+    values, ids = logprobs.topk(width)
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
+    return [
+        Likelihood(logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        for logprob, count, (row_ids, row_values) in zip(chosen, counts, tops, strict=True)
+    ]

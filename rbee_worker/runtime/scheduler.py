@@ -1,68 +1,153 @@
-"""Which sequences run in the next step, and with how many tokens."""
+"""Which sequences run in the next step, with how many tokens, and who holds which part of the KV cache."""
 
-from collections import deque
+import bisect
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS, CacheFull
+from rbee_worker.runtime.kv_cache import SequenceCache
 from rbee_worker.runtime.sequence import Sequence
+from rbee_worker.runtime.waiting import WaitingQueue
+
+_SHARE_BESIDE_DECODING = 8
+_SMALLEST_CHUNK = 16
+_WORTH_WAITING = 4 * BLOCK_TOKENS
+"""Prompt tokens that another sequence is just computing, for which a new one waits rather than compute them too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of the next step: its next ``count`` pending tokens."""
+    """A sequence's share of the next step: its next ``count`` pending tokens, and guesses at what follows them."""
 
     sequence: Sequence
+    cache: SequenceCache
     count: int
+    drafts: tuple[int, ...] = ()
 
 
 class Scheduler:
-    """First come, first served into at most ``max_batch_size`` places.
+    """At most ``max_batch_size`` sequences, over one KV cache.
 
-    Sequences that only have their newest token pending run at every step. Prompts share ``prefill_chunk`` tokens a
-    step in order of arrival, so that a long prompt slows the others down by a bounded amount and never stops them.
+    Sequences that only have their newest token pending run at every step. Prompts share ``prefill_chunk`` tokens a step
+    in order of arrival, an eighth of it while others decode, so that a long prompt slows them by a bounded amount.
+
+    A sequence gets its place together with the cache for its whole prompt. When running ones outgrow the cache, the one
+    that came last gives its place and its blocks up, and is computed again later: what came first always moves on.
     """
 
     def __init__(self, max_batch_size: int, prefill_chunk: int) -> None:
         self._max_batch_size = max_batch_size
         self._prefill_chunk = prefill_chunk
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self._arrivals = 0
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # by arrival
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        self.waiting.add(sequence)
 
-    def take_cancelled(self) -> list[Sequence]:
-        """Remove and return what was cancelled, waiting or running."""
-        cancelled = [sequence for sequence in (*self.running, *self.waiting) if sequence.cancelled]
-        for sequence in cancelled:
+    def take_ended(self, now: float) -> list[Sequence]:
+        """Remove and return what was cancelled or has run out of time by ``now``, waiting or running."""
+        ended = [
+            sequence for sequence in (*self.running, *self.waiting) if sequence.cancelled or now > sequence.deadline
+        ]
+        for sequence in ended:
             self.remove(sequence)
-        return cancelled
+        return ended
 
-    def admit(self) -> list[Sequence]:
-        """Move waiting sequences into free places and return them."""
-        admitted = []
-        while self.waiting and len(self.running) < self._max_batch_size:
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            admitted.append(sequence)
+    def admit(self, new_cache: Callable[[Sequence], SequenceCache]) -> list[tuple[Sequence, SequenceCache]]:
+        """Move waiting sequences into free places, as far as the cache has room for their prompts.
+
+        Args:
+            new_cache: makes a sequence's table, which begins with what is cached of its prompt.
+        """
+        admitted: list[tuple[Sequence, SequenceCache]] = []
+        running = Counter(sequence.client for sequence in self.running)
+        for sequence in self.waiting.in_turn(running):
+            if len(self.running) >= self._max_batch_size:
+                break
+            cache = new_cache(sequence)
+            if self._is_being_computed(sequence, cache.length):
+                cache.release()
+                continue
+            try:
+                cache.reserve(len(sequence.tokens) - cache.length + 1)
+            except CacheFull:
+                cache.release()
+                break
+            self.waiting.remove(sequence)
+            bisect.insort(self.running, sequence, key=lambda other: other.arrival)
+            admitted.append((sequence, cache))
         return admitted
 
     def schedule(self) -> list[Scheduled]:
-        """Shares of the next step, in order of arrival."""
+        """Shares of the next step, in order of arrival, with room in the cache for each."""
+        decoding = any(sequence.pending == 1 for sequence in self.running)
         budget = self._prefill_chunk
+        if decoding:
+            budget = min(budget, max(budget // _SHARE_BESIDE_DECODING, _SMALLEST_CHUNK))
         shares = []
-        for sequence in self.running:
+        for sequence in list(self.running):
+            if sequence.cache is None:  # gave its place up to one before it
+                continue
             count = sequence.pending
             if count > 1:
                 count = min(count, budget)
                 budget -= count
-            if count:
-                shares.append(Scheduled(sequence, count))
-        return shares
+            if not count:
+                continue
+            drafts = sequence.draft() if sequence.pending == 1 else ()
+            drafts = self._make_room(sequence, count, drafts)
+            if sequence.cache is not None:
+                shares.append(Scheduled(sequence, sequence.cache, count, drafts))
+        return [share for share in shares if share.sequence.cache is not None]
 
     def remove(self, sequence: Sequence) -> None:
         """Give a sequence's place free; nothing happens when it has none."""
-        if sequence in self.running:
+        if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+
+    def _make_room(self, sequence: Sequence, count: int, drafts: tuple[int, ...]) -> tuple[int, ...]:
+        """Reserve the cache of a share, without its drafts where they do not fit, at the cost of later sequences."""
+        while sequence.cache is not None:
+            try:
+                sequence.cache.reserve(count + len(drafts))
+            except CacheFull:
+                if drafts:
+                    drafts = ()
+                else:
+                    self._preempt(self.running[-1])
+            else:
+                break
+        return drafts
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        sequence.preempt()
+        self.waiting.add_back(sequence)
+
+    def _is_being_computed(self, sequence: Sequence, cached: int) -> bool:
+        """Whether a running sequence is about to compute a good part of this one's prompt."""
+        return sequence.shares_prefix and any(
+            min(other.pending, common - cached) >= _WORTH_WAITING and common > other.computed
+            for other in self.running
+            if other.shares_prefix and other.pending > _WORTH_WAITING
+            for common in [_common_prefix(sequence.tokens, other.tokens)]
+        )
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    """Length of the longest common beginning, in whole blocks."""
+    low, high = 0, min(len(one), len(other)) // BLOCK_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        begin, end = low * BLOCK_TOKENS, middle * BLOCK_TOKENS
+        if one[begin:end] == other[begin:end]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * BLOCK_TOKENS

@@ -1,14 +1,27 @@
 """Sequence: one job on its way through the engine."""
 
+import math
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum, auto
 
-from rbee_worker.config import SamplingParams
-from rbee_worker.events import End, InferenceEvent, InferenceFailed, Started, StopReason, Token
+from rbee_worker.config import GenerationRequest
+from rbee_worker.events import (
+    End,
+    InferenceEvent,
+    InferenceFailed,
+    PromptLogprobs,
+    PromptProgress,
+    Started,
+    StopReason,
+    Token,
+    TokenLogprob,
+)
+from rbee_worker.runtime.grammar import GrammarMatcher
 from rbee_worker.runtime.kv_cache import SequenceCache
-from rbee_worker.runtime.sampler import Sampler
+from rbee_worker.runtime.prompt_lookup import PromptLookup
+from rbee_worker.runtime.sampler import Likelihood, Sampled, Sampler
 from rbee_worker.runtime.stop import StopMatcher
 from rbee_worker.runtime.tokenizer import StreamingDetokenizer, Tokenizer
 
@@ -28,8 +41,10 @@ class Sequence:
         job_id: unique among running jobs.
         tokens: prompt and generated token ids.
         prompt_tokens: how many of them are the prompt.
-        computed: tokens whose keys and values are cached.
         cache: None while waiting and when finished.
+        arrival: counts up from one sequence to the next.
+        client: who asked.
+        deadline: on the monotonic clock, when it must have ended.
         cancelled: set from any thread; taken up before the next step.
     """
 
@@ -37,30 +52,47 @@ class Sequence:
         self,
         job_id: str,
         prompt: list[int],
-        params: SamplingParams,
+        request: GenerationRequest,
         seed: int,
         tokenizer: Tokenizer,
         *,
         context_length: int,
-        vocab_size: int,
+        grammar: GrammarMatcher | None = None,
+        speculate: int = 0,
     ) -> None:
+        params = request.sampling
         self.job_id = job_id
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.params = params
         self.seed = seed
-        self.computed = 0
         self.state = State.WAITING
         self.cache: SequenceCache | None = None
+        self.arrival = 0
+        self.client = request.client
+        self.deadline = math.inf if request.timeout_seconds is None else time.monotonic() + request.timeout_seconds
         self.cancelled = False
+        self._tokenizer = tokenizer
         self._context_length = context_length
-        self._eos_ids = frozenset() if params.ignore_eos else tokenizer.eos_ids
-        self.sampler = Sampler(params, seed, prompt, vocab_size)
-        self._detokenizer = StreamingDetokenizer(tokenizer, prompt)
+        # Behind the end of what a grammar allows nothing can come but the end.
+        endless = params.ignore_eos and grammar is None
+        self._eos_ids = frozenset() if endless else tokenizer.eos_ids
+        self.sampler = Sampler(params, seed, prompt, grammar)
+        self._lookup = PromptLookup(speculate) if speculate else None
+        self._detokenizer = StreamingDetokenizer(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop)
+        self._tells_progress = request.prompt_progress
+        self._prompt_likelihoods: list[Likelihood] | None = [] if params.prompt_logprobs is not None else None
+        self._logprobs: list[TokenLogprob] = []
         self._texts = 0
         self._tokens_out = 0
+        self._cached_tokens = 0
         self._admitted_at = self._first_at = self._last_at = 0.0
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are cached."""
+        return self.cache.length if self.cache is not None else 0
 
     @property
     def pending(self) -> int:
@@ -72,18 +104,79 @@ class Sequence:
         """Whether its terminal event has been made."""
         return self.state is State.FINISHED
 
-    def admit(self, model: str, cache: SequenceCache) -> Started:
-        """Take its place in the batch."""
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what is cached of its prompt will do; not where the logits of all of it are wanted."""
+        return self._prompt_likelihoods is None
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may yet generate."""
+        left = self._context_length - len(self.tokens)
+        return left if self.params.max_tokens is None else min(left, self.params.max_tokens - self._tokens_out)
+
+    def prompt_outputs(self, count: int) -> int:
+        """Of how many of its next ``count`` tokens the logits are wanted."""
+        inside = self._prompt_likelihoods is not None and self.computed < self.prompt_tokens
+        return count if inside else 1
+
+    def draft(self) -> tuple[int, ...]:
+        """Guesses at the next tokens."""
+        if self._lookup is None:
+            return ()
+        return self._lookup.guess(self.tokens)[: max(self.tokens_left - 1, 0)]
+
+    def admit(self, model: str, cache: SequenceCache) -> Iterator[Started]:
+        """Take its place in the batch; the first time, that is told."""
         self.state = State.RUNNING
         self.cache = cache
+        if self._prompt_likelihoods is not None:
+            self._prompt_likelihoods.clear()
+        if self._admitted_at:
+            return
         self._admitted_at = time.monotonic()
+        self._cached_tokens = cache.reused
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return Started(
-            job_id=self.job_id, model=model, started_at=now, prompt_tokens=self.prompt_tokens, seed=self.seed
-        )
+        yield Started(job_id=self.job_id, model=model, started_at=now, prompt_tokens=self.prompt_tokens, seed=self.seed)
 
-    def append(self, token: int) -> Iterator[InferenceEvent]:
+    def preempt(self) -> None:
+        """Give its place and its cache up; it begins again with what it has generated."""
+        self._release()
+        self.state = State.WAITING
+
+    def progress(self) -> Iterator[InferenceEvent]:
+        """How much of the prompt is done, after a step that took some of it."""
+        if self._tells_progress and not self._tokens_out:
+            yield PromptProgress(
+                total=self.prompt_tokens,
+                cached=self._cached_tokens,
+                processed=min(self.computed, self.prompt_tokens),
+                elapsed_ms=round((time.monotonic() - self._admitted_at) * 1000),
+            )
+
+    def prompt_targets(self, count: int) -> list[int]:
+        """The prompt's tokens that the logits of the next ``count`` tokens predict, where that is to be told."""
+        if self._prompt_likelihoods is None:
+            return []
+        return self.tokens[self.computed + 1 : min(self.computed + count + 1, self.prompt_tokens)]
+
+    def take_prompt_likelihoods(self, likelihoods: list[Likelihood]) -> Iterator[PromptLogprobs]:
+        """Take the likelihoods of some of the prompt's tokens; they are told once all are there."""
+        told = self._prompt_likelihoods
+        if told is None:
+            return
+        told += likelihoods
+        if len(told) + 1 < self.prompt_tokens:
+            return
+        first = self._logprob(self.tokens[0], None)
+        rest = map(self._logprob, self.tokens[1 : self.prompt_tokens], told)
+        yield PromptLogprobs(logprobs=(first, *rest))
+        self._prompt_likelihoods = None
+
+    def append(self, sampled: Sampled) -> Iterator[InferenceEvent]:
         """Take a generated token: the text it completes, and the end when it is one."""
+        token = sampled.token
+        self.sampler.accept(token)
         self._last_at = time.monotonic()
         if not self._first_at:
             self._first_at = self._last_at
@@ -92,6 +185,8 @@ class Sequence:
             return
         self.tokens.append(token)
         self._tokens_out += 1
+        if sampled.likelihood is not None:
+            self._logprobs.append(self._logprob(token, sampled.likelihood))
         yield from self._text(self._stop.push(self._detokenizer.push(token)))
         if self._stop.matched is not None:
             yield self._end("stop_sequence")
@@ -119,8 +214,17 @@ class Sequence:
 
     def _text(self, text: str) -> Iterator[Token]:
         if text:
-            yield Token(t=text, i=self._texts)
+            told = self.params.logprobs is not None
+            yield Token(t=text, i=self._texts, logprobs=tuple(self._logprobs) if told else None)
+            self._logprobs.clear()
             self._texts += 1
+
+    def _logprob(self, token: int, likelihood: Likelihood | None) -> TokenLogprob:
+        text, data = self._tokenizer.token_text(token), tuple(self._tokenizer.token_bytes(token))
+        if likelihood is None:
+            return TokenLogprob(id=token, token=text, bytes=data, logprob=None)
+        top = tuple(self._logprob(other, Likelihood(logprob)) for other, logprob in likelihood.top)
+        return TokenLogprob(id=token, token=text, bytes=data, logprob=likelihood.logprob, top=top)
 
     def _end(self, reason: StopReason) -> End:
         self._close()
@@ -133,11 +237,16 @@ class Sequence:
             stop_reason=reason,
             stop_sequence_matched=self._stop.matched if reason == "stop_sequence" else None,
             prompt_tokens=self.prompt_tokens,
-            cached_tokens=0,
+            cached_tokens=self._cached_tokens,
             prefill_time_ms=round(prefill * 1000),
             tokens_per_second=round(later_tokens / decode, 2) if decode > 0 else 0.0,
         )
 
     def _close(self) -> None:
+        self._release()
         self.state = State.FINISHED
-        self.cache = None
+
+    def _release(self) -> None:
+        cache, self.cache = self.cache, None
+        if cache is not None:
+            cache.release()

@@ -1,6 +1,8 @@
 """Text to token ids and back, and the streaming detokenizer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import tokenizers
@@ -23,6 +25,27 @@ class TokenizerFiles(Protocol):
     def chat_template(self) -> str | None: ...
 
 
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character stands for in byte-level vocabularies (GPT-2).
+
+    Printable Latin-1 stands for itself, the other bytes, in order, are the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF: Mapping[str, int] = MappingProxyType(_byte_level_alphabet())
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A rendered conversation: its text, and its token ids."""
+
+    text: str
+    ids: list[int]
+
+
 class Tokenizer:
     """A model's tokenizer.
 
@@ -38,6 +61,8 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self.eos_ids = eos_ids
+        self._added = backend.get_added_tokens_decoder()
+        self._byte_level = "ByteLevel" in repr(backend.decoder)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -64,6 +89,11 @@ class Tokenizer:
         """Whether :meth:`render_chat` works."""
         return self._template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's source; None: the model has none."""
+        return self._template.source if self._template is not None else None
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; ``add_special_tokens`` puts the model's own, such as BOS, around it."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -71,6 +101,27 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` holds it."""
+        return str(self._backend.to_str())
+
+    def token_text(self, token: int) -> str:
+        """The text of one token alone, special ones written out; bytes that are no UTF-8 become U+FFFD."""
+        return self.token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, special ones written out; none for an id that has no token."""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF.get(char, ord("?")) for char in piece)
+        if len(piece) == len("<0x00>") and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:-1])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
     def render_chat(self, messages: Sequence[Message], **variables: Any) -> str:
         """Messages as prompt text, special tokens included.
@@ -81,6 +132,15 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequest("The model has no chat template.", hint="Send a prompt instead of messages.")
         return self._template.render(messages, **variables)
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> ChatPrompt:
+        """Messages as the prompt that asks for the assistant's next one.
+
+        Raises:
+            InvalidRequest: as :meth:`render_chat`.
+        """
+        text = self.render_chat(messages, **variables)
+        return ChatPrompt(text, self.encode(text, add_special_tokens=False))
 
 
 class StreamingDetokenizer:
@@ -96,10 +156,11 @@ class StreamingDetokenizer:
     _CONTEXT = 6
     """Tokens of the prompt decoded along for what they say about the first generated one."""
 
-    __slots__ = ("_ids", "_read", "_start", "_tokenizer")
+    __slots__ = ("_ids", "_read", "_skip_special_tokens", "_start", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids = list(prompt[-self._CONTEXT :])
         self._start = 0
         self._read = len(self._ids)
@@ -114,9 +175,9 @@ class StreamingDetokenizer:
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._ids[self._start : self._read])
-        after = decode(self._ids[self._start :])
+        skip = self._skip_special_tokens
+        before = self._tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=skip)
+        after = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=skip)
         if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
             return ""
         self._start, self._read = self._read, len(self._ids)

@@ -1,10 +1,10 @@
 """The decoder, read from top to bottom: embed, layers of attention and MLP, norm, head.
 
 Tokens of all sequences of a step lie side by side in one [tokens, hidden] tensor. Norms and linear layers see them
-all at once; attention goes sequence by sequence, each over its own cache.
+all at once; in attention each sees its own sequence's part of the cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.runtime.attention import attend
-from rbee_worker.runtime.kv_cache import SequenceCache
+from rbee_worker.runtime.attention import Attention, Segment, attention_for
+from rbee_worker.runtime.kv_cache import KVCache, SequenceCache
 from rbee_worker.runtime.layers import RMSNorm, Rotary
 from rbee_worker.runtime.linear import DenseLinear, Linear, LinearFormat
 from rbee_worker.runtime.model_config import ModelConfig
@@ -25,21 +25,44 @@ FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A sequence's share of a batch: ``count`` tokens from row ``start``, behind what its cache holds."""
-
-    cache: SequenceCache
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """One forward pass: int64 token ids and positions, each [tokens], and whose they are."""
 
     tokens: Tensor
     positions: Tensor
     segments: Sequence[Segment]
+
+    @classmethod
+    def of(cls, shares: Iterable[tuple[SequenceCache, Sequence[int], int]], device: torch.device) -> "Batch":
+        """A batch of shares: each a sequence's cache, its next tokens, and of how many of them logits are wanted."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments = []
+        for cache, share, outputs in shares:
+            segments.append(Segment(cache, len(tokens), len(share), outputs))
+            tokens.extend(share)
+            positions.extend(range(cache.length, cache.length + len(share)))
+        return cls(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """A layer's part of the cache in one step.
+
+    Attributes:
+        cache: the pool; ``index``: the layer's.
+        slots: where in the pool the step's tokens go, int64 [tokens].
+        attention: how they look at what is there.
+    """
+
+    cache: KVCache
+    index: int
+    slots: Tensor
+    attention: Attention
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store the new tokens' keys and values, and attend: each [tokens, heads or kv_heads, head_dim]."""
+        return self.attention(queries, *self.cache.write(self.index, self.slots, keys, values))
 
 
 class DecoderLayer:
@@ -59,25 +82,17 @@ class DecoderLayer:
         parts = (self.attention_norm, self.qkv, self.o, self.mlp_norm, self.gate_up, self.down)
         self.nbytes = sum(part.nbytes for part in parts)
 
-    def __call__(
-        self, hidden: Tensor, index: int, segments: Sequence[Segment], tables: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        hidden = hidden + self.o(self._attention(self.attention_norm(hidden), index, segments, tables))
+    def __call__(self, hidden: Tensor, cache: "LayerCache", tables: tuple[Tensor, Tensor]) -> Tensor:
+        hidden = hidden + self.o(self._attention(self.attention_norm(hidden), cache, tables))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(functional.silu(gate) * up)
 
-    def _attention(self, x: Tensor, index: int, segments: Sequence[Segment], tables: tuple[Tensor, Tensor]) -> Tensor:
+    def _attention(self, x: Tensor, cache: "LayerCache", tables: tuple[Tensor, Tensor]) -> Tensor:
         config = self._config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, config.head_dim)
         rotated = Rotary.rotate(qkv[:, : heads + kv_heads], tables)
-        values = qkv[:, heads + kv_heads :]
-        outputs = []
-        for segment in segments:
-            rows = slice(segment.start, segment.start + segment.count)
-            cached = segment.cache.write(index, rotated[rows, heads:], values[rows])
-            outputs.append(attend(rotated[rows, :heads], *cached))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return cache.attend(rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :])
 
 
 class Embedding:
@@ -122,6 +137,7 @@ class Transformer:
         self.rotary = Rotary(config, context_length, device)
         self.nbytes = 0
         self.layers: list[DecoderLayer] = []
+        self.cache: KVCache
         self._embedding: Embedding
         self._output: Output
         self._head: Linear
@@ -139,39 +155,41 @@ class Transformer:
         if part.head is not None:
             self._head = part.head
 
+    def allocate_cache(self, positions: int, *, prefix_cache: bool = True) -> None:
+        """Take the memory of the KV cache, for ``positions`` tokens of all sequences together."""
+        dtype = self.form.activation_dtype
+        self.cache = KVCache(self.config, positions, dtype, self.device, prefix_cache=prefix_cache)
+
     def new_cache(self) -> SequenceCache:
-        """An empty cache for one sequence of up to ``context_length`` tokens."""
-        return SequenceCache(self.config, self.context_length, self.form.activation_dtype, self.device)
+        """An empty table for one sequence."""
+        return SequenceCache(self.cache.pool)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Run one step and fill the caches.
+        """Run one step and fill the caches, in which room must have been reserved.
+
+        Their ``length`` does not move: what was written counts once the sequence's owner says so.
 
         Returns:
-            float32 logits of the last token of each segment, [segments, vocab_size].
+            float32 logits of the wanted tokens of each segment, side by side: [outputs of all segments, vocab_size].
         """
-        last = [segment.start + segment.count - 1 for segment in batch.segments]
+        rows = [
+            row
+            for segment in batch.segments
+            for row in range(segment.start + segment.count - segment.outputs, segment.start + segment.count)
+        ]
         hidden = self._hidden(batch)
-        if len(last) < hidden.shape[0]:
-            hidden = hidden[last]
-        return self._logits(hidden)
-
-    @torch.inference_mode()
-    def forward_all(self, batch: Batch) -> Tensor:
-        """As :meth:`forward`, with the logits of every token: [tokens, vocab_size]."""
-        return self._logits(self._hidden(batch))
+        if len(rows) < hidden.shape[0]:
+            hidden = hidden[rows]
+        return self._head(self._output.norm(hidden)).float()
 
     def _hidden(self, batch: Batch) -> Tensor:
-        for segment in batch.segments:
-            segment.cache.reserve(segment.count)
         dtype = self.form.activation_dtype
+        slots = [slot for segment in batch.segments for slot in segment.cache.slots(segment.count)]
+        slots_tensor = torch.tensor(slots, device=self.device)
+        attention = attention_for(batch.segments, dtype, self.device)
         tables = self.rotary.at(batch.positions, dtype)
         hidden = self._embedding(batch.tokens).to(dtype)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, index, batch.segments, tables)
-        for segment in batch.segments:
-            segment.cache.advance(segment.count)
+            hidden = layer(hidden, LayerCache(self.cache, index, slots_tensor, attention), tables)
         return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._output.norm(hidden)).float()

@@ -25,7 +25,7 @@ from rbee_worker.runtime import linear_int8
 from rbee_worker.runtime.engine import Engine
 from rbee_worker.runtime.linear import LinearFormat, make_linear
 from rbee_worker.runtime.linear_int8 import fbgemm_levels, int8_kernel
-from rbee_worker.runtime.transformer import Batch, Segment
+from rbee_worker.runtime.transformer import Batch
 
 PARAGRAPH = (
     "The old lighthouse on the northern cape had not been lit for eleven years when Marta bought it from the harbour "
@@ -91,8 +91,11 @@ def load(model: str | None, dtype: str, quantize: str) -> tuple[Engine, LoadRepo
 def logits_of(engine: Engine) -> tuple[torch.Tensor, list[int]]:
     assert engine.model is not None
     transformer, tokens = engine.model.transformer, engine.model.tokenizer.encode(PARAGRAPH)
-    segment = Segment(transformer.new_cache(), 0, len(tokens))
-    return transformer.forward_all(Batch(torch.tensor(tokens), torch.arange(len(tokens)), [segment])), tokens
+    cache = transformer.new_cache()
+    cache.reserve(len(tokens))
+    logits = transformer.forward(Batch.of([(cache, tokens, len(tokens))], transformer.device))
+    cache.release()
+    return logits, tokens
 
 
 def rates(engine: Engine, runs: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.transformer import Batch, Segment, Transformer
+from rbee_worker.runtime.transformer import Batch, Transformer
 
 from .conftest import load
 
@@ -48,19 +48,16 @@ def logits_of(transformer: Transformer, prompts: list[list[int]], chunk: int = 1
     caches = [transformer.new_cache() for _ in prompts]
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for begin in range(0, max(map(len, prompts)), chunk):
-        tokens: list[int] = []
-        positions: list[int] = []
-        segments, owners = [], []
-        for owner, prompt in enumerate(prompts):
-            piece = prompt[begin : begin + chunk]
-            if piece:
-                segments.append(Segment(caches[owner], len(tokens), len(piece)))
-                owners.append(owner)
-                tokens += piece
-                positions += range(begin, begin + len(piece))
-        out = transformer.forward_all(Batch(torch.tensor(tokens), torch.tensor(positions), segments))
-        for owner, segment in zip(owners, segments, strict=True):
+        pieces = [(owner, prompt[begin : begin + chunk]) for owner, prompt in enumerate(prompts) if begin < len(prompt)]
+        for owner, piece in pieces:
+            caches[owner].reserve(len(piece))
+        batch = Batch.of([(caches[owner], piece, len(piece)) for owner, piece in pieces], transformer.device)
+        out = transformer.forward(batch)
+        for (owner, piece), segment in zip(pieces, batch.segments, strict=True):
             parts[owner].append(out[segment.start : segment.start + segment.count])
+            caches[owner].advance(prompts[owner], caches[owner].length + len(piece))
+    for cache in caches:
+        cache.release()
     return [torch.cat(part) for part in parts]
 
 

@@ -36,6 +36,16 @@ report = st.builds(
 )
 
 
+logprob = st.builds(
+    events.TokenLogprob,
+    id=count,
+    token=text,
+    bytes=st.lists(st.integers(0, 255), max_size=3).map(tuple),
+    logprob=st.none() | seconds,
+)
+logprobs = st.lists(logprob, max_size=2).map(tuple)
+
+
 def event_of(kind: type[Event]) -> st.SearchStrategy[Event]:
     by_type: dict[Any, st.SearchStrategy[Any]] = {
         int: count,
@@ -44,6 +54,8 @@ def event_of(kind: type[Event]) -> st.SearchStrategy[Event]:
         events.LoadReport: report,
         float | None: st.none() | seconds,
         str | None: st.none() | text,
+        tuple[events.TokenLogprob, ...]: logprobs,
+        tuple[events.TokenLogprob, ...] | None: st.none() | logprobs,
         events.StopReason: st.sampled_from(["eos", "max_tokens"]),
     }
     return st.builds(kind, **{f.name: by_type[f.type] for f in dataclasses.fields(kind)})
@@ -53,7 +65,7 @@ any_event = st.one_of([event_of(kind) for kind in EVENT_TYPES])
 
 
 def test_every_event_is_covered():
-    assert len(EVENT_TYPES) == 12
+    assert len(EVENT_TYPES) == 14
 
 
 @given(any_event)

@@ -1,0 +1,193 @@
+"""Who owns which block of the KV cache: allocation, sharing and reuse, without a tensor in sight.
+
+A block holds the keys and values of :data:`BLOCK_TOKENS` positions. It is in one of three states:
+
+- free: nobody uses it and its content is of no use;
+- in use: by one or more sequences; only the one that allocated it writes, and only while it is not full;
+- cached: nobody uses it, but its content may be reused (prefix cache); it is given up, least recently used first, when
+  no free block is left.
+
+A full block is found again by what it holds: its own tokens behind those of the block before. Equal prompts are told
+by comparing tokens, never by a hash alone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK_TOKENS = 16
+"""Positions per block; also the granularity of prefix reuse."""
+
+_GOOD_GAP = 32
+"""Blocks in a row for which it is worth giving up cached ones."""
+
+_Key = tuple[int, tuple[int, ...]]
+"""Identity of the content before (0: nothing), and the block's own tokens."""
+
+ROOT = 0
+"""Identity of the empty prefix."""
+
+
+class CacheFull(Exception):
+    """Fewer blocks are free or cached than were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """Blocks by state; they add up to all there are."""
+
+    free: int
+    used: int
+    cached: int
+
+
+class BlockPool:
+    """Blocks numbered from 0.
+
+    Blocks of one sequence are laid side by side where that is possible, since a row of neighbours is read in one go.
+
+    Args:
+        blocks: how many there are.
+        prefix_cache: keep full blocks that nobody uses any more, for reuse.
+    """
+
+    def __init__(self, blocks: int, *, prefix_cache: bool = True) -> None:
+        self.blocks = blocks
+        self._prefix_cache = prefix_cache
+        self._users = [0] * blocks
+        self._free = np.ones(blocks, dtype=np.bool_)
+        self._free_count = blocks
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._key_of: dict[int, _Key] = {}
+        self._block_of: dict[_Key, int] = {}
+        self._identity_of: dict[int, int] = {}
+        self._next_identity = ROOT + 1
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be allocated now."""
+        return self._free_count + len(self._cached)
+
+    @property
+    def use(self) -> PoolUse:
+        """Blocks by state."""
+        return PoolUse(self._free_count, self.blocks - self.available, len(self._cached))
+
+    def users(self, block: int) -> int:
+        """How many sequences use a block."""
+        return self._users[block]
+
+    def allocate(self, count: int, after: int | None, headroom: int = 0) -> list[int]:
+        """Take blocks for a sequence.
+
+        Args:
+            count: how many.
+            after: the sequence's last block, behind which the new ones should lie; None: it has none of its own.
+            headroom: how many more it is expected to ask for.
+
+        Raises:
+            CacheFull: there are not that many; nothing is taken then.
+        """
+        if count > self.available:
+            raise CacheFull(f"{count} blocks asked for, {self.available} available")
+        taken: list[int] = []
+        while len(taken) < count:
+            following = None if after is None else after + 1
+            if following is None or following >= self.blocks or not self._free[following]:
+                following = self._place(count - len(taken) + headroom)
+            self._take(following)
+            taken.append(following)
+            after = following
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up a sequence's blocks, in its order; what is full and known stays cached."""
+        # From the end, so that a block is always given up before the one it continues.
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            if block in self._key_of:
+                self._cached[block] = None
+            else:
+                self._free[block] = True
+                self._free_count += 1
+
+    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Share the longest known prefix of ``tokens``, in whole blocks.
+
+        Returns:
+            Its blocks, now in use by one more, and the identity of the content up to there.
+        """
+        blocks, identity = [], ROOT
+        for begin in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            block = self._block_of.get((identity, tuple(tokens[begin : begin + BLOCK_TOKENS])))
+            if block is None:
+                break
+            blocks.append(block)
+            identity = self._identity_of[block]
+        for block in blocks:
+            self._cached.pop(block, None)
+            self._users[block] += 1
+        return blocks, identity
+
+    def register(self, block: int, before: int, tokens: Sequence[int]) -> int | None:
+        """Make a full block findable.
+
+        Args:
+            block: in use, and written to its end.
+            before: identity of the content before it.
+            tokens: the :data:`BLOCK_TOKENS` it holds.
+
+        Returns:
+            Identity of the content up to its end; None when another block holds the same, or nothing is kept.
+        """
+        key = (before, tuple(tokens))
+        if not self._prefix_cache or key in self._block_of:
+            return None
+        identity, self._next_identity = self._next_identity, self._next_identity + 1
+        self._key_of[block], self._block_of[key], self._identity_of[block] = key, block, identity
+        return identity
+
+    def clear_cached(self) -> None:
+        """Forget everything that nobody uses."""
+        while self._cached:
+            self._evict()
+
+    def _take(self, block: int) -> None:
+        self._free[block] = False
+        self._free_count -= 1
+        self._users[block] = 1
+
+    def _place(self, wanted: int) -> int:
+        """A free block with room behind it, evicting when there is none."""
+        start, length = self._largest_gap()
+        enough, spared = min(wanted, _GOOD_GAP), self.blocks // 8
+        while self._cached and (length == 0 or (length < enough and spared > 0)):
+            # What was released together is evicted together, and mostly lies together: gaps grow.
+            for _ in range(min(len(self._cached), enough)):
+                self._evict()
+                spared -= 1
+            start, length = self._largest_gap()
+        if start == 0 or length < 2 * wanted:
+            return start
+        # In the middle of a large gap, so that the neighbour before it can grow as well.
+        return start + length // 2
+
+    def _largest_gap(self) -> tuple[int, int]:
+        """First block and length of the longest row of free ones; (0, 0): none is free."""
+        if not self._free_count:
+            return 0, 0
+        edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        lengths = ends - starts
+        best = int(lengths.argmax())
+        return int(starts[best]), int(lengths[best])
+
+    def _evict(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)], self._identity_of[block]
+        self._free[block] = True
+        self._free_count += 1

@@ -1,0 +1,168 @@
+"""Grammars compiled by llguidance, within limits. Imports little: a process that tries grammars out starts with it."""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rbee_worker.config import GrammarSpec
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+T = TypeVar("T")
+
+JSON_WHITESPACE = r" |\n( {0,32}|\t{0,8})"
+"""White space between the tokens of generated JSON: a space, or a line break and an indent. Never more of it in a row:
+small models otherwise fill the context with it."""
+
+_JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE, "item_separator": ",", "key_separator": ":"}
+
+LIMITS = {
+    "initial_lexer_fuel": 500_000,  # work to build the lexer
+    "step_lexer_fuel": 200_000,  # the lexer's work for one mask: some 15 ms
+    "step_max_items": 20_000,  # the parser's work for one mask: some 15 ms
+    "max_items_in_row": 1_000,
+    "max_lexer_states": 100_000,  # 1 to 2 kB each
+    "max_grammar_size": 25_000,  # symbols; some 1,500 properties, or 600 that may be left out
+}
+"""llguidance's own limits; docs/structured-output.md says what they allow."""
+
+STACK_BYTES = 128 * 2**20
+"""Of the thread that compiles: rules that name each other in a chain of 64 KiB take a quarter of it."""
+
+_COMPLETE = frozenset({"NoExtension", "EndOfSentence"})
+_SHOWN = 300
+_FRAME = re.compile(r"^\s*(\d+ \|.*|\^)$", re.MULTILINE)
+"""Lines that show where in the grammar an error is."""
+
+_STACK_SIZE = threading.Lock()
+"""Guards :func:`threading.stack_size`, a setting of the process."""
+
+
+class Refused(Exception):  # noqa: N818  (no error: an answer)
+    """A grammar that cannot be followed, and why."""
+
+
+def source(spec: GrammarSpec) -> str:
+    """A grammar as llguidance takes it.
+
+    Raises:
+        Refused: a JSON schema that is not JSON, or no schema.
+    """
+    if spec.kind == "regex":
+        from llguidance import LLMatcher  # noqa: PLC0415 - optional
+
+        return LLMatcher.grammar_from_regex(spec.text)
+    if spec.kind == "lark":
+        return json.dumps({"grammars": [{"lark_grammar": spec.text}]})
+    schema = {"type": "object"} if spec.kind == "json_object" else _schema(spec.text)
+    options = schema.get("x-guidance", {})
+    if not isinstance(options, dict):
+        raise Refused("x-guidance must be an object")
+    return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": options | _JSON_OPTIONS}}]})
+
+
+def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokenizer":
+    """llguidance's view of a tokenizer; it takes a second for a large one.
+
+    Args:
+        text: ``tokenizer.json``.
+        vocab_size: ids, those without a token included.
+        eos_ids: ids that end the text, at least one.
+
+    Raises:
+        Refused: it cannot tell the bytes of this tokenizer's tokens.
+    """
+    from llguidance import LLTokenizer  # noqa: PLC0415 - optional
+
+    try:
+        return _refusing(lambda: LLTokenizer(text, n_vocab=vocab_size, eos_token=eos_ids))
+    except Refused as refused:
+        raise Refused(f"the model's tokenizer cannot be followed ({refused})") from refused
+
+
+def build(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":
+    """Compile :func:`source`'s text, and compute the first mask, which the matcher remembers.
+
+    Raises:
+        Refused: the grammar is malformed, unsupported, too complex, or matches nothing.
+    """
+    from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415 - optional
+
+    limits = LLParserLimits(**LIMITS, verbose_errors=False)
+    matcher = _refusing(lambda: on_large_stack(lambda: LLMatcher(tokenizer, text, log_level=0, limits=limits)))
+    if not matcher.is_error():
+        _refusing(matcher.compute_bitmask)
+    if problem := trouble(matcher):
+        raise Refused(problem)
+    return matcher
+
+
+def trouble(matcher: "LLMatcher") -> str:
+    """Why a matcher cannot go on, though its text is not complete; empty: it can, or it is."""
+    if matcher.is_error():
+        return reason(matcher.get_error())
+    if matcher.is_stopped() and matcher.stop_reason() not in _COMPLETE:
+        return "no text that the model can write matches it"
+    return ""
+
+
+def reason(error: str) -> str:
+    """An error of llguidance in one line, without the grammar's text around it."""
+    text = _FRAME.sub("", error.partition("<backtrace>")[0].replace("<non-verbose/>", ""))
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def on_large_stack(function: Callable[[], T]) -> T:
+    """``function()`` in a thread whose stack holds any recursion that a grammar of the largest size can cause."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # noqa: BLE001  (raised below; a panic of llguidance is no Exception)
+            outcome.set_exception(error)
+
+    with _STACK_SIZE:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run, name="grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return outcome.result()
+
+
+def _refusing(function: Callable[[], T]) -> T:
+    try:
+        return function()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        # llguidance reports by ValueError; a panic of its is a BaseException.
+        raise Refused(reason(str(error))) from error
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise Refused("it is nested too deeply") from None
+    except ValueError as error:
+        raise Refused(f"it is not JSON: {error}") from None
+    if schema is True:
+        return {}
+    if schema is False:
+        raise Refused("nothing matches false")
+    if not isinstance(schema, dict):
+        raise Refused("it must be a JSON object")
+    return schema
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")

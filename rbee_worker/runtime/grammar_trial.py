@@ -1,0 +1,173 @@
+"""Grammars tried out in a process of its own, so that none can harm this one.
+
+llguidance's limits bound most of what a grammar costs, not all: some take hours, gigabytes or more stack than there is.
+So every grammar that is new is compiled here first, under limits of the operating system. Run as a module, this is
+that process: it reads a tokenizer and then grammars from stdin, each a line of JSON, and answers each with a line: why
+it is refused, or an empty string.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+from rbee_worker.errors import InferenceError
+from rbee_worker.runtime.grammar_build import STACK_BYTES, Refused, build, load_tokenizer
+
+CPU_SECONDS = 2.0
+"""A grammar may take to compile."""
+MEMORY_BYTES = 256 * 2**20
+"""A grammar may need while it is compiled."""
+
+_START_SECONDS = 60.0
+_ANSWER_SECONDS = 30.0
+"""By the clock, where the machine is busy."""
+_NICENESS = 10
+"""Running streams come first."""
+
+
+class Trial:
+    """The process, started when it is first needed and again after a grammar has ended it. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._stop: weakref.finalize[..., Any] | None = None
+
+    def start(self, tokenizer: str, vocab_size: int, eos_ids: list[int]) -> None:
+        """Start it, unless it runs; the arguments are :func:`~.grammar_build.load_tokenizer`'s.
+
+        Raises:
+            InferenceError: the system does not let it.
+        """
+        if self._process is not None:
+            return
+        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        try:
+            process = subprocess.Popen(  # noqa: S603  (this very program)
+                [sys.executable, "-P", "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise InferenceError(f"The process that tries grammars out cannot be started: {error}.") from error
+        self._process, self._ready, self._stop = process, False, weakref.finalize(self, _end, process)
+        _write(process, [tokenizer, vocab_size, eos_ids])
+
+    def refusal(self, grammar: str) -> str:
+        """Why a grammar, as :func:`~.grammar_build.source` writes it, is refused; empty: it is not.
+
+        Raises:
+            InferenceError: the process does not run.
+        """
+        process = self._process
+        if process is None:
+            raise InferenceError("The process that tries grammars out was not started.")
+        if not self._ready and _read(process, _START_SECONDS) is None:
+            self.close()
+            raise InferenceError(f"The process that tries grammars out ended with status {process.returncode}.")
+        self._ready = True
+        _write(process, grammar)
+        answer = _read(process, _ANSWER_SECONDS)
+        if answer is not None:
+            return answer
+        alive = process.poll() is None
+        self.close()
+        if alive or process.returncode == -signal.SIGPROF:
+            return f"it takes more than {CPU_SECONDS:g} s to compile"
+        return "it is too complex: it needs too much memory, or is nested too deeply"
+
+    def close(self) -> None:
+        """End the process."""
+        if self._stop is not None:
+            self._stop()
+        self._process = self._stop = None
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _write(process: "subprocess.Popen[bytes]", value: object) -> None:
+    if process.stdin is None:
+        return
+    # A process that has ended is told by what it does not answer.
+    with contextlib.suppress(OSError):
+        process.stdin.write(json.dumps(value).encode() + b"\n")
+        process.stdin.flush()
+
+
+def _read(process: "subprocess.Popen[bytes]", seconds: float) -> str | None:
+    """The next line that the process writes; None: none came in time, or it has ended."""
+    if process.stdout is None:
+        return None
+    ends, line = time.monotonic() + seconds, b""
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(ends - time.monotonic(), 0) * 1000):
+            return None
+        piece = os.read(process.stdout.fileno(), 65536)
+        if not piece:
+            process.wait()
+            return None
+        line += piece
+    return str(json.loads(line))
+
+
+def _limit_memory() -> None:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return
+    limit = pages * resource.getpagesize() + STACK_BYTES + MEMORY_BYTES
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main() -> None:
+    """Be the process."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(_NICENESS)
+    text, vocab_size, eos_ids = json.loads(sys.stdin.buffer.readline())
+    tokenizer = load_tokenizer(text, vocab_size, eos_ids)
+    del text
+    _limit_memory()
+    _answer("")
+    for line in sys.stdin.buffer:
+        grammar = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        try:
+            build(tokenizer, grammar)
+            refusal = ""
+        except Refused as error:
+            refusal = str(error)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _answer(refusal)
+
+
+def _answer(value: str) -> None:
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

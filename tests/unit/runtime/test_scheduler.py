@@ -1,0 +1,138 @@
+"""Whose turn it is, and who gives way."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rbee_worker.config import GenerationRequest, SamplingParams
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS, BlockPool
+from rbee_worker.runtime.kv_cache import SequenceCache
+from rbee_worker.runtime.scheduler import Scheduler
+from rbee_worker.runtime.sequence import Sequence
+from rbee_worker.runtime.tokenizer import Tokenizer
+from rbee_worker.runtime.waiting import WaitingQueue
+from tests.tiny import byte_tokenizer
+
+
+def sequence(tokens: int, client: str = "") -> Sequence:
+    request = GenerationRequest(prompt="any", client=client, sampling=SamplingParams(temperature=0))
+    tokenizer = Tokenizer(byte_tokenizer(), eos_ids=frozenset())
+    return Sequence(f"{client}-{tokens}", [1] * tokens, request, 0, tokenizer, context_length=10_000)
+
+
+class Loop:
+    """A scheduler, a pool, and steps in which every share is computed."""
+
+    def __init__(self, blocks: int, places: int = 8, chunk: int = 64) -> None:
+        self.pool = BlockPool(blocks, prefix_cache=False)
+        self.scheduler = Scheduler(places, chunk)
+
+    def add(self, tokens: int, client: str = "") -> Sequence:
+        added = sequence(tokens, client)
+        self.scheduler.add(added)
+        return added
+
+    def step(self) -> dict[Sequence, int]:
+        """Tokens of each sequence that ran; those with nothing left pending get a new token."""
+        for admitted, cache in self.scheduler.admit(lambda _: SequenceCache(self.pool)):
+            list(admitted.admit("model", cache))
+        ran = {}
+        for share in self.scheduler.schedule():
+            share.cache.advance(share.sequence.tokens, share.cache.length + share.count)
+            if not share.sequence.pending:
+                share.sequence.tokens.append(1)
+            ran[share.sequence] = share.count
+        return ran
+
+    def end(self, ended: Sequence) -> None:
+        ended.fail("X", "over")
+        self.scheduler.remove(ended)
+
+
+def test_prompts_share_the_chunk_in_order_of_arrival() -> None:
+    loop = Loop(100)
+    first, second = loop.add(50), loop.add(50)
+    assert loop.step() == {first: 50, second: 14}
+    # The first one decodes now: prompts get an eighth, but never less than a block.
+    assert loop.step() == {first: 1, second: 16}
+
+
+def test_no_more_than_the_places() -> None:
+    loop = Loop(100, places=2)
+    first, second, third = (loop.add(4) for _ in range(3))
+    assert set(loop.step()) == {first, second}
+    loop.end(first)
+    assert set(loop.step()) == {second, third}
+
+
+def test_a_prompt_waits_until_the_cache_has_room_for_all_of_it() -> None:
+    loop = Loop(4)
+    first, second = loop.add(3 * BLOCK_TOKENS - 1), loop.add(2 * BLOCK_TOKENS - 1)
+    assert set(loop.step()) == {first}
+    assert second.cache is None
+    loop.end(first)
+    assert set(loop.step()) == {second}
+
+
+def test_the_latest_gives_way_and_comes_back() -> None:
+    loop = Loop(4)
+    first, second = loop.add(BLOCK_TOKENS), loop.add(BLOCK_TOKENS)
+    while not loop.scheduler.preemptions:
+        ran = loop.step()
+        assert first in ran
+    assert second.cache is None
+    assert len(second.tokens) > BLOCK_TOKENS + 1
+    assert list(loop.scheduler.waiting) == [second]
+    loop.end(first)
+    assert loop.step() == {second: len(second.tokens) - 1}
+
+
+def test_what_gave_way_comes_before_what_never_ran() -> None:
+    loop = Loop(4)
+    first, second = loop.add(BLOCK_TOKENS), loop.add(BLOCK_TOKENS)
+    while not loop.scheduler.preemptions:
+        loop.step()
+    late = loop.add(1)
+    loop.end(first)
+    assert list(loop.step()) == [second, late]
+
+
+@pytest.mark.parametrize("busy", [1, 3])
+def test_a_client_with_much_to_do_does_not_hold_up_one_with_little(busy: int) -> None:
+    loop = Loop(100, places=2)
+    for _ in range(6 * busy):
+        loop.add(4, "busy")
+    little = loop.add(4, "little")
+    ran = loop.step()
+    assert little in ran
+    assert Counter(one.client for one in ran) == {"busy": 1, "little": 1}
+
+
+def test_clients_take_turns_and_each_keeps_its_order() -> None:
+    queue = WaitingQueue()
+    waiting = {name: [sequence(size, name) for size in range(1, 4)] for name in "ab"}
+    for name in "ab":
+        for one in waiting[name]:
+            queue.add(one)
+    served = []
+    while len(queue):
+        # One place: nobody is running when the next is chosen.
+        chosen = next(iter(queue.in_turn(Counter())))
+        turns = queue.in_turn(Counter())
+        assert next(turns) is chosen
+        queue.remove(chosen)
+        next(turns, None)
+        served.append(chosen)
+    assert [one.client for one in served] == ["a", "b", "a", "b", "a", "b"]
+    assert [one for one in served if one.client == "a"] == waiting["a"]
+
+
+def test_one_prompt_being_computed_is_not_computed_beside(tmp_path: Path) -> None:
+    loop = Loop(100, chunk=32)
+    first, second, other = loop.add(100), loop.add(100), loop.add(3)
+    ran = loop.step()
+    assert first in ran
+    assert second not in ran
+    assert list(loop.scheduler.waiting) == [second]
+    assert other.cache is not None
