@@ -71,9 +71,13 @@ def _sample(logits: Tensor, place: int, guesses: list[Guess]) -> list[Sampled]:
 
 def _take(sequence: Sequence, outcome: Sampled | Exception) -> Iterator[InferenceEvent]:
     """What a sequence makes of its token; an error ends it, and it alone."""
-    try:
-        if isinstance(outcome, Exception):
-            raise outcome
-        yield from sequence.append(outcome)
-    except Exception as error:  # noqa: BLE001  (the others' tokens are not lost with it)
-        yield sequence.fail(InferenceError.code, f"Sampling failed: {error}")
+    problem: Exception | None = None
+    if isinstance(outcome, Exception):
+        problem = outcome
+    else:
+        try:
+            yield from sequence.append(outcome)
+        except Exception as error:  # noqa: BLE001  (the others' tokens are not lost with it)
+            problem = error
+    if problem is not None:
+        yield sequence.fail(InferenceError.code, f"Sampling failed: {problem}")

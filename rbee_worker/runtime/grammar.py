@@ -13,7 +13,7 @@ import tokenizers
 
 from rbee_worker.config import MAX_GRAMMAR_BYTES, GrammarKind, GrammarSpec
 from rbee_worker.errors import FieldError, InferenceError, InvalidRequest, Unavailable
-from rbee_worker.runtime.grammar_build import Refused, build, load_tokenizer, source, trouble
+from rbee_worker.runtime.grammar_build import Refused, build, large_stack, load_tokenizer, source, trouble
 from rbee_worker.runtime.grammar_mask import GrammarMask
 from rbee_worker.runtime.grammar_trial import Trial
 from rbee_worker.runtime.tokenizer import Tokenizer
@@ -177,7 +177,11 @@ class GrammarCompiler:
         if verdict is None or self._vocabulary is None:
             text = source(spec)
             vocabulary = self._prepare()
-            verdict = self._verdicts[spec] = self._trial.refusal(text)
+            verdict = self._trial.refusal(text)
+            if verdict is None:
+                self._prepare()
+                verdict = self._trial.refusal(text) or ""
+            self._verdicts[spec] = verdict
             if len(self._verdicts) > _VERDICTS:
                 self._verdicts.popitem(last=False)
         else:
@@ -187,10 +191,13 @@ class GrammarCompiler:
             raise Refused(verdict)
         # Compiled anew for each text: copies of one matcher share a lexer, in which one could exhaust what the others
         # are allowed.
-        return GrammarMatcher(build(vocabulary.tokenizer, text), vocabulary)
+        with large_stack() as thread:
+            return GrammarMatcher(thread.submit(build, vocabulary.tokenizer, text).result(), vocabulary)
 
     def _prepare(self) -> _Vocabulary:
-        """Start the trial's process, and load the tokenizer here meanwhile."""
+        """Start the trial's process, and load the tokenizer here meanwhile, unless they are there."""
+        if self._vocabulary is not None and self._trial.running:
+            return self._vocabulary
         text, size = self._tokenizer.to_json(), self._tokenizer.vocab_size
         ends = tuple(sorted(end for end in self._tokenizer.eos_ids if end < self._vocab_size))
         known = [end for end in ends if self._tokenizer.token_bytes(end)]
@@ -200,9 +207,10 @@ class GrammarCompiler:
             backend.add_special_tokens([_END])
             text, size = backend.to_str(), backend.get_vocab_size(with_added_tokens=True)
             unreal = backend.token_to_id(_END)
-            known = [unreal]
+            known = [] if unreal is None else [unreal]
         setup = (text, max(size, self._vocab_size), known)
-        self._trial.start(*setup)
+        if not self._trial.running:
+            self._trial.start(*setup)
         if self._vocabulary is None:
             self._vocabulary = _Vocabulary(load_tokenizer(*setup), self._vocab_size, ends, unreal)
         return self._vocabulary

@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rbee_worker.config import GrammarSpec
@@ -20,20 +20,23 @@ small models otherwise fill the context with it."""
 
 _JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE, "item_separator": ",", "key_separator": ":"}
 
-LIMITS = {
-    "initial_lexer_fuel": 500_000,  # work to build the lexer
-    "step_lexer_fuel": 200_000,  # the lexer's work for one mask: some 15 ms
-    "step_max_items": 20_000,  # the parser's work for one mask: some 15 ms
-    "max_items_in_row": 1_000,
-    "max_lexer_states": 100_000,  # 1 to 2 kB each
-    "max_grammar_size": 25_000,  # symbols; some 1,500 properties, or 600 that may be left out
-}
-"""llguidance's own limits; docs/structured-output.md says what they allow."""
+_LEXER_FUEL = 500_000
+"""Work to build the lexer."""
+_STEP_LEXER_FUEL = 200_000
+"""The lexer's work for one mask: some 15 ms."""
+_STEP_ITEMS = 20_000
+"""The parser's work for one mask: some 15 ms."""
+_ROW_ITEMS = 1_000
+_LEXER_STATES = 50_000
+"""Of 1 to 2 kB each, made as the text goes on."""
+_GRAMMAR_SIZE = 25_000
+"""Symbols: of some 1,500 properties, or 600 that may be left out."""
 
 STACK_BYTES = 128 * 2**20
 """Of the thread that compiles: rules that name each other in a chain of 64 KiB take a quarter of it."""
 
 _COMPLETE = frozenset({"NoExtension", "EndOfSentence"})
+_NOTHING = "no text that the model could write matches it"
 _SHOWN = 300
 _FRAME = re.compile(r"^\s*(\d+ \|.*|\^)$", re.MULTILINE)
 """Lines that show where in the grammar an error is."""
@@ -42,7 +45,7 @@ _STACK_SIZE = threading.Lock()
 """Guards :func:`threading.stack_size`, a setting of the process."""
 
 
-class Refused(Exception):  # noqa: N818  (no error: an answer)
+class Refused(Exception):
     """A grammar that cannot be followed, and why."""
 
 
@@ -59,14 +62,14 @@ def source(spec: GrammarSpec) -> str:
     if spec.kind == "lark":
         return json.dumps({"grammars": [{"lark_grammar": spec.text}]})
     schema = {"type": "object"} if spec.kind == "json_object" else _schema(spec.text)
-    options = schema.get("x-guidance", {})
+    options: Any = schema.get("x-guidance", {})
     if not isinstance(options, dict):
         raise Refused("x-guidance must be an object")
     return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": options | _JSON_OPTIONS}}]})
 
 
 def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokenizer":
-    """llguidance's view of a tokenizer; it takes a second for a large one.
+    """What llguidance makes of a tokenizer; it takes a second for a large one.
 
     Args:
         text: ``tokenizer.json``.
@@ -85,28 +88,46 @@ def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokeniz
 
 
 def build(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":
-    """Compile :func:`source`'s text, and compute the first mask, which the matcher remembers.
+    """Compile :func:`source`'s text; to be called on a large stack.
 
     Raises:
-        Refused: the grammar is malformed, unsupported, too complex, or matches nothing.
+        Refused: the grammar is malformed, unsupported or too complex.
     """
     from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415 - optional
 
-    limits = LLParserLimits(**LIMITS, verbose_errors=False)
-    matcher = _refusing(lambda: on_large_stack(lambda: LLMatcher(tokenizer, text, log_level=0, limits=limits)))
-    if not matcher.is_error():
-        _refusing(matcher.compute_bitmask)
+    limits = LLParserLimits(
+        initial_lexer_fuel=_LEXER_FUEL,
+        step_lexer_fuel=_STEP_LEXER_FUEL,
+        step_max_items=_STEP_ITEMS,
+        max_items_in_row=_ROW_ITEMS,
+        max_lexer_states=_LEXER_STATES,
+        max_grammar_size=_GRAMMAR_SIZE,
+        verbose_errors=False,
+    )
+    matcher = _refusing(lambda: LLMatcher(tokenizer, text, log_level=0, limits=limits))
     if problem := trouble(matcher):
         raise Refused(problem)
     return matcher
 
 
+def try_first_mask(matcher: "LLMatcher") -> None:
+    """Compute the first mask.
+
+    Raises:
+        Refused: it takes more than is allowed, or there is no token to begin with.
+    """
+    _refusing(matcher.compute_bitmask)
+    if problem := trouble(matcher):
+        raise Refused(problem)
+
+
 def trouble(matcher: "LLMatcher") -> str:
     """Why a matcher cannot go on, though its text is not complete; empty: it can, or it is."""
     if matcher.is_error():
-        return reason(matcher.get_error())
+        error = matcher.get_error()
+        return _NOTHING if error.startswith("NoExtensionBias") else reason(error)
     if matcher.is_stopped() and matcher.stop_reason() not in _COMPLETE:
-        return "no text that the model can write matches it"
+        return _NOTHING
     return ""
 
 
@@ -117,25 +138,16 @@ def reason(error: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def on_large_stack(function: Callable[[], T]) -> T:
-    """``function()`` in a thread whose stack holds any recursion that a grammar of the largest size can cause."""
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:  # noqa: BLE001  (raised below; a panic of llguidance is no Exception)
-            outcome.set_exception(error)
-
+def large_stack() -> ThreadPoolExecutor:
+    """A thread whose stack holds any recursion that a grammar of the largest size can cause."""
     with _STACK_SIZE:
         before = threading.stack_size(STACK_BYTES)
         try:
-            thread = threading.Thread(target=run, name="grammar", daemon=True)
-            thread.start()
+            pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+            pool.submit(int).result()  # that starts the thread
         finally:
             threading.stack_size(before)
-    thread.join()
-    return outcome.result()
+    return pool
 
 
 def _refusing(function: Callable[[], T]) -> T:

@@ -16,21 +16,27 @@ import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rbee_worker.errors import InferenceError
-from rbee_worker.runtime.grammar_build import STACK_BYTES, Refused, build, load_tokenizer
+from rbee_worker.runtime.grammar_build import Refused, build, large_stack, load_tokenizer, try_first_mask
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 CPU_SECONDS = 2.0
 """A grammar may take to compile."""
-MEMORY_BYTES = 256 * 2**20
-"""A grammar may need while it is compiled."""
+MASK_CPU_SECONDS = 0.25
+"""Its first mask may take: every running text waits for it."""
+MEMORY_BYTES = 64 * 2**20
+"""A grammar may need while it is compiled, and its first mask."""
 
 _START_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
 """By the clock, where the machine is busy."""
-_NICENESS = 10
+_NICENESS = 5
 """Running streams come first."""
 
 
@@ -42,14 +48,17 @@ class Trial:
         self._ready = False
         self._stop: weakref.finalize[..., Any] | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and has not been ended."""
+        return self._process is not None
+
     def start(self, tokenizer: str, vocab_size: int, eos_ids: list[int]) -> None:
-        """Start it, unless it runs; the arguments are :func:`~.grammar_build.load_tokenizer`'s.
+        """Start it; the arguments are :func:`~.grammar_build.load_tokenizer`'s.
 
         Raises:
             InferenceError: the system does not let it.
         """
-        if self._process is not None:
-            return
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         try:
             process = subprocess.Popen(  # noqa: S603  (this very program)
@@ -65,16 +74,18 @@ class Trial:
         self._process, self._ready, self._stop = process, False, weakref.finalize(self, _end, process)
         _write(process, [tokenizer, vocab_size, eos_ids])
 
-    def refusal(self, grammar: str) -> str:
+    def refusal(self, grammar: str) -> str | None:
         """Why a grammar, as :func:`~.grammar_build.source` writes it, is refused; empty: it is not.
+
+        None: the process has ended, but perhaps for what earlier grammars left behind. Start it and ask again.
 
         Raises:
             InferenceError: the process does not run.
         """
-        process = self._process
+        process, fresh = self._process, not self._ready
         if process is None:
             raise InferenceError("The process that tries grammars out was not started.")
-        if not self._ready and _read(process, _START_SECONDS) is None:
+        if fresh and _read(process, _START_SECONDS) is None:
             self.close()
             raise InferenceError(f"The process that tries grammars out ended with status {process.returncode}.")
         self._ready = True
@@ -85,8 +96,8 @@ class Trial:
         alive = process.poll() is None
         self.close()
         if alive or process.returncode == -signal.SIGPROF:
-            return f"it takes more than {CPU_SECONDS:g} s to compile"
-        return "it is too complex: it needs too much memory, or is nested too deeply"
+            return f"it takes more than {CPU_SECONDS:g} s to compile, or {MASK_CPU_SECONDS:g} s to begin with"
+        return f"it needs more than {MEMORY_BYTES // 2**20} MiB, or is nested too deeply" if fresh else None
 
     def close(self) -> None:
         """End the process."""
@@ -133,13 +144,14 @@ def _read(process: "subprocess.Popen[bytes]", seconds: float) -> str | None:
 
 def _limit_memory() -> None:
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (OSError, ValueError, IndexError):  # not Linux
+        status = Path("/proc/self/status").read_text("ascii")
+    except OSError:  # not Linux
         return
-    limit = pages * resource.getpagesize() + STACK_BYTES + MEMORY_BYTES
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    limit = used + MEMORY_BYTES
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def main() -> None:
@@ -150,18 +162,25 @@ def main() -> None:
     text, vocab_size, eos_ids = json.loads(sys.stdin.buffer.readline())
     tokenizer = load_tokenizer(text, vocab_size, eos_ids)
     del text
-    _limit_memory()
-    _answer("")
-    for line in sys.stdin.buffer:
-        grammar = json.loads(line)
+    with large_stack() as thread:
+        _limit_memory()
+        _answer("")
+        for line in sys.stdin.buffer:
+            _answer(_refusal(thread, tokenizer, json.loads(line)))
+
+
+def _refusal(thread: Executor, tokenizer: "LLTokenizer", grammar: str) -> str:
+    # The timers count this process's own time; when one runs out, its signal ends the process.
+    try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        try:
-            build(tokenizer, grammar)
-            refusal = ""
-        except Refused as error:
-            refusal = str(error)
+        matcher = thread.submit(build, tokenizer, grammar).result()
+        signal.setitimer(signal.ITIMER_PROF, MASK_CPU_SECONDS)
+        try_first_mask(matcher)
+    except Refused as refused:
+        return str(refused)
+    finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _answer(refusal)
+    return ""
 
 
 def _answer(value: str) -> None:

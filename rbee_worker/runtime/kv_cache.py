@@ -124,7 +124,7 @@ class SequenceCache:
         ]
 
     def runs(self, count: int) -> list[tuple[int, int]]:
-        """The rows of the pool that hold it and ``count`` more tokens, in order: first position, and that behind the last."""
+        """The rows of the pool that hold it and ``count`` more tokens: their first positions and those behind the last."""
         left = self.length + count
         runs = []
         for block, blocks in self._runs:

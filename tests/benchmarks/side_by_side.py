@@ -34,7 +34,7 @@ def measure_rbee(model: str, dtype: str, prompt_tokens: int, tokens: int) -> Ite
     from rbee_worker.runtime.engine import Engine
 
     began = time.perf_counter()
-    engine = Engine(EngineConfig(dtype=dtype, prefill_chunk=prompt_tokens))
+    engine = Engine(EngineConfig(dtype=dtype, prefill_chunk=prompt_tokens, prefix_cache=False))
     for _ in engine.load(model):
         pass
     yield time.perf_counter() - began

@@ -72,7 +72,7 @@ def transformer_of(engine: Engine) -> Transformer:
 
 def random_prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 7, 40, 23)]
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 7, 40, 23, 16, 17, 64)]
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())

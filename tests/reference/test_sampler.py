@@ -50,7 +50,9 @@ def probabilities(logits: Tensor, samplers: list[Sampler]) -> Tensor:
     out = torch.zeros_like(logits)
     for found in candidates(logits, samplers):
         shares = found.logits.softmax(-1)
-        out[found.rows] = shares if found.ids is None else torch.zeros_like(logits[found.rows]).scatter(1, found.ids, shares)
+        if found.ids is not None:
+            shares = torch.zeros_like(logits[found.rows]).scatter(1, found.ids, shares)
+        out[found.rows] = shares
     return out
 
 
@@ -72,7 +74,7 @@ def test_probabilities_of_a_mixed_batch(scale: float) -> None:
 
 
 def test_neighbours_do_not_change_a_choice() -> None:
-    randomly = random.Random(3)
+    randomly = random.Random(3)  # noqa: S311  (a test's choices)
     logits = torch.randn(40, VOCABULARY, generator=torch.Generator().manual_seed(4)) * 2
     params = [
         SamplingParams(

@@ -14,7 +14,7 @@ from rbee_worker.errors import OutOfMemory
 from rbee_worker.events import End, InferenceEvent, InferenceFailed, PromptLogprobs, PromptProgress, Started, Token
 from rbee_worker.runtime.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.engine import Engine
-from tests.tiny import write_tiny_model
+from tests.tiny import byte_tokenizer, write_tiny_model
 
 BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4
 """Of the tiny model in float32: layers, keys and values, heads, head_dim, bytes."""
@@ -65,7 +65,7 @@ def alone(path: str, prompt: str, sampling: SamplingParams) -> tuple[str, str, s
     return said(list(engine.generate(GenerationRequest(prompt=prompt, sampling=sampling))))
 
 
-sampling = st.builds(
+samplings = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 40),
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
@@ -79,7 +79,7 @@ sampling = st.builds(
     logit_bias=st.sampled_from([(), ((101, 2.0), (7, -100.0))]),
 )
 prompts = st.builds(str.__add__, st.sampled_from(BEGINNINGS), st.text("abc ", min_size=1, max_size=30))
-arrival = st.tuples(st.just("arrive"), prompts, sampling, st.sampled_from(["", "one", "two"]))
+arrival = st.tuples(st.just("arrive"), prompts, samplings, st.sampled_from(["", "one", "two"]))
 moves = st.lists(
     arrival | st.tuples(st.just("cancel"), st.integers(0, 20)) | st.tuples(st.just("steps"), st.integers(1, 12)),
     min_size=2,
@@ -105,59 +105,60 @@ def check_accounts(engine: Engine) -> None:
     assert len(engine._scheduler.running) <= engine.config.max_batch_size
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    moves=moves,
-    blocks=st.integers(CONTEXT // BLOCK_TOKENS, 20),
-    chunk=st.sampled_from([5, 16, 64]),
-    places=st.integers(1, 5),
-    prefix_cache=st.booleans(),
-    speculate=st.sampled_from([0, 3]),
+engines = st.fixed_dictionaries(
+    {
+        "blocks": st.integers(CONTEXT // BLOCK_TOKENS, 20),
+        "prefill_chunk": st.sampled_from([5, 16, 64]),
+        "max_batch_size": st.integers(1, 5),
+        "prefix_cache": st.booleans(),
+        "speculate": st.sampled_from([0, 3]),
+    }
 )
-def test_each_says_what_it_says_alone(
-    tiny: str, moves: list[Any], blocks: int, chunk: int, places: int, prefix_cache: bool, speculate: int
-) -> None:
-    note(f"{moves=} {blocks=} {chunk=} {places=} {prefix_cache=} {speculate=}")
-    jobs: dict[str, tuple[str, SamplingParams]] = {}
+
+
+def play(engine: Engine, moves: list[Any]) -> tuple[dict[str, Any], set[str], dict[str, list[InferenceEvent]]]:
+    """Make the moves, check the accounts after each step, and run to the end: jobs, those cancelled, streams."""
+    jobs: dict[str, Any] = {}
     cancelled: set[str] = set()
     streams: dict[str, list[InferenceEvent]] = {}
-    expected = {move[1:3]: alone(tiny, *move[1:3]) for move in moves if move[0] == "arrive"}
-    engine = warm_engine(
-        tiny,
-        blocks=blocks,
-        prefill_chunk=chunk,
-        max_batch_size=places,
-        prefix_cache=prefix_cache,
-        speculate=speculate,
-    )
 
-    def steps(count: int) -> None:
-        for _ in range(count):
-            for job_id, event in engine.step():
-                streams.setdefault(job_id, []).append(event)
-            check_accounts(engine)
+    def step() -> None:
+        for job_id, event in engine.step():
+            streams.setdefault(job_id, []).append(event)
+        check_accounts(engine)
 
-    for move in [*moves, ("steps", 3000)]:
+    for move in moves:
         match move:
             case ("arrive", prompt, params, client):
                 job_id = f"job-{len(jobs)}"
                 jobs[job_id] = (prompt, params)
                 engine.submit(GenerationRequest(prompt=prompt, job_id=job_id, sampling=params, client=client))
             case ("cancel", number):
-                if f"job-{number}" in engine._sequences:
-                    cancelled.add(f"job-{number}")
+                cancelled.add(f"job-{number}")
                 engine.cancel(f"job-{number}")
             case ("steps", count):
-                steps(1 if count == 3000 else count)
-                while count == 3000 and engine.has_work:
-                    steps(1)
+                for _ in range(count):
+                    step()
+    while engine.has_work:
+        step()
+    return jobs, cancelled, streams
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moves=moves, config=engines)
+def test_each_says_what_it_says_alone(tiny: str, moves: list[Any], config: dict[str, Any]) -> None:
+    note(f"{moves=} {config=}")
+    expected = {move[1:3]: alone(tiny, *move[1:3]) for move in moves if move[0] == "arrive"}
+    engine = warm_engine(tiny, **config)
+    jobs, cancelled, streams = play(engine, moves)
     for job_id, job in jobs.items():
         events = streams[job_id]
         assert sum(event.terminal for event in events) == 1
         assert events[-1].terminal
         assert not any(isinstance(event, InferenceFailed) for event in events)
         text, reason, stop = said(events)
-        if job_id in cancelled and reason == "cancelled":
+        if reason == "cancelled":
+            assert job_id in cancelled
             assert expected[job][0].startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
         else:
             assert (text, reason, stop) == expected[job]
@@ -235,7 +236,8 @@ def test_alike_prompts_that_come_together_are_computed_once(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=40, max_batch_size=4)
     prompt = "n choices of one and the same prompt, which is long enough to be worth it: " + "go "
     for job in "abcd":
-        engine.submit(GenerationRequest(prompt=prompt, job_id=job, sampling=SamplingParams(seed=ord(job), max_tokens=6)))
+        sampling = SamplingParams(seed=ord(job), max_tokens=6)
+        engine.submit(GenerationRequest(prompt=prompt, job_id=job, sampling=sampling))
     streams = collect(engine)
     shared = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     cached = [event.cached_tokens for events in streams.values() for event in events if isinstance(event, End)]
@@ -255,9 +257,7 @@ def test_clients_take_turns(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=20, max_batch_size=1)
     for number in range(4):
         engine.submit(
-            GenerationRequest(
-                prompt="a", job_id=f"busy-{number}", client="busy", sampling=SamplingParams(max_tokens=2)
-            )
+            GenerationRequest(prompt="a", job_id=f"busy-{number}", client="busy", sampling=SamplingParams(max_tokens=2))
         )
     engine.step()
     engine.submit(GenerationRequest(prompt="b", job_id="other", client="other", sampling=SamplingParams(max_tokens=2)))
@@ -327,12 +327,43 @@ def test_a_job_past_its_deadline_ends_with_an_error(tiny: str) -> None:
     assert failure.code == "DEADLINE_EXCEEDED"
 
 
+def test_a_storm_of_cancels_hurts_nobody(tiny: str) -> None:
+    expected = alone(tiny, "steady", greedy("steady", max_tokens=60).sampling)
+    engine = warm_engine(tiny, blocks=24, max_batch_size=4)
+    steady = engine.submit(greedy("steady", "steady", max_tokens=60))
+    streams: dict[str, list[InferenceEvent]] = {}
+    for number in range(60):
+        for job_id in (f"short-{number}", f"gone-{number}"):
+            engine.submit(greedy("come and go " * 2, job_id))
+        engine.cancel(f"gone-{number}")
+        engine.cancel(f"short-{number - 1}")
+        before = len(steady.tokens)
+        for job_id, event in engine.step():
+            streams.setdefault(job_id, []).append(event)
+        check_accounts(engine)
+        assert len(steady.tokens) == before + 1 or steady.finished
+        # Within the step: their places and their blocks are free.
+        assert {sequence.job_id for sequence in engine._scheduler.running} <= {"steady", f"short-{number}"}
+        assert engine.waiting == 0
+    streams["steady"] += collect(engine).get("steady", [])
+    assert said(streams["steady"]) == expected
+
+
 def test_a_bias_decides(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=20)
-    events = list(engine.generate(greedy("any", logit_bias=((66, 100.0),), max_tokens=5)))
-    assert said(events)[0] == "c" * 5 or said(events)[0] == engine_text(engine, [66] * 5)
+    sequence = engine.submit(greedy("any", logit_bias=((66, 100.0),), max_tokens=5))
+    collect(engine)
+    assert sequence.tokens[sequence.prompt_tokens :] == [66] * 5
 
 
-def engine_text(engine: Engine, ids: list[int]) -> str:
-    assert engine.model is not None
-    return engine.model.tokenizer.decode(ids)
+def test_special_tokens_are_in_the_text_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<mark>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    engine = Engine(EngineConfig(device="cpu", dtype="float32"))
+    for _ in engine.load(str(path)):
+        pass
+    only_mark = {"logit_bias": ((256, 100.0),), "max_tokens": 2}
+    assert said(list(engine.generate(greedy("any", **only_mark))))[0] == ""
+    assert said(list(engine.generate(greedy("any", skip_special_tokens=False, **only_mark))))[0] == "<mark>" * 2

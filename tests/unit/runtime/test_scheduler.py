@@ -1,7 +1,6 @@
 """Whose turn it is, and who gives way."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -128,7 +127,7 @@ def test_clients_take_turns_and_each_keeps_its_order() -> None:
     assert [one for one in served if one.client == "a"] == waiting["a"]
 
 
-def test_one_prompt_being_computed_is_not_computed_beside(tmp_path: Path) -> None:
+def test_one_prompt_being_computed_is_not_computed_beside() -> None:
     loop = Loop(100, chunk=32)
     first, second, other = loop.add(100), loop.add(100), loop.add(3)
     ran = loop.step()
