@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rbee_worker.config import SamplingParams
 from rbee_worker.runtime.grammar import GrammarMatcher
@@ -22,6 +23,8 @@ GrammarMask = npt.NDArray[np.int32]
 
 _SEED_MASK = 2**64 - 1
 _NUCLEUS_CANDIDATES = 256
+_SUM_BLOCK = 256
+_BELOW_ONE = 1 - 2**-53
 _COLDEST = 1e-6
 """Temperatures below are no different from it, and float32 cannot divide by the smallest of them."""
 
@@ -128,8 +131,7 @@ def sample(
     tokens: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.greedy]
     if drawn:
-        rows = logits if len(drawn) == len(samplers) else logits[drawn]
-        for row, token in zip(drawn, _draw(rows, [samplers[row] for row in drawn]), strict=True):
+        for row, token in zip(drawn, _draw(_rows(logits, drawn), [samplers[row] for row in drawn]), strict=True):
             tokens[row] = token
     return likelihoods.with_tokens(tokens)
 
@@ -156,20 +158,24 @@ class Candidates:
 
 
 def candidates(logits: Tensor, samplers: Sequence[Sampler]) -> Iterator[Candidates]:
-    """What temperature, top-k, top-p and min-p leave of logits [sequences, vocab_size]; each row comes once."""
+    """What temperature, top-k, top-p and min-p leave of logits [sequences, vocab_size], which are overwritten.
+
+    Each row comes once.
+    """
     device, params = logits.device, [sampler.params for sampler in samplers]
     temperatures = torch.tensor([max(p.temperature, _COLDEST) for p in params], device=device)
     # From the maximum down, so that no temperature overflows: the likeliest stays at 0, the others sink.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures.unsqueeze(1)
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures.unsqueeze(1))
     cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
     whole = [row for row, p in enumerate(params) if not p.top_k and p.top_p >= 1]
     if whole:
-        yield Candidates(whole, _drop_unlikely(logits[whole], [params[row] for row in whole]), None)
+        yield Candidates(whole, _drop_unlikely(_rows(logits, whole), [params[row] for row in whole]), None)
     width = _NUCLEUS_CANDIDATES
     while cut:
         # The nucleus is nearly always small: look among the likeliest few before ordering the whole vocabulary.
         asked = [params[row] for row in cut]
-        top, ids, complete = _nucleus(logits[cut], asked, min(max(width, *(p.top_k for p in asked)), logits.shape[1]))
+        widest = min(max(width, *(p.top_k for p in asked)), logits.shape[1])
+        top, ids, complete = _nucleus(_rows(logits, cut), asked, widest)
         places = [place for place, is_complete in enumerate(complete) if is_complete]
         if places:
             rows = [cut[place] for place in places]
@@ -189,6 +195,11 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return result
 
 
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, in ascending order; not a copy where they are all."""
+    return logits if len(rows) == logits.shape[0] else logits[rows]
+
+
 def _nucleus(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
     """The likeliest ``width`` tokens of each row, those beyond top-k and top-p (arXiv:1904.09751) at -inf.
 
@@ -202,7 +213,9 @@ def _nucleus(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tu
     places = torch.arange(width, device=device)
     top = top.masked_fill(places >= top_k, float("-inf"))
     limited = top_k <= width
-    total = torch.where(limited, top.double().logsumexp(-1, keepdim=True), logits.double().logsumexp(-1, keepdim=True))
+    total = top.double().logsumexp(-1, keepdim=True)
+    if any(not p.top_k or p.top_k > width for p in params):
+        total = torch.where(limited, total, logits.logsumexp(-1, keepdim=True).double())
     probabilities = (top.double() - total).exp()
     cumulative = probabilities.cumsum(-1)
     beyond = (cumulative - probabilities >= top_p) & (places > 0)
@@ -216,18 +229,40 @@ def _drop_unlikely(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if not any(p.min_p for p in params):
         return logits
     floors = torch.tensor([p.min_p for p in params], device=logits.device).log().unsqueeze(1)
-    return logits.masked_fill(logits < floors, float("-inf"))
+    return logits.masked_fill_(logits < floors, float("-inf"))
 
 
 def _invert(logits: Tensor, points: Tensor) -> Tensor:
     """Indices [rows] at which the cumulative probability passes ``points``, float64 [rows] in [0, 1).
 
-    The inverse transform, in float64: one number a token, on every device alike.
+    The inverse transform, summed in float64: one number a token, on every device alike. Wide rows are summed in blocks,
+    and added up one by one only in the block where the point lies.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    probabilities = logits.softmax(-1)
+    width = probabilities.shape[1]
+    if width <= 4 * _SUM_BLOCK:
+        index, _ = _search(probabilities.double(), points.unsqueeze(1))
+        return index.squeeze(1)
+    blocks = functional.pad(probabilities, (0, -width % _SUM_BLOCK)).unflatten(1, (-1, _SUM_BLOCK))
+    block, rest = _search(blocks.sum(-1, dtype=torch.float64), points.unsqueeze(1))
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _SUM_BLOCK)).squeeze(1)
+    index, _ = _search(inside.double(), rest)
+    return (block * _SUM_BLOCK + index).squeeze(1)
+
+
+def _search(weights: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``points`` [rows, 1], in parts of the whole, lie in ``weights`` [rows, width].
+
+    Returns:
+        The index of the weight, and the point in parts of that weight: each [rows, 1].
+    """
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    last = (cumulative < total).sum(-1)  # where the last token that can come is
-    return torch.searchsorted(cumulative, points.unsqueeze(1) * total, right=True).squeeze(1).minimum(last)
+    last = (cumulative < total).sum(-1, keepdim=True)  # the last weight that is not 0
+    index = torch.searchsorted(cumulative, points * total, right=True).minimum(last)
+    weight = weights.gather(1, index)
+    before = cumulative.gather(1, index) - weight
+    return index, ((points * total - before) / weight).clamp(0, _BELOW_ONE)
 
 
 def _apply_bias(logits: Tensor, samplers: Sequence[Sampler]) -> None:

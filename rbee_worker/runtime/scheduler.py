@@ -12,6 +12,9 @@ from rbee_worker.runtime.waiting import WaitingQueue
 
 _SHARE_BESIDE_DECODING = 8
 _SMALLEST_CHUNK = 16
+_LIKELIHOODS_CHUNK = 64
+"""Tokens a step of a prompt whose log-probabilities are wanted: each has a row of logits as wide as the vocabulary."""
+
 _WORTH_WAITING = 4 * BLOCK_TOKENS
 """Prompt tokens that another sequence is just computing, for which a new one waits rather than compute them too."""
 
@@ -95,7 +98,7 @@ class Scheduler:
                 continue
             count = sequence.pending
             if count > 1:
-                count = min(count, budget)
+                count = min(count, budget if sequence.shares_prefix else min(budget, _LIKELIHOODS_CHUNK))
                 budget -= count
             if not count:
                 continue
