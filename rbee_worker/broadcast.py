@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 
-from rbee_worker.events import LoadingEvent, LoadingToVram, Stalled
+from rbee_worker.events import LoadingEvent, LoadingToVram, Resolving, Stalled
 
 _KEPT_EVENTS = 256
 
@@ -17,6 +17,7 @@ class LoadingBroadcast:
     event loop's thread.
 
     Attributes:
+        model: the model that was asked for, as it was named; empty before the first event.
         latest: the newest event; latest_counts: the newest ``loading_to_vram``.
         phase_seconds: seconds spent in each stage so far, ``stalled`` counted to the stage it interrupts.
         stalls: how often loading has stalled.
@@ -28,6 +29,7 @@ class LoadingBroadcast:
         self._published = 0
         self._phase = ""
         self._changed = asyncio.Event()
+        self.model = ""
         self.latest: LoadingEvent | None = None
         self.latest_counts: LoadingToVram | None = None
         self.phase_seconds: dict[str, float] = {}
@@ -53,6 +55,8 @@ class LoadingBroadcast:
         self.latest = event
         if isinstance(event, LoadingToVram):
             self.latest_counts = event
+        elif isinstance(event, Resolving):
+            self.model = event.model
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -14,7 +14,7 @@ from httpx_sse import EventSource, SSEError
 
 from rbee_worker import errors
 from rbee_worker.address import parse_base_url
-from rbee_worker.config import GenerationRequest
+from rbee_worker.config import GenerationRequest, GrammarKind
 from rbee_worker.errors import InferenceError, ModelNotLoaded, RbeeError, RequestRefused, WorkerUnreachable
 from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent, from_dict
 
@@ -205,7 +205,23 @@ def inference_body(request: GenerationRequest, job_id: str) -> dict[str, Any]:
     sampling = asdict(request.sampling)
     defaults = asdict(type(request.sampling)())
     body.update((name, value) for name, value in sampling.items() if value != defaults[name])
+    if request.sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in request.sampling.logit_bias}
+    if request.prompt_progress:
+        body["prompt_progress"] = True
+    if request.timeout_seconds is not None:
+        body["timeout"] = request.timeout_seconds
+    if (grammar := body.pop("grammar", None)) is not None:
+        body.update(_grammar_field(grammar["kind"], grammar["text"]))
     return body
+
+
+def _grammar_field(kind: GrammarKind, text: str) -> dict[str, Any]:
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if kind == "json_schema":
+        return {"json_schema": json.loads(text)}
+    return {"regex" if kind == "regex" else "grammar": text}
 
 
 def error_of(

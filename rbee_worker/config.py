@@ -39,10 +39,21 @@ class GrammarSpec:
         kind: ``json_object`` (any JSON object), ``json_schema``, ``regex``, or ``lark`` (a grammar in llguidance's
             dialect of Lark).
         text: the schema as JSON text, the expression, or the grammar; empty for ``json_object``.
+        field: the field or option that it was given in, for messages.
     """
 
     kind: GrammarKind
     text: str = ""
+    field: str = field(default="grammar", compare=False)
+
+
+JSON_LAYOUT: Mapping[str, Any] = {
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+}
+"""llguidance's options for JSON on one line. Where more white space is allowed, small models fill the context with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,8 @@ SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 """A seed is 64 bits, read as signed or unsigned; both name the same generator state."""
 
 MAX_STOP_SEQUENCES = 16
+MAX_STOP_LENGTH = 1024
+"""Characters of one stop string; text that may become one is held back from the stream."""
 MAX_JOB_ID_LENGTH = 128
 MAX_LOGPROBS = 20
 """Likeliest tokens that can be told with each generated one."""
@@ -164,6 +177,9 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_SEQUENCES:
             message = f"stop holds {len(self.stop)} strings; {MAX_STOP_SEQUENCES} are allowed."
             bad.append(FieldError("stop", f"at most {MAX_STOP_SEQUENCES} strings", message))
+        if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            message = f"stop holds a string of over {MAX_STOP_LENGTH} characters."
+            bad.append(FieldError("stop", f"at most {MAX_STOP_LENGTH} characters each", message))
         if any(not text for text in self.stop):
             bad.append(FieldError("stop", "non-empty strings", "stop holds an empty string."))
         if len(self.logit_bias) > MAX_LOGIT_BIAS:

@@ -73,7 +73,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record in one line, its extras at the end."""
-        extras = "".join(f" {key}={value}" for key, value in vars(record).items() if key not in _STANDARD)
+        extras = "".join(f" {key}={_quoted(value)}" for key, value in vars(record).items() if key not in _STANDARD)
         line = f"{_timestamp(record.created)} {record.levelname} {record.name}: {record.getMessage()}{extras}"
         # A message from outside must not be able to forge a second line.
         line = line.replace("\r", "\\r").replace("\n", "\\n")
@@ -100,3 +100,9 @@ def _timestamp(seconds: float) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _quoted(value: object) -> str:
+    """A value as it is, or in quotes where it could be taken for more than one."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in ' \t"=') else text

@@ -15,21 +15,28 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import Literal, TypeVar, cast, get_args
 
 from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest, Quantization
 from rbee_worker.engine_thread import EngineThread
-from rbee_worker.errors import Conflict, InferenceError, ModelNotLoaded, QueueFull, RbeeError, Unavailable
+from rbee_worker.errors import (
+    Conflict,
+    ModelNotLoaded,
+    RbeeError,
+    Unavailable,
+)
 from rbee_worker.events import InferenceFailed, LoadingEvent, LoadingToVram
-from rbee_worker.job import Job
+from rbee_worker.job import Job, JobObserver, note_submitted
+from rbee_worker.jobs import Jobs
 from rbee_worker.loads import Loads
-from rbee_worker.runtime.engine import JobEvents, prepare
 from rbee_worker.runtime.loading import LoadedModel, fits
-from rbee_worker.runtime.memory import MIB, DeviceInfo, list_devices
+from rbee_worker.runtime.memory import MIB, DeviceInfo, device_info, host_info, list_devices
+from rbee_worker.runtime.prepare import prepare
 from rbee_worker.runtime.sequence import Sequence
+from rbee_worker.runtime.stats import EngineStats
 from rbee_worker.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,17 +61,16 @@ class Worker:
     def __init__(self, config: EngineConfig, *, max_queue: int = 64) -> None:
         self.id = str(uuid.uuid4())
         self._config = config
-        self._max_queue = max_queue
+        self._jobs = Jobs(config.max_batch_size, max_queue)
         self._thread = EngineThread(
             config,
-            deliver=lambda events: self._call_on_loop(self._deliver, events),
-            died=lambda: self._call_on_loop(self._fail_all, "The engine died."),
+            deliver=lambda events: self._call_on_loop(self._jobs.deliver, events),
+            died=lambda: self._call_on_loop(self._jobs.fail_all, "The engine died."),
         )
         self._engine = self._thread.engine
         self._started_at = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
-        self._jobs: dict[str, Job] = {}
         self._loads = Loads(self)
         self._busy_with: Literal["load", "unload"] | None = None
         self._draining = False
@@ -80,10 +86,10 @@ class Worker:
         """Refuse new work, cancel a load, let running jobs finish within the grace, then cancel them."""
         self._draining = True
         self._loads.cancel()
-        await self._wait_for_jobs(grace_seconds)
-        for job_id in list(self._jobs):
+        await self._jobs.wait_until_none(grace_seconds)
+        for job_id in self._jobs:
             self.cancel(job_id)
-        await self._wait_for_jobs(_CANCEL_SECONDS)
+        await self._jobs.wait_until_none(_CANCEL_SECONDS)
 
     async def close(self) -> None:
         """Stop the engine's thread and free the model."""
@@ -172,17 +178,20 @@ class Worker:
             Unavailable: loading or draining.
             ModelNotLoaded: there is no model and none is coming.
         """
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Iterable[GenerationRequest]) -> list[Job]:
+        """Queue several jobs, all of them or none; else as :meth:`submit`."""
+        requests = list(requests)
         self._check_serving()
-        self._check_queue()
+        self._jobs.check_room(len(requests))
         model = self._engine.model
-        sequence = prepare(model, request)
-        with self._lock:
-            if sequence.job_id in self._jobs:
-                raise Conflict(f"Job {sequence.job_id} is running already.")
-            self._check_queue()
-            job = self._jobs[sequence.job_id] = Job(sequence.job_id, self.cancel)
-        self._thread.do(functools.partial(self._add, sequence, model))
-        return job
+        sequences = [prepare(model, request, self._config) for request in requests]
+        jobs = [Job(job.job_id, self.cancel, asked) for job, asked in zip(sequences, requests, strict=True)]
+        self._jobs.register(jobs)
+        note_submitted(jobs)
+        self._thread.do(functools.partial(self._add, sequences, model))
+        return jobs
 
     def cancel(self, job_id: str) -> None:
         """End a job; unknown and ended ones are ignored."""
@@ -246,14 +255,24 @@ class Worker:
         return self._loads.broadcast
 
     @property
+    def observers(self) -> list[JobObserver]:
+        """Told of the jobs as their events arrive; more may be added."""
+        return self._jobs.observers
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that can run and wait at a time."""
+        return self._jobs.capacity
+
+    @property
     def running(self) -> int:
         """Jobs with a place in the batch."""
-        return min(len(self._jobs), self._config.max_batch_size)
+        return self._jobs.running
 
     @property
     def queued(self) -> int:
         """Jobs waiting for one."""
-        return len(self._jobs) - self.running
+        return self._jobs.queued
 
     @property
     def vram_bytes(self) -> int:
@@ -306,18 +325,20 @@ class Worker:
         """The machine's devices and their memory."""
         return list_devices()
 
+    def engine_stats(self) -> EngineStats:
+        """What the engine has done and holds."""
+        return self._engine.stats
+
+    def memory(self) -> list[DeviceInfo]:
+        """The memory of the host and of the device that the model runs on; asking others would take some of theirs."""
+        model = self._engine.model
+        return [*([device_info(model.device)] if model and model.device.type != "cpu" else ()), host_info()]
+
     def retry_after(self) -> int:
         """Seconds after which asking again makes sense: the load's estimate, 1 to 60."""
         event = self.last_loading_event
         eta = event.eta_seconds if isinstance(event, LoadingToVram) else None
         return min(max(math.ceil(eta or 1), 1), _LONGEST_RETRY_AFTER)
-
-    async def _wait_for_jobs(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                # Polled, since jobs are registered on any thread and asyncio's events are not thread-safe.
-                while self._jobs:  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_SECONDS)
 
     # -- on any thread
 
@@ -334,10 +355,6 @@ class Worker:
         if state == "no_model":
             raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
 
-    def _check_queue(self) -> None:
-        if self.queued >= self._max_queue and len(self._jobs) >= self._config.max_batch_size:
-            raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=1)
-
     def _claim(self, operation: Literal["load", "unload"]) -> None:
         """Take the one place there is for a load or an unload; under the lock."""
         if self._draining:
@@ -353,18 +370,6 @@ class Worker:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(callback, *arguments)
-
-    # -- on the event loop
-
-    def _deliver(self, events: JobEvents) -> None:
-        for job_id, event in events:
-            job = self._jobs.get(job_id)
-            if job is None:
-                continue
-            job.deliver(event)
-            if event.terminal:
-                with self._lock:
-                    del self._jobs[job_id]
 
     # -- on the loader's thread
 
@@ -386,13 +391,10 @@ class Worker:
 
     # -- on the engine's thread
 
-    def _add(self, sequence: Sequence, model: LoadedModel | None) -> None:
-        if model is not self._engine.model:
-            failure = InferenceFailed(code=Unavailable.code, message="The model was replaced; ask again.")
-            self._call_on_loop(self._deliver, [(sequence.job_id, failure)])
-            return
-        self._engine.add(sequence)
-
-    def _fail_all(self, message: str) -> None:
-        failure = InferenceFailed(code=InferenceError.code, message=message)
-        self._deliver([(job_id, failure) for job_id in list(self._jobs)])
+    def _add(self, sequences: list[Sequence], model: LoadedModel | None) -> None:
+        for sequence in sequences:
+            if model is self._engine.model:
+                self._engine.add(sequence)
+            else:
+                failure = InferenceFailed(code=Unavailable.code, message="The model was replaced; ask again.")
+                self._call_on_loop(self._jobs.deliver, [(sequence.job_id, failure)])

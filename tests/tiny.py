@@ -58,8 +58,37 @@ def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_tiny_model(path: Path, **changes: Any) -> Path:
-    """Write a model folder; ``changes`` go into its config."""
+END = "<|im_end|>"
+CHAT_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Call: <tool_call>
+{"name": "f", "arguments": {}}
+</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}"""
+"""In the manner of Qwen3: reasoning that can be left out, tool calls like Hermes."""
+
+
+def write_tiny_model(path: Path, *, chat_template: str | None = None, **changes: Any) -> Path:
+    """Write a model folder; ``changes`` go into its config.
+
+    With a chat template it has one token more, ``<|im_end|>``, with which its texts end.
+    """
+    tokenizer = byte_tokenizer()
+    if chat_template is not None:
+        tokenizer.add_special_tokens([END])
+        changes = {"eos_token_id": tokenizer.token_to_id(END), "vocab_size": tokenizer.get_vocab_size()} | changes
     config = CONFIG | changes
     path.mkdir(parents=True, exist_ok=True)
     tensors = weights(config)
@@ -67,5 +96,7 @@ def write_tiny_model(path: Path, **changes: Any) -> Path:
         del tensors["lm_head.weight"]
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config))
-    byte_tokenizer().save(str(path / "tokenizer.json"))
+    tokenizer.save(str(path / "tokenizer.json"))
+    if chat_template is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
     return path

@@ -7,14 +7,12 @@ from typing import Any
 
 from rbee_worker.chat.styles import ToolStyle
 from rbee_worker.chat.tools import Tool
-from rbee_worker.config import MAX_GRAMMAR_BYTES, GrammarSpec
+from rbee_worker.config import JSON_LAYOUT, MAX_GRAMMAR_BYTES, GrammarSpec
 from rbee_worker.errors import FieldError, InvalidRequest
 
 MAX_PARALLEL_CALLS = 16
 """Forced calls in one answer at most, lest a model that has begun goes on for ever."""
 
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""JSON as models write it on one line; with free white space some never come to an end."""
 
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "$comment"})
 _SCHEMA_KEYS = frozenset({"items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else"})
@@ -123,7 +121,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     properties, required = schema.get("properties"), schema.get("required", [])
     if _lists_all(properties, required) and not _COMBINING & schema.keys():
         schema["additionalProperties"] = False
-    return schema | {"x-guidance": {**_JSON_OPTIONS, "lenient": not tool.strict}}
+    return schema | {"x-guidance": {**JSON_LAYOUT, "lenient": not tool.strict}}
 
 
 def _lists_all(properties: Any, required: Any) -> bool:

@@ -12,12 +12,16 @@ from rbee_worker import log
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.cli.load import load_here, show
+from rbee_worker.cli.structured import Grammar, JsonSchema, Regex, read_grammar
 from rbee_worker.config import MAX_STOP_SEQUENCES, RANGES, EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.errors import InferenceError, InvalidRequest
 from rbee_worker.events import InferenceFailed
 
 if TYPE_CHECKING:
     from rbee_worker.display import EventSink
+
+
+_LOCAL_OPTIONS = ("model", "device", "dtype", "quantize", "max_context", "kv_cache_memory", "speculate")
 
 
 def _number(option: str, help_text: str) -> typer.models.OptionInfo:
@@ -84,11 +88,16 @@ def generate(
     frequency_penalty: FrequencyPenalty = opt.SAMPLING.frequency_penalty,
     seed: Seed = opt.SAMPLING.seed,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
     model: opt.ModelOption = None,
     device: opt.Device = opt.ENGINE.device,
     dtype: opt.DType = opt.ENGINE.dtype,
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
+    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    speculate: opt.Speculate = opt.ENGINE.speculate,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
     json: opt.Json = False,
@@ -112,15 +121,24 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        grammar=read_grammar(json_schema, regex, grammar),
     )
     if raw and system is not None:
         raise InvalidRequest("--system: no effect with --raw, which uses no chat template.", hint="Leave out one.")
     request = GenerationRequest.from_text(read_prompt(prompt), system=system, raw=raw, sampling=sampling)
     if addr is None:
-        config = EngineConfig(device=device, dtype=dtype, quantize=quantize, max_context=max_context)
+        config = EngineConfig(
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            max_context=max_context,
+            max_batch_size=1,
+            kv_cache_memory=kv_cache_memory,
+            speculate=speculate,
+        )
         _generate_here(request, model, config, json=json, quiet=quiet)
     else:
-        opt.refuse_with_addr(ctx, "model", "device", "dtype", "quantize", "max_context")
+        opt.refuse_with_addr(ctx, *_LOCAL_OPTIONS)
         _generate_there(request, addr, api_key, json=json, quiet=quiet)
 
 

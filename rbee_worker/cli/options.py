@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from typing import Annotated, TextIO
 
@@ -10,6 +11,7 @@ import typer
 from rbee_worker import log
 from rbee_worker.config import (
     DTYPES,
+    MAX_SPECULATION,
     QUANTIZATIONS,
     DTypeName,
     EngineConfig,
@@ -22,6 +24,13 @@ from rbee_worker.errors import InvalidRequest
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
 SAMPLING = SamplingParams()
+
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for name, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 
 MODEL_PANEL = "Model"
 SAMPLING_PANEL = "Sampling"
@@ -93,6 +102,44 @@ MaxContext = Annotated[
         metavar="N",
         min=2,
         help="Context length in tokens; without it: the model's own.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as ``512MiB``, ``2GiB``, ``1.5GB`` or a plain number.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 512MiB, 2GiB, or a number of bytes.")
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size < 1:
+        raise typer.BadParameter("The size must be positive.")
+    return int(size)
+
+
+KVCacheMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        parser=parse_size,
+        help="Memory for keys and values, such as 2GiB; without it: a whole context per place, if free.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        "--speculate",
+        metavar="N",
+        min=0,
+        max=MAX_SPECULATION,
+        help="Guess up to N tokens from the text so far and check them in one pass; the text stays the same.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -1,5 +1,6 @@
 """``rbee-worker serve``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,6 @@ from rbee_worker import log
 from rbee_worker.address import HostPort, parse_host_port
 from rbee_worker.cli import options as opt
 from rbee_worker.config import EngineConfig, ServerConfig
-from rbee_worker.errors import InvalidRequest
 
 DEFAULT_ADDR = str(HostPort(opt.SERVER.host, opt.SERVER.port))
 
@@ -35,6 +35,15 @@ AllowModel = Annotated[
         rich_help_panel=opt.MODEL_PANEL,
     ),
 ]
+ServedModelName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served-model-name",
+        metavar="NAME",
+        help="What OpenAI's clients may call the model, beside its own name; repeatable; the first is in answers.",
+        rich_help_panel=opt.MODEL_PANEL,
+    ),
+]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,7 +57,56 @@ ApiKey = Annotated[
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        "--api-key-file", metavar="FILE", help="A file of keys, one a line.", rich_help_panel=opt.SERVER_PANEL
+        "--api-key-file",
+        metavar="FILE",
+        help="A file of keys, one a line, each after a name if it has one; read again on SIGHUP.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+TrustedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-host",
+        metavar="NAME",
+        help="A name the worker may be asked under, such as *.example.org; repeatable; others are refused.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        metavar="ORIGIN",
+        help="An origin whose pages may use the worker, such as https://app.example.org; repeatable; *: all.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE",
+        help="A certificate chain in PEM: HTTPS instead of HTTP; read again on SIGHUP.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        metavar="FILE",
+        help="Its key in PEM, when it is not in the same file; password: RBEE_TLS_KEY_PASSWORD.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+MaxConnections = Annotated[
+    int,
+    typer.Option(
+        "--max-connections",
+        metavar="N",
+        min=1,
+        help="Connections served at a time; beyond it, only health and readiness are answered.",
+        rich_help_panel=opt.SERVER_PANEL,
     ),
 ]
 AllowUnauthenticated = Annotated[
@@ -86,6 +144,14 @@ PrefillChunk = Annotated[
         metavar="N",
         min=1,
         help="Prompt tokens processed in one step at most.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+NoPrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-prefix-cache",
+        help="Compute every prompt anew, also where it begins like an earlier one.",
         rich_help_panel=opt.SERVER_PANEL,
     ),
 ]
@@ -133,16 +199,25 @@ def serve(
     model: opt.ModelOption = None,
     no_load: NoLoad = False,
     allow_model: AllowModel = None,
+    served_model_name: ServedModelName = None,
     device: opt.Device = opt.ENGINE.device,
     dtype: opt.DType = opt.ENGINE.dtype,
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
+    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    speculate: opt.Speculate = opt.ENGINE.speculate,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
     allow_unauthenticated: AllowUnauthenticated = opt.SERVER.allow_unauthenticated,
+    trusted_host: TrustedHost = None,
+    cors_origin: CorsOrigin = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    max_connections: MaxConnections = opt.SERVER.max_connections,
     max_queue: MaxQueue = opt.SERVER.max_queue,
     max_batch_size: MaxBatchSize = opt.ENGINE.max_batch_size,
     prefill_chunk: PrefillChunk = opt.ENGINE.prefill_chunk,
+    no_prefix_cache: NoPrefixCache = not opt.ENGINE.prefix_cache,
     keep_alive: KeepAlive = opt.SERVER.keep_alive_seconds,
     shutdown_grace: ShutdownGrace = opt.SERVER.shutdown_grace_seconds,
     hold_requests: HoldRequests = opt.SERVER.hold_requests,
@@ -156,15 +231,20 @@ def serve(
     """
     log.configure(log_level, log_format)
     address = parse_host_port(addr)
-    keys = [*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ())]
-    if not all(key.strip() for key in keys):
-        raise InvalidRequest("--api-key: a key is empty.", hint="Without a key, leave the option out.")
     server = ServerConfig(
         host=address.host,
         port=address.port,
-        api_keys=tuple(keys),
+        api_keys=tuple(api_key or ()),
+        api_key_file=api_key_file,
         allow_unauthenticated=allow_unauthenticated,
+        trusted_hosts=tuple(trusted_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_key_password=os.environ.get("RBEE_TLS_KEY_PASSWORD"),
+        max_connections=max_connections,
         allow_models=tuple(allow_model or ()),
+        served_model_names=tuple(served_model_name or ()),
         max_queue=max_queue,
         keep_alive_seconds=keep_alive,
         shutdown_grace_seconds=shutdown_grace,
@@ -178,23 +258,10 @@ def serve(
         max_context=max_context,
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,
+        kv_cache_memory=kv_cache_memory,
+        prefix_cache=not no_prefix_cache,
+        speculate=speculate,
     )
     from rbee_worker.server.run import serve as run  # noqa: PLC0415 - starlette, uvicorn
 
     return run(server, engine, model, load=not no_load)
-
-
-def read_keys(path: Path) -> list[str]:
-    """The keys of a file: one a line; empty lines and lines that begin with ``#`` are passed over.
-
-    Raises:
-        InvalidRequest: it cannot be read, or holds no key.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--api-key-file {path}: {error}") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise InvalidRequest(f"--api-key-file {path}: the file holds no key.", hint="Write one key a line.")
-    return keys

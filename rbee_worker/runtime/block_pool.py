@@ -115,13 +115,17 @@ class BlockPool:
                 self._free[block] = True
                 self._free_count += 1
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def match(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
         """Share the longest known prefix of ``tokens``, in whole blocks.
+
+        Args:
+            tokens: a sequence's.
+            root: identity of what is before them; contents with another one are not the same.
 
         Returns:
             Its blocks, now in use by one more, and the identity of the content up to there.
         """
-        blocks, identity = [], ROOT
+        blocks, identity = [], root
         for begin in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             block = self._block_of.get((identity, tuple(tokens[begin : begin + BLOCK_TOKENS])))
             if block is None:

@@ -197,7 +197,8 @@ class Engine:
         def new_cache(sequence: Sequence) -> SequenceCache:
             # The last token is always computed: its logits are what comes next.
             prefix = sequence.tokens[:-1] if sequence.shares_prefix else ()
-            return SequenceCache(pool, prefix, headroom=sequence.tokens_left)
+            rotation = model.transformer.rotation_for(len(sequence.tokens))
+            return SequenceCache(pool, prefix, headroom=sequence.tokens_left, rotation=rotation)
 
         for sequence, cache in self._scheduler.admit(new_cache):
             self._counts.prefix_query_tokens += len(sequence.tokens)

@@ -146,15 +146,14 @@ class GrammarCompiler:
         """A matcher at the beginning of a text. This may take seconds: do not call it on an event loop.
 
         Raises:
-            InvalidRequest: the grammar is malformed, impossible, unsupported or too complex, for the field
-                ``grammar``; or llguidance is not installed.
+            InvalidRequest: the grammar is malformed, impossible, unsupported or too complex; or llguidance is not installed.
             Unavailable: others' grammars are being compiled.
             InferenceError: the process that tries grammars out does not run.
         """
         _check_size(spec)
         if importlib.util.find_spec("llguidance") is None:
             message = "This worker cannot follow grammars: llguidance is not installed."
-            field = FieldError("grammar", "not supported by this worker", message)
+            field = FieldError(spec.field, "not supported by this worker", message)
             raise InvalidRequest(message, fields=[field], hint="Install it: pip install 'rbee-worker[grammar]'.")
         if not self._lock.acquire(timeout=_WAIT_SECONDS):
             raise Unavailable("Other grammars are being compiled.", retry_after=int(_WAIT_SECONDS))
@@ -163,7 +162,7 @@ class GrammarCompiler:
         except Refused as refused:
             name = _NAMES[spec.kind]
             message = f"The {name} cannot be used: {refused}."
-            raise InvalidRequest(message, fields=[FieldError("grammar", f"supported {name}", message)]) from None
+            raise InvalidRequest(message, fields=[FieldError(spec.field, f"supported {name}", message)]) from None
         finally:
             self._lock.release()
 
@@ -177,10 +176,8 @@ class GrammarCompiler:
         if verdict is None or self._vocabulary is None:
             text = source(spec)
             vocabulary = self._prepare()
-            verdict = self._trial.refusal(text)
-            if verdict is None:
+            while (verdict := self._trial.refusal(text)) is None:
                 self._prepare()
-                verdict = self._trial.refusal(text) or ""
             self._verdicts[spec] = verdict
             if len(self._verdicts) > _VERDICTS:
                 self._verdicts.popitem(last=False)
@@ -222,10 +219,10 @@ def _check_size(spec: GrammarSpec) -> None:
         size = len(spec.text.encode())
     except UnicodeEncodeError:
         message = f"The {name} is not valid Unicode."
-        raise InvalidRequest(message, fields=[FieldError("grammar", "valid Unicode", message)]) from None
+        raise InvalidRequest(message, fields=[FieldError(spec.field, "valid Unicode", message)]) from None
     if size > MAX_GRAMMAR_BYTES:
         message = f"The {name} has {size} bytes; {MAX_GRAMMAR_BYTES} are allowed."
-        raise InvalidRequest(message, fields=[FieldError("grammar", f"at most {MAX_GRAMMAR_BYTES} bytes", message)])
+        raise InvalidRequest(message, fields=[FieldError(spec.field, f"at most {MAX_GRAMMAR_BYTES} bytes", message)])
 
 
 def _clear(mask: GrammarMask, vocabulary: _Vocabulary) -> None:

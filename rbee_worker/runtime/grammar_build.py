@@ -7,18 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rbee_worker.config import GrammarSpec
+from rbee_worker.config import JSON_LAYOUT, GrammarSpec
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 T = TypeVar("T")
-
-JSON_WHITESPACE = r" |\n( {0,32}|\t{0,8})"
-"""White space between the tokens of generated JSON: a space, or a line break and an indent. Never more of it in a row:
-small models otherwise fill the context with it."""
-
-_JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE, "item_separator": ",", "key_separator": ":"}
 
 _LEXER_FUEL = 500_000
 """Work to build the lexer."""
@@ -30,12 +24,13 @@ _ROW_ITEMS = 1_000
 _LEXER_STATES = 50_000
 """Of 1 to 2 kB each, made as the text goes on."""
 _GRAMMAR_SIZE = 25_000
-"""Symbols: of some 1,500 properties, or 600 that may be left out."""
+"""Symbols: more than plain properties in 64 KiB make."""
 
 STACK_BYTES = 128 * 2**20
 """Of the thread that compiles: rules that name each other in a chain of 64 KiB take a quarter of it."""
 
 _COMPLETE = frozenset({"NoExtension", "EndOfSentence"})
+_EXACT = 2**53
 _NOTHING = "no text that the model could write matches it"
 _SHOWN = 300
 _FRAME = re.compile(r"^\s*(\d+ \|.*|\^)$", re.MULTILINE)
@@ -65,7 +60,7 @@ def source(spec: GrammarSpec) -> str:
     options: Any = schema.get("x-guidance", {})
     if not isinstance(options, dict):
         raise Refused("x-guidance must be an object")
-    return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": options | _JSON_OPTIONS}}]})
+    return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": options | dict(JSON_LAYOUT)}}]})
 
 
 def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokenizer":
@@ -173,7 +168,23 @@ def _schema(text: str) -> dict[str, Any]:
         raise Refused("nothing matches false")
     if not isinstance(schema, dict):
         raise Refused("it must be a JSON object")
+    if (number := _inexact(schema)) is not None:
+        raise Refused(f"enum and const cannot hold {number}: integers are exact up to 2^53")
     return schema
+
+
+def _inexact(schema: dict[str, Any]) -> int | None:
+    """An integer that ``enum`` or ``const`` asks for and llguidance, which has only floats for it, would change."""
+    values: list[tuple[Any, bool]] = [(schema, False)]
+    while values:
+        value, exact = values.pop()
+        if isinstance(value, dict):
+            values += [(inner, exact or key in ("enum", "const")) for key, inner in value.items()]
+        elif isinstance(value, list):
+            values += [(inner, exact) for inner in value]
+        elif exact and isinstance(value, int) and abs(value) > _EXACT:
+            return value
+    return None
 
 
 def _no_constant(name: str) -> None:

@@ -137,7 +137,7 @@ class TensorReader:
             Stopped: the reading was closed.
         """
         file = self._file(info)
-        stored = PLAIN_DTYPES.get(info.dtype)
+        stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
         if stored is None or info.rope_heads:
             self._read_quantised(file, info, target)
         elif stored == target.dtype and target.device.type == "cpu":

@@ -208,7 +208,8 @@ def _nucleus(logits: Tensor, params: Sequence[SamplingParams], width: int) -> tu
     """
     vocab_size, device = logits.shape[1], logits.device
     top, ids = logits.topk(width)
-    top_k = torch.tensor([p.top_k or vocab_size for p in params], device=device).unsqueeze(1)
+    # A request may name any number, also one that no tensor holds.
+    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device).unsqueeze(1)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(1)
     places = torch.arange(width, device=device)
     top = top.masked_fill(places >= top_k, float("-inf"))
@@ -243,7 +244,8 @@ def _invert(logits: Tensor, points: Tensor) -> Tensor:
     if width <= 4 * _SUM_BLOCK:
         index, _ = _search(probabilities.double(), points.unsqueeze(1))
         return index.squeeze(1)
-    blocks = functional.pad(probabilities, (0, -width % _SUM_BLOCK)).unflatten(1, (-1, _SUM_BLOCK))
+    padded = functional.pad(probabilities, (0, -width % _SUM_BLOCK))
+    blocks = padded.view(len(padded), -1, _SUM_BLOCK)
     block, rest = _search(blocks.sum(-1, dtype=torch.float64), points.unsqueeze(1))
     inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _SUM_BLOCK)).squeeze(1)
     index, _ = _search(inside.double(), rest)

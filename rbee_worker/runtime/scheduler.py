@@ -36,7 +36,8 @@ class Scheduler:
     in order of arrival, an eighth of it while others decode, so that a long prompt slows them by a bounded amount.
 
     A sequence gets its place together with the cache for its whole prompt. When running ones outgrow the cache, the one
-    that came last gives its place and its blocks up, and is computed again later: what came first always moves on.
+    that came last gives its place and its blocks up, and is computed again later: what came first always moves on. One
+    that outgrows its rotary frequencies (LongRoPE) is computed again as well.
     """
 
     def __init__(self, max_batch_size: int, prefill_chunk: int) -> None:
@@ -97,12 +98,17 @@ class Scheduler:
             if sequence.cache is None:  # gave its place up to one before it
                 continue
             count = sequence.pending
+            if count > sequence.cache.rows_left:
+                self._preempt(sequence)
+                continue
             if count > 1:
                 count = min(count, budget if sequence.shares_prefix else min(budget, _LIKELIHOODS_CHUNK))
                 budget -= count
             if not count:
                 continue
             drafts = sequence.draft() if sequence.pending == 1 else ()
+            if len(drafts) >= sequence.cache.rows_left:
+                drafts = ()
             drafts = self._make_room(sequence, count, drafts)
             if sequence.cache is not None:
                 shares.append(Scheduled(sequence, sequence.cache, count, drafts))

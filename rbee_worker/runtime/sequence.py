@@ -190,6 +190,8 @@ class Sequence:
         yield from self._text(self._stop.push(self._detokenizer.push(token)))
         if self._stop.matched is not None:
             yield self._end("stop_sequence")
+        elif self.sampler.grammar is not None and self.sampler.grammar.finished:
+            yield from self._finish("eos")
         elif self._tokens_out == self.params.max_tokens:
             yield from self._finish("max_tokens")
         elif len(self.tokens) >= self._context_length:
@@ -209,11 +211,12 @@ class Sequence:
         if self._stop.matched is not None:
             yield self._end("stop_sequence")
             return
-        yield from self._text(self._stop.flush())
+        yield from self._text(self._stop.flush(), last=True)
         yield self._end(reason)
 
-    def _text(self, text: str) -> Iterator[Token]:
-        if text:
+    def _text(self, text: str, *, last: bool = False) -> Iterator[Token]:
+        # The last tokens may make no text, and yet have been asked for.
+        if text or (last and self._logprobs):
             told = self.params.logprobs is not None
             yield Token(t=text, i=self._texts, logprobs=tuple(self._logprobs) if told else None)
             self._logprobs.clear()

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.applications import Starlette
@@ -13,13 +14,22 @@ from starlette.routing import Match, Route
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import MethodNotAllowed, NotFound, RbeeError
-from rbee_worker.server.middleware import BODY_SECONDS, Auth, BodyLimit, Errors, RequestLog
+from rbee_worker.server.access import Access, cors, cors_origins, host_patterns
+from rbee_worker.server.keys import ApiKeys
+from rbee_worker.server.metrics import WorkerMetrics
+from rbee_worker.server.middleware import BODY_SECONDS, BodyLimit, Errors, RequestLog
 from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.openai import OpenAI
+from rbee_worker.server.openapi import Described
 from rbee_worker.server.responses import error_response
+from rbee_worker.server.tracing import Tracing, shut_down
 from rbee_worker.worker import Worker
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 CLOSE_SECONDS = 10.0
-"""How long the engine's thread may take to stop."""
+"""How long the engine's thread may take to stop, and the last spans to be sent."""
 
 
 def create_app(
@@ -29,6 +39,8 @@ def create_app(
     model: str | None = None,
     has_start_model: bool = True,
     body_seconds: float = BODY_SECONDS,
+    keys: ApiKeys | None = None,
+    tracer_provider: "TracerProvider | None" = None,
 ) -> Starlette:
     """The application that serves ``worker``; its lifespan starts and closes it, and loads nothing.
 
@@ -40,7 +52,16 @@ def create_app(
         model: the model given at start, which clients may ask for again; None: the embedded default.
         has_start_model: False: the worker was started without a model, so ``model`` means nothing.
         body_seconds: how long a request's body may take to arrive.
+        keys: those of ``config``; read from there when they are not given.
+        tracer_provider: makes spans of requests; shut down at the end.
+
+    Raises:
+        InvalidRequest: a key, a key file, an origin or a host name of ``config`` is wrong.
     """
+    keys = keys if keys is not None else ApiKeys(config.api_keys, config.api_key_file)
+    # Looked at now: Starlette makes the middleware at the first request.
+    cors_origins(config.cors_origins)
+    host_patterns(config.trusted_hosts)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -50,14 +71,20 @@ def create_app(
         finally:
             with anyio.move_on_after(CLOSE_SECONDS, shield=True):
                 await worker.close()
+                if tracer_provider is not None:
+                    await shut_down(tracer_provider)
 
-    native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model))
+    metrics = WorkerMetrics(worker, by_client=bool(keys))
+    native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model), metrics)
+    openai = OpenAI(worker, config, native.holding, native.streams)
     app = Starlette(
-        routes=native.routes(),
+        routes=Described([*native.routes(), *openai.routes()], keyed=bool(keys)).routes,
         middleware=[
-            Middleware(RequestLog),
+            Middleware(RequestLog, metrics),
+            *([Middleware(Tracing, tracer_provider)] if tracer_provider is not None else ()),
+            *([Middleware(cors, config.cors_origins)] if config.cors_origins else ()),
             Middleware(Errors),
-            Middleware(Auth, config.api_keys, any_host=config.allow_unauthenticated),
+            Middleware(Access, config, keys),
             Middleware(BodyLimit, config.max_body_bytes, body_seconds),
         ],
         exception_handlers={HTTPException: _no_route, RbeeError: _refused},

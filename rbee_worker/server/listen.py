@@ -34,7 +34,7 @@ def listen(config: ServerConfig) -> list[socket.socket]:
         RbeeError: the address cannot be bound, for example because the port is taken (exit code 1).
     """
     addresses = _resolve(config.host, config.port)
-    if not config.api_keys and not config.allow_unauthenticated:
+    if not config.api_keys and config.api_key_file is None and not config.allow_unauthenticated:
         for address in addresses:
             if not ipaddress.ip_address(address.ip).is_loopback:
                 raise InvalidRequest(
@@ -59,10 +59,10 @@ def listen(config: ServerConfig) -> list[socket.socket]:
     return sockets
 
 
-def url(sockets: list[socket.socket]) -> str:
+def url(sockets: list[socket.socket], scheme: str = "http") -> str:
     """The URL of the first address bound."""
     host, port, *_ = sockets[0].getsockname()
-    return f"http://{HostPort(host, port)}"
+    return f"{scheme}://{HostPort(host, port)}"
 
 
 def _resolve(host: str, port: int) -> list[Address]:

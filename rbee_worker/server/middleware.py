@@ -1,29 +1,34 @@
 """What happens to every request before and after its route: pure ASGI, so that streams are never buffered.
 
-From the outside in: :class:`RequestLog`, :class:`Errors`, :class:`Auth`, :class:`BodyLimit`.
+From the outside in: :class:`RequestLog`, ``tracing.Tracing``, ``access.cors``, :class:`Errors`, ``access.Access``,
+:class:`BodyLimit`.
 """
 
-import hashlib
-import hmac
-import ipaddress
 import logging
 import re
 import time
 import uuid
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final, Protocol
 
 import anyio
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rbee_worker.errors import BodyTooLarge, Forbidden, RbeeError, RequestTimeout, Unauthorized
+from rbee_worker.errors import BodyTooLarge, RbeeError, RequestTimeout
+from rbee_worker.events import End
+from rbee_worker.job import Job, submitted_jobs
+from rbee_worker.server.access import OPEN_PATHS, client_of
 from rbee_worker.server.responses import error_response
 
-OPEN_PATHS: Final = frozenset({"/", "/health", "/livez", "/readyz", "/v1/ready"})
-"""Answered without an API key."""
+QUIET_PATHS: Final = OPEN_PATHS | {"/metrics"}
+"""Asked for every few seconds for ever: what went well is logged at ``debug`` only."""
+
+OTHER_ROUTES: Final = "other"
+"""Stands for the route of a path that there is none for."""
 
 BODY_SECONDS: Final = 60.0
 """How long a request's body may take to arrive."""
@@ -37,8 +42,8 @@ correlation_id: ContextVar[str] = ContextVar("correlation_id", default="")
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("rbee_worker.access")
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_OTHER_SITES = frozenset({"cross-site", "same-site"})
 _MAX_LOGGED_PATH = 200
 _DISCARD_SECONDS = 5.0
 
@@ -53,14 +58,23 @@ class CorrelationFilter(logging.Filter):
         return True
 
 
+class ResponseCounter(Protocol):
+    """Counts responses; see :meth:`rbee_worker.server.metrics.WorkerMetrics.responded`."""
+
+    def responded(self, method: str, route: str, status: int) -> None:
+        """Count one."""
+
+
 class RequestLog:
-    """Gives each request its correlation id, echoes it, and writes one line when the request is over.
+    """Gives each request its correlation id, echoes it, and counts it and writes one line when it is over.
 
     The id is ``X-Correlation-ID`` where that is a UUID, else a new one. ``X-Request-ID`` carries the same value.
+    ``scope["state"]["jobs"]`` holds the jobs that were submitted for the request.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, counter: ResponseCounter) -> None:
         self.app = app
+        self._counter = counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -80,13 +94,20 @@ class RequestLog:
                 message = {**message, "headers": [*message.get("headers", ()), *echoed]}
             await send(message)
 
-        token = correlation_id.set(current)
+        jobs: list[Job] = []
+        scope.setdefault("state", {})["jobs"] = jobs
+        token, jobs_token = correlation_id.set(current), submitted_jobs.set(jobs)
         try:
             await self.app(scope, receive, tagged)
         finally:
             milliseconds = round((time.perf_counter() - began) * 1000, 1)
-            extra = {"correlation_id": current, "status": status, "ms": milliseconds}
-            access_log.info("%s %s", scope["method"], _path(scope), extra=extra)
+            extra = {"correlation_id": current, "status": status, "ms": milliseconds} | _described(scope, jobs)
+            quiet = scope["path"] in QUIET_PATHS and status < 400  # noqa: PLR2004 - HTTP's class of errors
+            level = logging.DEBUG if quiet else logging.INFO
+            access_log.log(level, "%s %s", scope["method"], _path(scope), extra=extra)
+            method = scope["method"] if scope["method"] in _METHODS else OTHER_ROUTES
+            self._counter.responded(method, route_of(scope), status)
+            submitted_jobs.reset(jobs_token)
             correlation_id.reset(token)
 
 
@@ -122,59 +143,6 @@ class Errors:
         # Once a response has begun there is nothing left to say: returning closes the connection.
         if not started:
             await error_response(scope, error)(scope, receive, send)
-
-
-class Auth:
-    """Asks for one of the API keys; without any, refuses what other sites' pages make a browser send.
-
-    Keys are compared in constant time, each one every time. Without a key only this machine's own names are answered
-    to, unless ``any_host``: a page whose own name was made to lead here (DNS rebinding) says that name in ``Host``.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str], *, any_host: bool = False) -> None:
-        self.app = app
-        self._any_host = any_host
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request.
-
-        Raises:
-            Unauthorized: the key is missing or wrong.
-            Forbidden: a page of another site sent this through a browser.
-        """
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            headers = Headers(scope=scope)
-            if self._digests:
-                self._check_key(headers.get("authorization", ""))
-            elif not self._any_host and not is_loopback_host(headers.get("host", "")):
-                raise Forbidden(
-                    "Without an API key only this machine's own names are answered to.",
-                    hint="Ask for 127.0.0.1 or localhost, or set --api-key or --allow-unauthenticated.",
-                )
-            elif scope["method"] not in {"GET", "HEAD"} and headers.get("sec-fetch-site") in _OTHER_SITES:
-                # Such a page could not read the answer, but it could spend the machine or unload the model.
-                raise Forbidden("Requests from other sites' pages are refused.", hint="Set --api-key to allow them.")
-        await self.app(scope, receive, send)
-
-    def _check_key(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise Unauthorized("The API key is missing or wrong.", hint="Send it as: Authorization: Bearer KEY")
-
-
-def is_loopback_host(header: str) -> bool:
-    """Whether a ``Host`` header names this machine itself: localhost, or a loopback address, with or without a port."""
-    name = header.rpartition(":")[0] if re.search(r":\d+$", header) else header
-    name = name.removeprefix("[").removesuffix("]").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 class BodyLimit:
@@ -242,3 +210,44 @@ def _path(scope: Scope) -> str:
     """The path for a log line: still percent-encoded, so that it cannot forge one; the query is left out."""
     raw: bytes = scope.get("raw_path") or b""
     return raw.decode("ascii", "replace")[:_MAX_LOGGED_PATH]
+
+
+def route_of(scope: Scope) -> str:
+    """The pattern of the route that a request was for, such as ``/v1/inference/{job_id}``."""
+    found = OTHER_ROUTES
+    for route in scope["app"].routes:
+        if isinstance(route, Route):
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return route.path_format
+            if match is Match.PARTIAL:
+                found = route.path_format
+    return found
+
+
+def stop_reason(job: Job) -> str:
+    """Why a job ended: the reason of its ``end``, or the code of its ``error``. One whose client left is cancelled."""
+    if job.ended is None:
+        return "cancelled"
+    return job.ended.stop_reason if isinstance(job.ended, End) else job.ended.code
+
+
+def tokens_of(jobs: Sequence[Job]) -> tuple[int, int]:
+    """Tokens in and out of all of them; of one that has not ended, the pieces of text that came."""
+    tokens_in = sum(job.started.prompt_tokens for job in jobs if job.started is not None)
+    tokens_out = sum(job.ended.tokens_out if isinstance(job.ended, End) else job.texts for job in jobs)
+    return tokens_in, tokens_out
+
+
+def _described(scope: Scope, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What else the line of a request says: who asked, and what became of its jobs; never what was asked."""
+    extra: dict[str, Any] = {}
+    if client := client_of(scope):
+        extra["client"] = client
+    if trace_id := scope["state"].get("trace_id"):
+        extra["trace_id"] = trace_id
+    if jobs:
+        extra["job_id"] = ",".join(job.id for job in jobs)
+        extra["tokens_in"], extra["tokens_out"] = tokens_of(jobs)
+        extra["stop_reason"] = ",".join(dict.fromkeys(map(stop_reason, jobs)))
+    return extra

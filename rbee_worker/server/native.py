@@ -1,11 +1,10 @@
 """The worker's own routes: inference, loading, and what the worker says of itself."""
 
-import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -13,17 +12,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rbee_worker import __version__
-from rbee_worker.config import DEFAULT_MODEL, ServerConfig
-from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound, QueueFull
+from rbee_worker.config import DEFAULT_MODEL, GenerationRequest, ServerConfig
+from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound
 from rbee_worker.events import Event
 from rbee_worker.server import sse
+from rbee_worker.server.access import client_of
+from rbee_worker.server.holding import Holding
 from rbee_worker.server.metrics import CONTENT_TYPE, WorkerMetrics
-from rbee_worker.server.responses import INFERENCE_PATH, off_loop, read_object
+from rbee_worker.server.responses import ALWAYS, INFERENCE_PATH, off_loop, read_object
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.worker import Worker
-
-if TYPE_CHECKING:
-    from rbee_worker.job import Job
 
 PROGRESS_PATH = "/v1/loading/progress"
 
@@ -66,16 +64,17 @@ class Native:
     """The handlers; one instance per application.
 
     Attributes:
+        holding: the streaming requests that wait for a load.
         streams: those that are being sent now.
     """
 
-    def __init__(self, worker: Worker, config: ServerConfig, models: AllowedModels) -> None:
+    def __init__(self, worker: Worker, config: ServerConfig, models: AllowedModels, metrics: WorkerMetrics) -> None:
         self._worker = worker
         self._config = config
         self._models = models
         self._progress_frames = sse.SharedFrames()
-        self._metrics = WorkerMetrics(worker)
-        self._holding = 0
+        self._metrics = metrics
+        self.holding = Holding(worker, config)
         self.streams: set[sse.EventStream] = set()
 
     def routes(self) -> list[Route]:
@@ -104,27 +103,17 @@ class Native:
         """Stream one job. Everything that can be refused is refused here, before the 200 goes out."""
         size = len(await request.body())
         body = await off_loop(size, InferenceBody.parse, await read_object(request))
-        if self._config.hold_requests and self._worker.changing:
-            if self._holding >= self._config.max_queue:
-                raise QueueFull(f"The queue is full: {self._holding} of {self._config.max_queue}.", retry_after=1)
-            return self._stream(self._held(body, size), sse.inference_failed)
-        job = await off_loop(size, self._worker.submit, body.to_request())
+        asked = replace(body.to_request(), client=client_of(request.scope))
+        if asked.sampling.grammar is not None:
+            size = ALWAYS
+        if self.holding.due():
+            return self._stream(self._held(asked, size), sse.inference_failed)
+        job = await off_loop(size, self._worker.submit, asked)
         return self._stream(job.events(), sse.inference_failed, on_close=job.cancel)
 
-    async def _held(self, body: InferenceBody, size: int) -> AsyncIterator[Event]:
+    async def _held(self, asked: GenerationRequest, size: int) -> AsyncIterator[Event]:
         """A job that begins when the load has ended; until then its stream is silent, and so kept alive."""
-        self._holding += 1
-        try:
-            await self._worker.settled()
-        finally:
-            self._holding -= 1
-        submission = asyncio.ensure_future(off_loop(size, self._worker.submit, body.to_request()))
-        try:
-            # Shielded: a client that leaves just now must not leave behind a job that nobody knows of.
-            job = await asyncio.shield(submission)
-        except asyncio.CancelledError:
-            submission.add_done_callback(_cancel_unwanted)
-            raise
+        job = await self.holding.begin(size, functools.partial(self._worker.submit, asked))
         async with aclosing(job):
             async for event in job:
                 yield event
@@ -202,7 +191,8 @@ class Native:
 
     async def metrics(self, _request: Request) -> Response:
         """Figures for Prometheus, during a load too."""
-        return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        devices = await anyio.to_thread.run_sync(self._worker.memory)  # asks drivers
+        return Response(self._metrics.render(devices), headers={"Content-Type": CONTENT_TYPE})
 
     async def describe(self, _request: Request) -> Response:
         """The worker, its model and its devices."""
@@ -271,8 +261,3 @@ class Native:
             return {"reason": "The engine's thread has died; the log says why. Restart the worker."}
         error = self._worker.load_error
         return {"reason": str(error), "code": error.code} if error else {"reason": "The load failed."}
-
-
-def _cancel_unwanted(submission: "asyncio.Future[Job]") -> None:
-    if not submission.cancelled() and submission.exception() is None:
-        submission.result().cancel()

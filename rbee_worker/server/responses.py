@@ -34,12 +34,30 @@ _TYPES: Mapping[int, str] = {
 _CLOSING = frozenset({408, 413})
 """Statuses after which the connection is closed, as the request's body may still be on its way."""
 
+ALWAYS = 2**62
+"""A size for :func:`off_loop` of what takes time whatever its size, such as compiling a grammar."""
+
+OPENAI_CODES: Mapping[str, str] = {
+    "CONTEXT_TOO_LONG": "context_length_exceeded",
+    "MODEL_NOT_FOUND": "model_not_found",
+    "UNAUTHORIZED": "invalid_api_key",
+    "QUEUE_FULL": "rate_limit_exceeded",
+}
+"""OpenAI's own ``error.code``, on the routes that are OpenAI's, for the worker's."""
+
+_OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses")
+_FINAL = frozenset({409, 504})
+"""Statuses that OpenAI's clients would try again after, where that does not help."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def envelope(error: RbeeError) -> dict[str, Any]:
-    """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors``, every bad field."""
+def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors``, every bad field.
+
+    ``codes`` are said in place of the worker's own.
+    """
     fields = error.fields if isinstance(error, InvalidRequest) else ()
     status = error.http_status
     default = "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004 - HTTP's class of statuses
@@ -48,7 +66,7 @@ def envelope(error: RbeeError) -> dict[str, Any]:
             "message": str(error),
             "type": _TYPES.get(status, default),
             "param": fields[0].field if fields else None,
-            "code": error.code,
+            "code": (codes or {}).get(error.code, error.code),
         },
         "errors": [{"field": f.field, "constraint": f.constraint, "message": f.message} for f in fields],
     }
@@ -69,7 +87,10 @@ def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | 
         extra["Connection"] = "close"
     if scope["path"] == INFERENCE_PATH and accepts_event_stream(Headers(scope=scope)):
         return Response(sse.encode_error(error), error.http_status, {**sse.HEADERS, **extra})
-    return JSONResponse(envelope(error), error.http_status, extra)
+    openai = scope["path"].startswith(_OPENAI_PATHS)
+    if openai and error.http_status in _FINAL:
+        extra["X-Should-Retry"] = "false"
+    return JSONResponse(envelope(error, OPENAI_CODES if openai else None), error.http_status, extra)
 
 
 def clamp_retry(seconds: float | None) -> int:

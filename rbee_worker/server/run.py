@@ -3,11 +3,13 @@
 import asyncio
 import functools
 import logging
+import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+import threading
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -15,12 +17,17 @@ import uvicorn
 from starlette.applications import Starlette
 
 from rbee_worker.config import EngineConfig, ServerConfig
-from rbee_worker.errors import Unavailable
+from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed
+from rbee_worker.server.access import MAX_HEAD_BYTES
 from rbee_worker.server.app import create_app
+from rbee_worker.server.keys import ApiKeys
 from rbee_worker.server.listen import BACKLOG, listen, url
 from rbee_worker.server.middleware import CorrelationFilter
+from rbee_worker.server.protocol import SPARE_CONNECTIONS, ConnectionLimits, limited
 from rbee_worker.server.sse import EventStream
+from rbee_worker.server.tls import Certificate, certificate
+from rbee_worker.server.tracing import provider_from_environment
 from rbee_worker.worker import Worker
 
 FLUSH_SECONDS = 5.0
@@ -28,6 +35,9 @@ FLUSH_SECONDS = 5.0
 
 _OVERTIME_SECONDS = 10.0
 """Beyond the grace: what a step of the engine may still need to end the jobs that were cancelled."""
+
+_OTHER_FILES = SPARE_CONNECTIONS + 128
+"""Files open beside the connections: those turned away, the model's, logs, libraries."""
 
 _POLL_SECONDS = 0.02
 
@@ -47,30 +57,47 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         load: False: start without a model.
 
     Raises:
-        InvalidRequest: the address may not be bound without an API key.
+        InvalidRequest: the address may not be bound without an API key, or a key file, a certificate, an origin or a
+            host name is wrong.
         RbeeError: the address cannot be bound.
     """
+    keys = ApiKeys(server.api_keys, server.api_key_file)
+    cert = certificate(server)
+    worker = Worker(engine, max_queue=server.max_queue)
+    app = create_app(
+        worker,
+        server,
+        model=model,
+        has_start_model=load or model is not None,
+        keys=keys,
+        tracer_provider=provider_from_environment(),
+    )
     sockets = listen(server)
-    sys.stderr.write(f"rbee-worker listening on {url(sockets)}\n")
+    sys.stderr.write(f"rbee-worker listening on {url(sockets, 'https' if cert else 'http')}\n")
     sys.stderr.flush()
     for handler in logging.getLogger().handlers:
         handler.addFilter(CorrelationFilter())
     # At debug it writes every chunk, and with it people's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
-    worker = Worker(engine, max_queue=server.max_queue)
-    app = create_app(worker, server, model=model, has_start_model=load or model is not None)
-    first_load = functools.partial(worker.load, model) if load else None
-    process = Server(http_config(app), worker, server, streams=app.state.streams, first_load=first_load)
+    allow_open_files(server.max_connections + _OTHER_FILES)
+    process = Server(
+        http_config(app, server, cert),
+        worker,
+        server,
+        streams=app.state.streams,
+        first_load=functools.partial(worker.load, model) if load else None,
+        reloads=[*([keys.reload] if keys.file else ()), *([cert.reload] if cert else ())],
+    )
     process.run(sockets=sockets)
     return process.exit_code
 
 
-def http_config(app: Starlette) -> uvicorn.Config:
+def http_config(app: Starlette, server: ServerConfig, cert: Certificate | None = None) -> uvicorn.Config:
     """How uvicorn runs the application; the sockets are bound already."""
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=limited(ConnectionLimits(server.max_connections, server.header_seconds)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -79,10 +106,27 @@ def http_config(app: Starlette) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        h11_max_incomplete_event_size=64 * 1024,
-        timeout_keep_alive=65,  # above the minute that proxies keep their connections
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=math.ceil(server.idle_seconds),
         timeout_graceful_shutdown=round(FLUSH_SECONDS),
+        ssl_context_factory=(lambda *_: cert.context) if cert is not None else None,
     )
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the limit on open files towards ``count``, as far as the system lets it, and say when it does not."""
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 - not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with suppress(OSError, ValueError):  # macOS has a limit of its own beside the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit < count:
+            log.warning("the system allows %d open files; --max-connections would need %d", limit, count)
 
 
 class Server(uvicorn.Server):
@@ -99,8 +143,10 @@ class Server(uvicorn.Server):
         *,
         streams: Collection[EventStream] = (),
         first_load: Callable[[], object] | None = None,
+        reloads: Sequence[Callable[[], None]] = (),
     ) -> None:
         super().__init__(config)
+        self._reloads = reloads
         self.exit_code = 0
         self._worker = worker
         self._limits = limits
@@ -113,6 +159,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer requests, then begin the load."""
         self._loop = asyncio.get_running_loop()
+        # Without anything to read again, a terminal that hangs up ends the process, as is usual.
+        if self._reloads and threading.current_thread() is threading.main_thread():
+            self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         await super().startup(sockets)
         if self._signalled:
             self.should_exit = True
@@ -130,6 +179,16 @@ class Server(uvicorn.Server):
         if self._loop is not None and self.started:
             grace = self._limits.shutdown_grace_seconds
             self._loop.call_soon_threadsafe(lambda: self._spawn(self._drain(grace, signal.Signals(sig).name)))
+
+    def reload(self) -> None:
+        """Read keys and certificates again; what is wrong with them is logged, and the old ones stay."""
+        for read in self._reloads:
+            try:
+                read()
+            except (RbeeError, OSError) as error:
+                log.error("SIGHUP: %s What was there before stays.", error)  # noqa: TRY400 - the message says it all
+            else:
+                log.info("SIGHUP: read again")
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -1,152 +1,59 @@
-"""What request bodies must look like; each bad field is reported, its value never is.
+"""What request bodies must look like. Ranges and defaults are those of ``rbee_worker.config``."""
 
-Types are strict: ``"1"`` is no number, ``true`` is no integer, an integer will do for a float. ``null`` means absent.
-Keys that are not named here are ignored, so that clients of newer workers are served. Ranges and defaults are those
-of ``rbee_worker.config``.
-"""
-
+import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Self
+from dataclasses import replace
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, AliasChoices, FailFast, Field
 
 from rbee_worker.config import (
     MAX_JOB_ID_LENGTH,
-    MAX_STOP_SEQUENCES,
-    RANGES,
-    SEED_MAX,
-    SEED_MIN,
+    TIMEOUT_RANGE,
     DTypeName,
     GenerationRequest,
+    GrammarKind,
+    GrammarSpec,
     Message,
     Quantization,
     SamplingParams,
 )
 from rbee_worker.errors import FieldError, InvalidRequest
+from rbee_worker.server.fields import (
+    Body,
+    LogitBias,
+    NonEmptyText,
+    Seed,
+    Shown,
+    Stop,
+    Text,
+    TokenId,
+    Within,
+    broken,
+    within,
+)
 
-_MAX_REPORTED = 100
 _DEFAULTS = SamplingParams()
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?|mps")
-
-_CONSTRAINTS: Mapping[str, str] = {
-    "missing": "required",
-    "bool_type": "boolean",
-    "int_type": "integer",
-    "float_type": "number",
-    "finite_number": "finite number",
-    "string_type": "string",
-    "list_type": "list",
-    "model_type": "object",
-    "model_attributes_type": "object",
-}
-"""Constraint by pydantic's type of error, where neither ``constraint`` nor ``expected`` is in its context."""
-
-
-def _broken(constraint: str) -> PydanticCustomError:
-    return PydanticCustomError("constraint", "{constraint}", {"constraint": constraint})
-
-
-def _within(name: str) -> AfterValidator:
-    def check(value: float) -> float:
-        if value not in RANGES[name]:
-            raise _broken(str(RANGES[name]))
-        return value
-
-    return AfterValidator(check)
-
-
-def _seed(value: int) -> int:
-    if not SEED_MIN <= value <= SEED_MAX:
-        raise _broken("64-bit integer")
-    return value
-
-
-def _unicode(value: str) -> str:
-    # JSON can spell half of a surrogate pair; no tokenizer can read one.
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _broken("valid Unicode") from None
-    return value
-
-
-def _not_empty(value: str) -> str:
-    if not value:
-        raise _broken("at least 1 character")
-    return value
 
 
 def _job_id(value: str) -> str:
     if not (1 <= len(value) <= MAX_JOB_ID_LENGTH and value.isprintable()):
-        raise _broken(f"1 to {MAX_JOB_ID_LENGTH} printable characters")
-    return value
-
-
-def _stop_list(value: object) -> object:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise _broken("string or list of strings")
-    if len(value) > MAX_STOP_SEQUENCES:
-        raise _broken(f"at most {MAX_STOP_SEQUENCES} strings")
+        raise broken(f"1 to {MAX_JOB_ID_LENGTH} printable characters")
     return value
 
 
 def _messages(value: "list[ChatMessage]") -> "list[ChatMessage]":
     if not value:
-        raise _broken("at least 1 message")
+        raise broken("at least 1 message")
     return value
 
 
 def _device(value: str) -> str:
     if not _DEVICE.fullmatch(value):
-        raise _broken("auto, cpu, cuda, cuda:N or mps")
+        raise broken("auto, cpu, cuda, cuda:N or mps")
     return value
-
-
-def _token_id(value: int) -> int:
-    if not 0 <= value < 2**32:
-        raise _broken("token id: 0 to 4294967295")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-NonEmptyText = Annotated[Text, AfterValidator(_not_empty)]
-
-
-class Body(BaseModel):
-    """Base of the request bodies."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-    @classmethod
-    def parse(cls, body: Mapping[str, Any]) -> Self:
-        """The request in ``body``.
-
-        Raises:
-            InvalidRequest: listing every bad field.
-        """
-        problems = list(cls._across_fields(body))
-        try:
-            parsed = cls.model_validate(body)
-        except ValidationError as error:
-            details = error.errors(include_url=False, include_input=False)
-            problems = [*map(_field_error, details[:_MAX_REPORTED]), *problems]
-        if problems:
-            raise InvalidRequest(" ".join(problem.message for problem in problems), fields=problems)
-        return parsed
-
-    @classmethod
-    def _across_fields(cls, _body: Mapping[str, Any]) -> Iterable[FieldError]:
-        """What is wrong beyond single fields."""
-        return ()
 
 
 class ChatMessage(Body):
@@ -156,23 +63,76 @@ class ChatMessage(Body):
     content: Text
 
 
-class InferenceBody(Body):
+class SamplingFields(Body):
+    """What every request for text may say of how it is made."""
+
+    max_tokens: Annotated[int, within("max_tokens")] | None = _DEFAULTS.max_tokens
+    temperature: Annotated[float, within("temperature")] = _DEFAULTS.temperature
+    top_p: Annotated[float, within("top_p")] = _DEFAULTS.top_p
+    top_k: Annotated[int, within("top_k")] = _DEFAULTS.top_k
+    min_p: Annotated[float, within("min_p")] = _DEFAULTS.min_p
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = _DEFAULTS.repetition_penalty
+    presence_penalty: Annotated[float, within("presence_penalty")] = _DEFAULTS.presence_penalty
+    frequency_penalty: Annotated[float, within("frequency_penalty")] = _DEFAULTS.frequency_penalty
+    seed: Seed | None = _DEFAULTS.seed
+    stop: Annotated[Stop, Field(default_factory=list)]
+    ignore_eos: bool = _DEFAULTS.ignore_eos
+    skip_special_tokens: bool = _DEFAULTS.skip_special_tokens
+    logit_bias: Annotated[LogitBias, Field(default_factory=dict)]
+    json_schema: dict[str, Any] | None = None
+    regex: NonEmptyText | None = None
+    grammar: NonEmptyText | None = None
+    prompt_progress: bool = False
+    timeout: Annotated[float, Within(TIMEOUT_RANGE)] | None = None
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """The sampling parameters, with ``changes`` to them.
+
+        Raises:
+            InvalidRequest: two fields say what the text must match.
+        """
+        values: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": self.seed,
+            "stop": tuple(self.stop),
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+            "logit_bias": tuple(self.logit_bias.items()),
+            "grammar": only_grammar(self.grammars()),
+        }
+        return SamplingParams(**values | changes)
+
+    def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
+        """Every field that says what the text must match, and what that is."""
+        if self.json_schema is not None:
+            yield "json_schema", schema_grammar(self.json_schema)
+        texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
+            ("regex", "regex", self.regex),
+            ("grammar", "lark", self.grammar),
+        )
+        for field, kind, text in texts:
+            if text is not None:
+                yield field, GrammarSpec(kind, text)
+
+
+JobId = Annotated[Text, AfterValidator(_job_id), Shown({"minLength": 1, "maxLength": MAX_JOB_ID_LENGTH})]
+
+
+class InferenceBody(SamplingFields):
     """``POST /v1/inference``."""
 
     prompt: NonEmptyText | None = None
-    messages: Annotated[list[ChatMessage], AfterValidator(_messages)] | None = None
-    job_id: Annotated[Text, AfterValidator(_job_id)] | None = None
-    max_tokens: Annotated[int, _within("max_tokens")] | None = _DEFAULTS.max_tokens
-    temperature: Annotated[float, _within("temperature")] = _DEFAULTS.temperature
-    top_p: Annotated[float, _within("top_p")] = _DEFAULTS.top_p
-    top_k: Annotated[int, _within("top_k")] = _DEFAULTS.top_k
-    min_p: Annotated[float, _within("min_p")] = _DEFAULTS.min_p
-    repetition_penalty: Annotated[float, _within("repetition_penalty")] = _DEFAULTS.repetition_penalty
-    presence_penalty: Annotated[float, _within("presence_penalty")] = _DEFAULTS.presence_penalty
-    frequency_penalty: Annotated[float, _within("frequency_penalty")] = _DEFAULTS.frequency_penalty
-    seed: Annotated[int, AfterValidator(_seed)] | None = _DEFAULTS.seed
-    stop: Annotated[list[NonEmptyText], BeforeValidator(_stop_list)] = []
-    ignore_eos: bool = _DEFAULTS.ignore_eos
+    messages: Annotated[list[ChatMessage], AfterValidator(_messages), Shown({"minItems": 1})] | None = None
+    job_id: JobId | None = None
+    logprobs: Annotated[int, within("logprobs")] | None = _DEFAULTS.logprobs
+    prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = _DEFAULTS.prompt_logprobs
 
     @classmethod
     def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:
@@ -183,26 +143,20 @@ class InferenceBody(Body):
             yield FieldError("messages", "not together with prompt", "messages must not be given together with prompt.")
 
     def to_request(self) -> GenerationRequest:
-        """What the engine is asked for; ``prompt`` is taken as it is, ``messages`` go through the chat template."""
+        """What the engine is asked for; ``prompt`` is taken as it is, ``messages`` go through the chat template.
+
+        Raises:
+            InvalidRequest: as :meth:`sampling`.
+        """
         messages = tuple(Message(role=m.role, content=m.content) for m in self.messages) if self.messages else None
         return GenerationRequest(
             prompt=self.prompt,
             messages=messages,
             raw=messages is None,
             job_id=self.job_id,
-            sampling=SamplingParams(
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                seed=self.seed,
-                stop=tuple(self.stop),
-                ignore_eos=self.ignore_eos,
-            ),
+            prompt_progress=self.prompt_progress,
+            timeout_seconds=self.timeout,
+            sampling=self.sampling(logprobs=self.logprobs, prompt_logprobs=self.prompt_logprobs),
         )
 
 
@@ -210,32 +164,51 @@ class LoadingBody(Body):
     """``POST /v1/loading``; without ``model``: the one given at start."""
 
     model: NonEmptyText | None = None
-    device: Annotated[NonEmptyText, AfterValidator(_device)] | None = None
+    device: Annotated[NonEmptyText, AfterValidator(_device), Shown({"pattern": f"^({_DEVICE.pattern})$"})] | None = None
     dtype: DTypeName | None = None
     quantize: Quantization | None = None
 
 
 class TokenizeBody(Body):
-    """``POST /tokenize``; ``add_special`` adds what the tokenizer puts around a prompt, such as a BOS token."""
+    """``POST /tokenize``; ``add_special`` adds what the tokenizer puts around a prompt, such as a BOS token.
 
-    text: Text
-    add_special: bool = False
+    Other servers call the text ``content`` or ``prompt``.
+    """
+
+    text: Annotated[Text, Field(validation_alias=AliasChoices("text", "content", "prompt"))]
+    add_special: Annotated[bool, Field(validation_alias=AliasChoices("add_special", "add_special_tokens"))] = False
 
 
 class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
-    tokens: Annotated[list[Annotated[int, AfterValidator(_token_id)]], FailFast()]
+    tokens: Annotated[list[TokenId], FailFast()]
 
 
-def _field_error(error: ErrorDetails) -> FieldError:
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    context = error.get("ctx", {})
-    if "constraint" in context:
-        constraint = str(context["constraint"])
-    elif "expected" in context:
-        constraint = f"one of {context['expected']}"
-    else:
-        constraint = _CONSTRAINTS.get(error["type"], error["type"])
-    sentence = f"{name} is required." if constraint == "required" else f"{name} must be {constraint}."
-    return FieldError(name, constraint, sentence)
+def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
+    """The grammar of the JSON texts that match ``schema``.
+
+    Raises:
+        InvalidRequest: it is nested too deeply.
+    """
+    try:
+        return GrammarSpec("json_schema", json.dumps(schema, ensure_ascii=False))
+    except RecursionError:
+        raise InvalidRequest("The JSON schema is nested too deeply.") from None
+
+
+def only_grammar(given: Iterable[tuple[str, GrammarSpec]]) -> GrammarSpec | None:
+    """The only one of ``given``, pairs of a field's name and its grammar; None: there is none.
+
+    Raises:
+        InvalidRequest: there are several.
+    """
+    several = list(given)
+    if len(several) > 1:
+        (first, _), *others = several
+        constraint = f"not together with {first}"
+        fields = [
+            FieldError(name, constraint, f"{name} must not be given together with {first}.") for name, _ in others
+        ]
+        raise InvalidRequest(" ".join(field.message for field in fields), fields=fields)
+    return replace(several[0][1], field=several[0][0]) if several else None

@@ -16,8 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
-from tests.tiny import write_tiny_model
+from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
 PROGRAM = str(Path(sys.executable).parent / "rbee-worker")
 SECONDS = 60.0
@@ -82,7 +83,7 @@ def serving(*arguments: str, wait: bool = True) -> Iterator[Served]:
         url = ""
         for line in process.stderr:
             log.append(line)
-            if found := re.search(r"listening on (http://\S+)", line):
+            if found := re.search(r"listening on (https?://\S+)", line):
                 url = found[1]
                 break
         assert url, "".join(log)
@@ -105,6 +106,29 @@ def serving(*arguments: str, wait: bool = True) -> Iterator[Served]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that loads in no time."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template."""
+    path = tmp_path_factory.mktemp("chat") / "tiny-chat"
+    return write_tiny_model(path, chat_template=CHAT_TEMPLATE, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
+def worker(chat_model: Path) -> Iterator[Served]:
+    """A worker that serves it, four jobs at a time, four waiting."""
+    # In float32 an answer is the same whether or not its prompt was cached.
+    options = ("--dtype", "float32", "--max-batch-size", "4", "--max-queue", "4", "--keep-alive", "0.3")
+    with serving("--model", str(chat_model), "--served-model-name", "gpt-tiny", *options) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def client(worker: Served) -> Iterator[OpenAI]:
+    """OpenAI's client of it, which tries nothing again."""
+    with OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_unknown_routes_and_wrong_methods(served: Served) -> None:
 
 def test_correlation_ids_are_kept_made_and_never_injected(served: Served) -> None:
     given = "123e4567-e89b-12d3-a456-426614174000"
-    answer = httpx.get(f"{served.url}/health", headers={"X-Correlation-ID": given})
+    answer = httpx.get(f"{served.url}/v1/worker", headers={"X-Correlation-ID": given})
     assert answer.headers["x-correlation-id"] == answer.headers["x-request-id"] == given
     made = httpx.get(f"{served.url}/nowhere", headers={"X-Correlation-ID": "not a uuid"}).headers["x-correlation-id"]
     assert len(made) == 36

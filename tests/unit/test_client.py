@@ -1,5 +1,6 @@
 """The client against a server on a real socket that answers from a script."""
 
+import json
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 
 from rbee_worker import errors
 from rbee_worker.client import WorkerClient, error_of, inference_body
-from rbee_worker.config import GenerationRequest, Message, SamplingParams
+from rbee_worker.config import GenerationRequest, GrammarSpec, Message, SamplingParams
 from rbee_worker.errors import (
     Conflict,
     ContextTooLong,
@@ -27,6 +28,7 @@ from rbee_worker.errors import (
     WorkerUnreachable,
 )
 from rbee_worker.events import Event, InferenceFailed, LoadFailed, Started
+from rbee_worker.server.schemas import InferenceBody
 from tests.unit.fake_worker import DONE, FakeWorker, answer, frames, refused, running, stream
 from tests.unit.samples import JOB, LOAD, STARTED, layers
 
@@ -354,6 +356,21 @@ def test_only_what_differs_is_sent():
         "seed": 0,
         "max_tokens": 5,
     }
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(logit_bias=((7, -1.0),), logprobs=2, prompt_logprobs=0, skip_special_tokens=False),
+        SamplingParams(grammar=GrammarSpec("json_schema", '{"type": "object"}')),
+        SamplingParams(grammar=GrammarSpec("regex", "a+")),
+        SamplingParams(grammar=GrammarSpec("lark", "start: /a/")),
+    ],
+)
+def test_what_is_sent_is_read_as_it_was_meant(sampling: SamplingParams):
+    request = GenerationRequest(prompt="p", sampling=sampling, job_id="j", prompt_progress=True, timeout_seconds=3.0)
+    sent = json.loads(json.dumps(inference_body(request, "j")))
+    assert InferenceBody.parse(sent).to_request() == request
 
 
 def test_a_prompt_for_the_template_goes_as_a_message():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbee_worker.config import (
+    MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
     RANGES,
     SEED_MAX,
@@ -28,6 +29,8 @@ EDGES = {
     "repetition_penalty": ([0.001, 2], [0, -1, 2.01]),
     "presence_penalty": ([-2, 2], [-2.01, 2.01]),
     "frequency_penalty": ([-2, 2], [-2.01, 2.01]),
+    "logprobs": ([0, 20], [-1, 21]),
+    "prompt_logprobs": ([0, 20], [-1, 21]),
 }
 
 
@@ -90,3 +93,10 @@ def test_settings_are_frozen(kind: type):
     for field in dataclasses.fields(kind):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(settings, field.name, None)
+
+
+def test_a_stop_string_has_a_length():
+    SamplingParams(stop=("x" * MAX_STOP_LENGTH,))
+    with pytest.raises(InvalidRequest, match="over 1024 characters") as caught:
+        SamplingParams(stop=("a", "x" * (MAX_STOP_LENGTH + 1)))
+    assert [field.field for field in caught.value.fields] == ["stop"]

@@ -8,9 +8,21 @@ from typing import get_args
 import pytest
 
 from rbee_worker import events
-from rbee_worker.config import MAX_JOB_ID_LENGTH, MAX_STOP_SEQUENCES, RANGES, SamplingParams, ServerConfig
+from rbee_worker.config import (
+    MAX_JOB_ID_LENGTH,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    RANGES,
+    SamplingParams,
+    ServerConfig,
+)
 from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
 from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.openai import OpenAI
+from rbee_worker.server.openai.chat_schemas import ChatBody
+from rbee_worker.server.openai.refusals import OF_RESPONSES
+from rbee_worker.server.openai.responses_schemas import ResponsesBody
+from rbee_worker.server.openai.schemas import CompletionBody, OpenAIBody
 from rbee_worker.server.schemas import InferenceBody, LoadingBody
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +65,9 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_the_readme_names_every_file_and_no_other():
     named = rows(read("README.md").partition("## Every file")[2])
     assert named
-    patterns = ("rbee_worker/**/*.py", "tests/**/*.py", "docs/*", "completions/*")
-    present = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
+    patterns = ("rbee_worker/**/*.py", "tests/**/*.py", "docs/**/*", "completions/*")
+    found = (path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+    present = {path.relative_to(ROOT).as_posix() for path in found}
     assert present - named.keys() == set(), "not in README's tables"
     assert {name for name in named if not (ROOT / name).is_file()} == set(), "in README's tables, but not there"
 
@@ -84,7 +97,7 @@ def test_the_table_of_inference_fields_is_the_schema():
             assert default == repr(defaults[name]), name
     assert fields["max_tokens"][1] == "what is left of the context"
     assert fields["ignore_eos"][1] == str(defaults["ignore_eos"]).lower()
-    assert f"up to {MAX_STOP_SEQUENCES}," in fields["stop"][2]
+    assert fields["stop"][2] == f"up to {MAX_STOP_SEQUENCES}, each 1 to {MAX_STOP_LENGTH} characters"
     assert f"1 to {MAX_JOB_ID_LENGTH} " in fields["job_id"][2]
 
 
@@ -112,8 +125,29 @@ def test_the_common_fields_and_the_report_are_described():
     assert rows(section(page, "The load report")).keys() == report
 
 
+OPENAI_TABLES = {
+    "Fields of both": OpenAIBody.model_fields.keys(),
+    "Fields of chat completions": ChatBody.model_fields.keys() - OpenAIBody.model_fields.keys(),
+    "Fields of completions": CompletionBody.model_fields.keys() - OpenAIBody.model_fields.keys(),
+    "Fields of responses": {str(field.validation_alias or name) for name, field in ResponsesBody.model_fields.items()}
+    - OF_RESPONSES.keys(),
+}
+
+
+@pytest.mark.parametrize("heading", OPENAI_TABLES)
+def test_the_tables_of_openais_fields_are_the_schemas(heading: str):
+    first_cells = re.findall(r"^\| (`.*?) \|", section(read("docs/openai.md"), heading), re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == OPENAI_TABLES[heading]
+
+
+def test_every_route_of_openai_has_its_section():
+    routes = OpenAI(None, ServerConfig(), None, set()).routes()
+    registered = {f"`{method} {route.path_format}`" for route in routes for method in route.methods - {"HEAD"}}
+    assert {heading for heading in headings(read("docs/openai.md")) if re.match(r"`[A-Z]+ /", heading)} == registered
+
+
 def test_every_route_has_its_section():
-    routes = Native(None, ServerConfig(), AllowedModels(None)).routes()
+    routes = Native(None, ServerConfig(), AllowedModels(None), None).routes()
     registered = {f"`{method} {route.path_format}`" for route in routes for method in route.methods - {"HEAD"}}
     described = {heading for heading in headings(read("docs/http-api.md")) if re.match(r"`[A-Z]+ /", heading)}
     assert described == registered

@@ -49,6 +49,12 @@ def test_text_is_one_line_whatever_the_message(capsys: pytest.CaptureFixture[str
     assert err.endswith("WARNING x: two\\r\\nlines correlation_id=c\n")
 
 
+def test_a_value_in_text_cannot_forge_another(capsys: pytest.CaptureFixture[str]):
+    log.configure("info", "text")
+    logging.getLogger("x").info("m", extra={"job_id": 'a b="1" status=200', "client": "", "ms": 1.5})
+    assert capsys.readouterr().err.endswith('x: m job_id="a b=\\"1\\" status=200" client="" ms=1.5\n')
+
+
 @pytest.mark.parametrize("fmt", log.LOG_FORMATS)
 def test_tracebacks_at_debug_only(fmt: log.LogFormat, capsys: pytest.CaptureFixture[str]):
     for level, shown in (("error", False), ("debug", True)):

@@ -28,19 +28,27 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ServerConfig, EngineCo
 def test_serve_passes_its_options_and_its_exit_code(
     served: list[tuple[ServerConfig, EngineConfig, str | None, bool]], tmp_path: Path
 ):
-    keys = tmp_path / "keys"
-    keys.write_text("# ours\n\n k2 \n")
+    keys, cert, key = tmp_path / "keys", tmp_path / "cert", tmp_path / "key"
     args = ["--addr", "[::1]:0", "-m", "m", "--api-key", "k0", "--api-key", "k1", "--api-key-file", str(keys)]
+    args += ["--trusted-host", "a.b", "--trusted-host", "*.c", "--cors-origin", "http://d", "--cors-origin", "*"]
+    args += ["--tls-cert", str(cert), "--tls-key", str(key), "--max-connections", "7"]
     args += ["--allow-model", "a", "--allow-model", "b", "--max-queue", "3", "--max-batch-size", "4"]
     args += ["--prefill-chunk", "5", "--keep-alive", "0", "--shutdown-grace", "1.5", "--exit-on-load-error"]
     args += ["--allow-unauthenticated", "--no-load", "--device", "cpu", "--dtype", "float16", "--max-context", "99"]
     args += ["--quantize", "int8"]
-    assert run("serve", *args).exit_code == 5
+    assert run("serve", *args, env={"RBEE_TLS_KEY_PASSWORD": "secret"}).exit_code == 5
     server = ServerConfig(
         host="::1",
         port=0,
-        api_keys=("k0", "k1", "k2"),
+        api_keys=("k0", "k1"),
+        api_key_file=keys,
         allow_unauthenticated=True,
+        trusted_hosts=("a.b", "*.c"),
+        cors_origins=("http://d", "*"),
+        tls_cert=cert,
+        tls_key=key,
+        tls_key_password="secret",  # noqa: S106 - of a test
+        max_connections=7,
         allow_models=("a", "b"),
         max_queue=3,
         keep_alive_seconds=0,
@@ -60,12 +68,3 @@ def test_serve_by_default(served: list[tuple[ServerConfig, EngineConfig, str | N
         (ServerConfig(), EngineConfig(), None, True),
         (ServerConfig(api_keys=("k0", "k1")), EngineConfig(), "m", True),
     ]
-
-
-def test_a_file_without_keys_is_refused(
-    served: list[tuple[ServerConfig, EngineConfig, str | None, bool]], tmp_path: Path
-):
-    (tmp_path / "keys").write_text("# none yet\n")
-    result = run("serve", "--api-key-file", str(tmp_path / "keys"))
-    assert (result.exit_code, served) == (2, [])
-    assert "holds no key" in result.stderr

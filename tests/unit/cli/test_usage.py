@@ -38,6 +38,7 @@ def test_options_of_the_contract():
     sampling = {"--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"}
     sampling |= {"--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--system", "--raw"}
     server = {"--api-key-file", "--allow-unauthenticated", "--allow-model", "--max-queue", "--max-batch-size"}
+    server |= {"--tls-cert", "--tls-key", "--cors-origin", "--trusted-host", "--max-connections"}
     server |= {"--prefill-chunk", "--keep-alive", "--shutdown-grace", "--exit-on-load-error", "--no-load"}
     expected = {
         "load": common | output | remote,

@@ -367,3 +367,17 @@ def test_special_tokens_are_in_the_text_where_that_is_asked_for(tmp_path: Path) 
     only_mark = {"logit_bias": ((256, 100.0),), "max_tokens": 2}
     assert said(list(engine.generate(greedy("any", **only_mark))))[0] == ""
     assert said(list(engine.generate(greedy("any", skip_special_tokens=False, **only_mark))))[0] == "<mark>" * 2
+
+
+def test_every_log_probability_is_told_also_of_tokens_that_make_no_text(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<mark>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    engine = Engine(EngineConfig(device="cpu", dtype="float32"))
+    for _ in engine.load(str(path)):
+        pass
+    events = list(engine.generate(greedy("any", logit_bias=((256, 100.0),), max_tokens=3, logprobs=0)))
+    (token,) = (event for event in events if isinstance(event, Token))
+    assert token.t == ""
+    assert [entry.id for entry in token.logprobs or ()] == [256] * 3

@@ -15,6 +15,8 @@ import pytest
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import Unavailable
 from rbee_worker.events import End, InferenceEvent, LoadCancelled, LoadingEvent, Started, Token
+from rbee_worker.runtime.memory import DeviceInfo
+from rbee_worker.runtime.stats import EngineStats
 from rbee_worker.server.app import create_app
 from rbee_worker.server.listen import listen
 from rbee_worker.server.run import Server, http_config
@@ -84,6 +86,10 @@ class StandInWorker:
         self.refusal = None  # raised by submit()
         self.requests = []
         self.loads = []
+        self.observers = []
+        self.load_outcomes = Counter()
+        self.broadcast = None
+        self.stats = EngineStats()
         self.cancelled = []
         self.calls = Counter()
         self.closed_sources = 0
@@ -189,6 +195,12 @@ class StandInWorker:
     def devices(self):
         return []
 
+    def memory(self):
+        return [DeviceInfo("cpu", "CPU", 100, 60, 40)]
+
+    def engine_stats(self):
+        return self.stats
+
 
 @dataclass
 class Reply:
@@ -258,7 +270,7 @@ class Running:
         self.sockets = listen(config)
         self.port = self.sockets[0].getsockname()[1]
         app = create_app(worker, config, **app_options)
-        self.server = Server(http_config(app), worker, config, streams=app.state.streams, first_load=first_load)
+        self.server = Server(http_config(app, config), worker, config, streams=app.state.streams, first_load=first_load)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": self.sockets})
         self.thread.start()
         self.wait(lambda: self.server.started)

@@ -1,11 +1,14 @@
 """The end of a server: draining, the second signal, the load that fails."""
 
+import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from rbee_worker.errors import OutOfMemory
+from rbee_worker.config import EngineConfig, ServerConfig
+from rbee_worker.errors import InvalidRequest, OutOfMemory
 from rbee_worker.events import LoadFailed, Resolving
 from rbee_worker.server import run
 
@@ -124,3 +127,50 @@ def test_an_idle_server_ends_at_once(start, sig):
     server.server.handle_exit(sig, None)
     join(server)
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tls_key": Path("/nowhere.pem")}, "--tls-key without --tls-cert"),
+        ({"tls_cert": Path("/nowhere.pem")}, "--tls-cert /nowhere.pem: No such file"),
+        ({"api_key_file": Path("/nowhere")}, "--api-key-file /nowhere: No such file"),
+        ({"cors_origins": ("app.example.org/x",)}, "'app.example.org/x' is no origin"),
+        ({"trusted_hosts": ("a:80",)}, "'a:80' is no host name"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_listens(option, message, monkeypatch):
+    monkeypatch.setattr(run, "listen", lambda _: pytest.fail("listened"))
+    with pytest.raises(InvalidRequest, match=message) as raised:
+        run.serve(ServerConfig(**option), EngineConfig(device="cpu"), None, load=False)
+    assert raised.value.exit_code == 2
+
+
+def test_reading_again_goes_on_after_what_is_wrong(start, caplog):
+    caplog.set_level("INFO")
+    read = []
+
+    def broken():
+        raise InvalidRequest("the file holds no key.")
+
+    server = start().server
+    server._reloads = [broken, lambda: read.append(1)]
+    server.reload()
+    assert read == [1]
+    assert "the file holds no key. What was there before stays." in caplog.text
+
+
+def test_files_for_every_connection_are_asked_of_the_system(caplog):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = before[0], before[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        run.allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        run.allow_open_files(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        assert caplog.text == ""
+        run.allow_open_files(2**40)
+        assert "open files" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

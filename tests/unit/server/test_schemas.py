@@ -2,7 +2,7 @@
 
 import pytest
 
-from rbee_worker.config import SamplingParams
+from rbee_worker.config import GrammarSpec, SamplingParams
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.server.responses import parse_object
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
@@ -24,6 +24,23 @@ BAD_VALUES = {
     "seed": [2**64, -(2**63) - 1, 1.5, "7", True],
     "stop": [3, [""], "", ["x"] * 17, [1], {"a": "b"}, True],
     "ignore_eos": [1, 0, "true", []],
+    "skip_special_tokens": [1, "false"],
+    "logprobs": [-1, 21, 1.5, "1", True],
+    "prompt_logprobs": [-1, 21, True],
+    "logit_bias": [
+        [],
+        {"x": 1},
+        {"-1": 1},
+        {"1": 101},
+        {"1": "2"},
+        {"1": True},
+        dict.fromkeys(map(str, range(1025)), 1),
+    ],
+    "json_schema": ["{}", [], True],
+    "regex": ["", 3],
+    "grammar": ["", {}],
+    "prompt_progress": [1, "true"],
+    "timeout": [0, -1, 86_401, "5", True],
 }
 GOOD_VALUES = {
     "prompt": ["x"],
@@ -39,6 +56,9 @@ GOOD_VALUES = {
     "seed": [0, -(2**63), 2**64 - 1],
     "stop": ["x", [], ["x"] * 16],
     "ignore_eos": [True, False],
+    "skip_special_tokens": [False],
+    "logprobs": [0, 20],
+    "prompt_logprobs": [0, 20],
 }
 
 
@@ -60,6 +80,23 @@ def test_each_field_at_the_edge_of_its_range_is_taken(name, value):
     request = InferenceBody.parse({"prompt": "p", name: value}).to_request()
     if name not in {"prompt", "job_id", "stop"} and value is not None:
         assert getattr(request.sampling, name) == value
+
+
+def test_what_the_text_must_match_and_how_long_it_may_take():
+    schema = {"type": "object"}
+    for fields, grammar in (
+        ({"json_schema": schema}, GrammarSpec("json_schema", '{"type": "object"}')),
+        ({"regex": "a+"}, GrammarSpec("regex", "a+")),
+        ({"grammar": "start: /a/"}, GrammarSpec("lark", "start: /a/")),
+    ):
+        assert InferenceBody.parse({"prompt": "p"} | fields).to_request().sampling.grammar == grammar
+    with pytest.raises(InvalidRequest) as raised:
+        InferenceBody.parse({"prompt": "p", "regex": "a", "json_schema": schema}).to_request()
+    assert [error.field for error in raised.value.fields] == ["regex"]
+    others = {"logit_bias": {"5": -1}, "timeout": 2.5, "prompt_progress": True}
+    request = InferenceBody.parse({"prompt": "p"} | others).to_request()
+    assert (request.timeout_seconds, request.prompt_progress) == (2.5, True)
+    assert request.sampling.logit_bias == ((5, -1.0),)
 
 
 def test_every_bad_field_is_listed_at_once_and_no_value_is_echoed():
@@ -108,6 +145,7 @@ def test_defaults_come_from_the_sampling_parameters_and_unknown_keys_are_ignored
         (TokenizeBody, {}),
         (TokenizeBody, {"text": 1}),
         (TokenizeBody, {"text": "x", "add_special": 1}),
+        (TokenizeBody, {"content": 1}),
         (DetokenizeBody, {"tokens": "x"}),
         (DetokenizeBody, {"tokens": [1, True]}),
         (DetokenizeBody, {"tokens": [-1]}),
@@ -143,6 +181,12 @@ def test_other_bodies_are_as_strict(body_class, body):
 def test_a_body_that_is_no_json_object(body, says):
     with pytest.raises(InvalidRequest, match=says):
         parse_object(body)
+
+
+@pytest.mark.parametrize("name", ["text", "content", "prompt"])
+def test_other_servers_names_of_a_text(name):
+    body = TokenizeBody.parse({name: "x", "add_special_tokens": True})
+    assert (body.text, body.add_special) == ("x", True)
 
 
 def test_a_byte_order_mark_is_skipped():

@@ -1,0 +1,311 @@
+"""A conversation's next message, whatever the wire format: from messages and tools to jobs, and from text to deltas."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Self
+
+from rbee_worker.chat.output import ChatFormat, Delta, OutputParser, ToolCallDelta
+from rbee_worker.chat.tools import read_tools, tools_as_text
+from rbee_worker.config import JSON_LAYOUT, GenerationRequest, GrammarSpec, Message, SamplingParams
+from rbee_worker.errors import FieldError, InvalidRequest, Unavailable
+from rbee_worker.events import End, InferenceEvent, Token, TokenLogprob
+from rbee_worker.runtime.tokenizer import ChatPrompt, Tokenizer
+from rbee_worker.server.openai.answers import Answers, FinishReason, Usage, finish_reason
+from rbee_worker.server.openai.requests import choice_ids, choice_seed
+from rbee_worker.worker import Worker
+
+_TESTS_FOR_NONE: Final = re.compile(r"""\bcontent(?:['"]\])?\s+is\s+none""")
+"""Templates that know a tool call by the absence of content."""
+
+_ANY_OBJECT: Final = '{"type":"object"}'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What is asked for.
+
+    Attributes:
+        messages: so far; arguments of tool calls are JSON text.
+        sampling: without a grammar.
+        grammar: what the answer must match, unless it is a tool call.
+        tools: as OpenAI's ``tools``.
+        tool_choice: whether they may or must be called.
+        tool_name: the one that must be called.
+        parallel_tool_calls: allow several calls in one answer.
+        variables: further values for the chat template.
+        choices: how many answers.
+        prompt_progress, client, timeout_seconds: see :class:`~rbee_worker.config.GenerationRequest`.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    grammar: GrammarSpec | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: Literal["none", "auto", "required"] = "auto"
+    tool_name: str | None = None
+    parallel_tool_calls: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    choices: int = 1
+    prompt_progress: bool = False
+    client: str = ""
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatStep:
+    """What one event adds to an answer.
+
+    Attributes:
+        index: of the choice.
+        event: as it came.
+        deltas: what it adds.
+        logprobs: of the tokens that came since the last step that had any deltas.
+        finish_reason: why the answer ended; None: it goes on.
+    """
+
+    index: int
+    event: InferenceEvent
+    deltas: tuple[Delta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class ConversationReply:
+    """The answers, as they come: an asynchronous iterator of steps.
+
+    Attributes:
+        usage: so far.
+        tokenizer: of the model that answers.
+    """
+
+    def __init__(
+        self, answers: Answers, parsers: Sequence[OutputParser], tokenizer: Tokenizer, *, parallel_tool_calls: bool
+    ) -> None:
+        self.usage = Usage()
+        self.tokenizer = tokenizer
+        self._answers = answers
+        self._parsers = parsers
+        self._parallel = parallel_tool_calls
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in parsers]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step has been given."""
+        return self._answers.ended
+
+    def cancel(self) -> None:
+        """Ask for the end."""
+        self._answers.cancel()
+
+    async def aclose(self) -> None:
+        """Stop listening; what has not ended is cancelled."""
+        await self._answers.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ChatStep:
+        index, event = await anext(self._answers)
+        parser = self._parsers[index]
+        if isinstance(event, Token):
+            self._logprobs[index] += event.logprobs or ()
+            deltas = self._kept(index, parser.push(event.t))
+            return ChatStep(index=index, event=event, deltas=deltas, logprobs=self._told(index) if deltas else ())
+        if isinstance(event, End):
+            self.usage.add(event, first=index == 0)
+            deltas = self._kept(index, parser.finish())
+            reason = finish_reason(event)
+            if reason == "stop" and parser.tool_calls:
+                reason = "tool_calls"
+            return ChatStep(index=index, event=event, deltas=deltas, logprobs=self._told(index), finish_reason=reason)
+        return ChatStep(index=index, event=event)
+
+    def _told(self, index: int) -> tuple[TokenLogprob, ...]:
+        told, self._logprobs[index] = tuple(self._logprobs[index]), []
+        return told
+
+    def _kept(self, index: int, deltas: list[Delta]) -> tuple[Delta, ...]:
+        """Without a second call, where only one is wanted: that is where the answer ends."""
+        if self._parallel:
+            return tuple(deltas)
+        kept = tuple(delta for delta in deltas if not isinstance(delta, ToolCallDelta) or delta.index == 0)
+        if len(kept) < len(deltas):
+            self._answers.cut(index)
+        return kept
+
+
+def begin_conversation(worker: Worker, conversation: Conversation, response_id: str) -> ConversationReply:
+    """Render the prompt and submit the jobs, all or none; takes time, and no event loop.
+
+    Args:
+        worker: whose model answers.
+        conversation: what is asked for.
+        response_id: the first job's id; the others' begin with it.
+
+    Raises:
+        InvalidRequest: the template refuses the messages, or there is none; a tool is wrong.
+        RbeeError: else as :meth:`~rbee_worker.worker.Worker.submit`.
+    """
+    tokenizer = worker.tokenizer()
+    turn = _Turn(conversation, tokenizer)
+    try:
+        jobs = worker.submit_all(turn.requests(response_id))
+    except InvalidRequest as error:
+        raise type(error)(error.message, fields=list(map(_of_messages, error.fields)), hint=error.hint) from None
+    answers = Answers(worker, jobs)
+    try:
+        replaced = worker.tokenizer() is not tokenizer
+    except Unavailable:
+        replaced = False  # a swap waits for these very jobs
+    if replaced:
+        answers.cancel()
+        raise Unavailable("The model was replaced; ask again.", retry_after=1)
+    return ConversationReply(answers, turn.parsers(), tokenizer, parallel_tool_calls=conversation.parallel_tool_calls)
+
+
+def _of_messages(error: FieldError) -> FieldError:
+    return replace(error, field="messages") if error.field == "prompt" else error
+
+
+class _Turn:
+    """One conversation against one model: its prompt, its grammar, its parsers."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Tokenizer) -> None:
+        self._asked = conversation
+        self._template = tokenizer.chat_template or ""
+        self._tools = conversation.tools if conversation.tool_choice != "none" else ()
+        self._format = ChatFormat.detect(
+            tokenizer.chat_template,
+            added_tokens=tokenizer.added_tokens if self._tools else None,
+            special_tokens=tokenizer.special_tokens,
+        )
+        if self._tools:
+            read_tools(self._tools)
+        self._prompt = self._render(tokenizer)
+        self._opened = self._format.opens_reasoning(self._prompt.text)
+        self._grammar = self._choose_grammar()
+
+    def requests(self, response_id: str) -> list[GenerationRequest]:
+        """One for each answer."""
+        asked, ids = self._asked, choice_ids(response_id)
+        marked = bool(self._tools or self._format.reasoning) and self._format.keeps_special_tokens
+        skip = asked.sampling.skip_special_tokens and not marked
+        sampling = replace(asked.sampling, grammar=self._grammar, skip_special_tokens=skip)
+        return [
+            GenerationRequest(
+                prompt_ids=tuple(self._prompt.ids),
+                job_id=next(ids),
+                prompt_progress=asked.prompt_progress,
+                client=asked.client,
+                timeout_seconds=asked.timeout_seconds,
+                sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
+            )
+            for choice in range(asked.choices)
+        ]
+
+    def parsers(self) -> list[OutputParser]:
+        """One for each answer."""
+        if self._opened and self._grammar is not None and self._grammar is self._asked.grammar:
+            # The whole text is the answer, whatever the prompt has opened.
+            return [OutputParser(None, None) for _ in range(self._asked.choices)]
+        names = [tool["function"]["name"] for tool in self._tools]
+        return [
+            self._format.parser(self._prompt.text, tools=bool(self._tools), tool_names=names)
+            for _ in range(self._asked.choices)
+        ]
+
+    def _choose_grammar(self) -> GrammarSpec | None:
+        asked, text = self._asked, self._prompt.text
+        if self._tools and asked.tool_choice == "required":
+            choice = asked.tool_name or "required"
+            return self._format.tool_grammar(self._tools, choice, asked.parallel_tool_calls, prompt_text=text)
+        if not self._tools or asked.grammar is None:
+            return asked.grammar
+        if self._format.calls_style.bare:
+            # Both begin with a brace, and nothing in the text tells one from the other.
+            constraint = "with tool_choice none or required, as this model's calls look like an answer in JSON"
+            message = f"tools must be {constraint}."
+            raise InvalidRequest(message, fields=[FieldError("tools", constraint, message)])
+        calls = self._format.tool_grammar(self._tools, "required", asked.parallel_tool_calls, prompt_text=text)
+        return _either(calls, asked.grammar, after_reasoning=self._opened)
+
+    def _render(self, tokenizer: Tokenizer) -> ChatPrompt:
+        variables = self._variables()
+        messages = [self._message(message) for message in self._asked.messages]
+        if self._tools and not self._format.takes_tools:
+            messages = _with_system(messages, tools_as_text(self._tools))
+        try:
+            return tokenizer.encode_chat([_with_objects(message) for message in messages], **variables)
+        except InvalidRequest:
+            if not any("tool_calls" in message for message in messages):
+                raise
+        # Older templates put the text of the arguments into the prompt as it is.
+        return tokenizer.encode_chat(messages, **variables)
+
+    def _variables(self) -> dict[str, Any]:
+        tools = [_for_template(tool) for tool in self._tools] if self._format.takes_tools else None
+        variables = {"tools": tools or None} | dict(self._asked.variables)
+        if self._asked.grammar is not None and not self._tools:
+            # The text begins with the answer, so a model that can do without thinking is told to.
+            variables.setdefault("enable_thinking", False)
+        return variables
+
+    def _message(self, message: Message) -> Message:
+        if message["role"] == "developer" and "developer" not in self._template:
+            message = {**message, "role": "system"}
+        if message.get("tool_calls") and not message["content"] and _TESTS_FOR_NONE.search(self._template):
+            message = {**message, "content": None}
+        return message
+
+
+def _either(calls: GrammarSpec, answer: GrammarSpec, *, after_reasoning: bool) -> GrammarSpec:
+    """Tool calls, or an answer in JSON.
+
+    Raises:
+        InvalidRequest: the answer's grammar is of another kind.
+    """
+    if answer.kind not in {"json_schema", "json_object"}:
+        constraint = "with tool_choice none or required, when a regex or a grammar is given"
+        raise InvalidRequest(
+            f"tools must be {constraint}.", fields=[FieldError("tools", constraint, f"tools must be {constraint}.")]
+        )
+    head, _, rest = calls.text.partition("start: ")
+    reasoning = "reasoning " if after_reasoning else ""
+    schema = json.loads(answer.text or _ANY_OBJECT)
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": {**JSON_LAYOUT}}
+    return GrammarSpec("lark", f"{head}start: calls | answer\nanswer: {reasoning}%json {json.dumps(schema)}\ncalls: {rest}")
+
+
+def _with_system(messages: list[Message], text: str) -> list[Message]:
+    """With a text at the end of the system message, which is made when there is none."""
+    if messages and messages[0]["role"] == "system":
+        first, *others = messages
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *others]
+    return [Message(role="system", content=text), *messages]
+
+
+def _with_objects(message: Message) -> Message:
+    """With the arguments of tool calls as objects, which most templates write out themselves."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _for_template(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """As templates expect it: with parameters, and without what is between client and server."""
+    function = {"parameters": {"type": "object", "properties": {}}} | dict(tool["function"])
+    order = ("name", "description", "parameters")
+    return {"type": "function", "function": {key: function[key] for key in order if function.get(key) is not None}}

@@ -1,0 +1,89 @@
+"""Log-probabilities in OpenAI's two shapes."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from rbee_worker.events import TokenLogprob
+
+_LOWEST: Final = -9999.0
+"""What OpenAI says for a token too unlikely to be told; JSON has no infinity."""
+
+_CONTINUATION, _CONTINUATION_BITS = 0xC0, 0x80
+"""Mask and value of UTF-8's bytes that do not begin a character."""
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """``logprobs`` of a chat choice."""
+    content = [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _entry(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.token, "logprob": _finite(token.logprob), "bytes": list(token.bytes)}
+
+
+def _finite(logprob: float | None) -> float:
+    return max(logprob, _LOWEST) if logprob is not None else _LOWEST
+
+
+class CompletionLogprobs:
+    """``logprobs`` of a completion, a piece at a time.
+
+    ``text_offset`` counts characters of the choice's text; a token that begins within a character has that one's.
+    """
+
+    def __init__(self) -> None:
+        self._characters = 0
+
+    def prompt(self, tokens: Sequence[TokenLogprob], text: str) -> dict[str, Any]:
+        """Those of the prompt, whose ``text`` comes first; tokens that are not in it, such as BOS, stand at 0."""
+        self._characters = len(text) - sum(_begun(token.bytes) for token in tokens)
+        return self.tokens(tokens)
+
+    def skip(self, text: str) -> None:
+        """Count a text whose tokens are not told."""
+        self._characters += len(text)
+
+    def tokens(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+        """Those of the next tokens."""
+        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            inside = bool(token.bytes) and not _begins(token.bytes[0])
+            out["tokens"].append(_spelling(token))
+            out["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
+            out["top_logprobs"].append(_top(token))
+            out["text_offset"].append(max(self._characters - inside, 0))
+            self._characters += _begun(token.bytes)
+        return out
+
+
+def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several pieces as one."""
+    keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {key: [item for piece in pieces for item in piece[key]] for key in keys}
+
+
+def _top(token: TokenLogprob) -> dict[str, float] | None:
+    """By their text, likeliest first, the token itself among them; None for a token that nothing predicts."""
+    if token.logprob is None:
+        return None
+    top = {_spelling(other): _finite(other.logprob) for other in reversed((*token.top, token))}
+    return dict(sorted(top.items(), key=lambda item: -item[1]))
+
+
+def _spelling(token: TokenLogprob) -> str:
+    """A token's text; of bytes that are no UTF-8, the bytes, as OpenAI spells them."""
+    data = bytes(token.bytes)
+    try:
+        return data.decode() if data else token.token
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _begins(byte: int) -> bool:
+    return byte & _CONTINUATION != _CONTINUATION_BITS
+
+
+def _begun(data: Iterable[int]) -> int:
+    """Characters that begin in these bytes."""
+    return sum(map(_begins, data))

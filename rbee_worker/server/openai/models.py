@@ -1,0 +1,109 @@
+"""Which model there is, and what it may be called."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rbee_worker.errors import ModelError, ModelNotFound
+from rbee_worker.events import Ready
+from rbee_worker.runtime.source import locate
+from rbee_worker.worker import Worker
+
+Status = Literal["ready", "loading", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that serves, or is to."""
+
+    name: str
+    status: Status
+    max_model_len: int | None
+
+    def to_dict(self, created: int) -> dict[str, Any]:
+        """OpenAI's ``model`` object, with ``status`` and ``max_model_len``."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "rbee-worker",
+            "status": self.status,
+            "max_model_len": self.max_model_len,
+        }
+
+
+class Models:
+    """The worker's model by its names.
+
+    Args:
+        worker: what serves.
+        names: what the model may be called, beside its own name; the first is what it is called in answers.
+    """
+
+    def __init__(self, worker: Worker, names: Sequence[str] = ()) -> None:
+        self._worker = worker
+        self._names = tuple(dict.fromkeys(names))
+        self._created = int(time.time())
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Every name of the model that serves, or else of the one that was asked for last; touches the disk."""
+        worker = self._worker
+        if worker.model_name is not None:
+            status: Status = "ready"
+            own = worker.model_name
+        elif (asked := self._asked()) and (worker.loading or worker.load_error is not None):
+            status = "loading" if worker.loading else "failed"
+            own = _name_of(asked)
+        else:
+            return []
+        served = (ServedModel(name, status, worker.context_length) for name in self._names or (own,))
+        return [model.to_dict(self._created) for model in served]
+
+    def find(self, name: str) -> dict[str, Any]:
+        """The model of a name.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        listed = self.listed()
+        if listed and name == self._worker.model_name:
+            return listed[0] | {"id": name}
+        for model in listed:
+            if model["id"] == name:
+                return model
+        raise ModelNotFound(f"There is no model of this name.{self._hint()}")
+
+    def check(self, name: str | None) -> None:
+        """Whether a request may call the model ``name``; any name will do while there is none.
+
+        Raises:
+            ModelNotFound: the model that serves has other names.
+        """
+        served = self._worker.model_name
+        if not name or served is None or name in (served, *self._names):
+            return
+        last = self._worker.last_loading_event
+        if isinstance(last, Ready) and name == self._asked():
+            return  # as it was named when it was loaded: a path, a revision
+        raise ModelNotFound(f"The requested model is not served here.{self._hint()}")
+
+    @property
+    def name(self) -> str:
+        """What the model that serves is called in answers."""
+        return self._names[0] if self._names else self._worker.model_name or ""
+
+    def _asked(self) -> str:
+        broadcast = self._worker.broadcast
+        return broadcast.model if broadcast is not None else ""
+
+    def _hint(self) -> str:
+        return f" This worker serves {self.name}." if self._worker.model_name is not None else ""
+
+
+def _name_of(asked: str) -> str:
+    """The name that a model will have, as far as can be told before it is loaded."""
+    try:
+        return locate(asked).name
+    except ModelError:
+        return asked

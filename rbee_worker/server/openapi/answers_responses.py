@@ -1,0 +1,294 @@
+"""The shapes of OpenAI's responses and of the events of their streams; see ``answers.py``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rbee_worker.server.openai.responses_items import ItemStatus
+from rbee_worker.server.openai.responses_object import Status
+from rbee_worker.server.openapi.answers import ChatTokenLogprob, ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class OutputText:
+    """What a message says."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[ChatTokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReasoningText:
+    """What the model thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMessage:
+    """The answer itself."""
+
+    id: str
+    type: Literal["message"]
+    status: ItemStatus
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReasoning:
+    """What the model thinks before it answers; no summaries are made."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: ItemStatus
+    summary: list[Any]
+    content: list[OutputReasoningText]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCall:
+    """A call of a function; its arguments are JSON text."""
+
+    id: str
+    type: Literal["function_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
+
+
+@dataclass(frozen=True, slots=True)
+class InputTokensDetails:
+    """Prompt tokens whose keys and values were reused; writing to the cache is not counted."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTokensDetails:
+    """Tokens of the reasoning."""
+
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseUsage:
+    """Tokens of a response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class IncompleteDetails:
+    """Why a response is not whole."""
+
+    reason: Literal["max_output_tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseError:
+    """Why a response failed."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedReasoning:
+    """What was asked of the reasoning."""
+
+    effort: str | None
+    summary: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseObject:
+    """A response, at every stage of its making; much of it repeats what was asked.
+
+    Attributes:
+        created_at: seconds since 1970.
+        output: its items; empty until it has ended.
+        usage: null until it has ended.
+    """
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Status
+    background: Literal[False]
+    error: ResponseError | None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: list[OutputItem]
+    previous_response_id: None
+    service_tier: Literal["default"]
+    store: Literal[False]
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: Mapping[str, str]
+    parallel_tool_calls: bool
+    presence_penalty: float
+    frequency_penalty: float
+    prompt_cache_key: str | None
+    reasoning: RepeatedReasoning
+    safety_identifier: str | None
+    temperature: float
+    text: Mapping[str, Any]
+    tool_choice: str | Mapping[str, Any]
+    tools: list[Mapping[str, Any]]
+    top_logprobs: int
+    top_p: float
+    user: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseStageEvent:
+    """How far the response is; the last three end the stream."""
+
+    type: Literal[
+        "response.created",
+        "response.in_progress",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+    ]
+    sequence_number: int
+    response: ResponseObject
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseItemEvent:
+    """An item begins, or is whole."""
+
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    sequence_number: int
+    output_index: int
+    item: OutputItem
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsePartEvent:
+    """A part of an item begins, or is whole."""
+
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    part: OutputText | OutputReasoningText
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseTextDeltaEvent:
+    """More of the answer."""
+
+    type: Literal["response.output_text.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    logprobs: list[ChatTokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseTextDoneEvent:
+    """The answer is whole."""
+
+    type: Literal["response.output_text.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+    logprobs: list[ChatTokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseReasoningDeltaEvent:
+    """More of the reasoning."""
+
+    type: Literal["response.reasoning_text.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseReasoningDoneEvent:
+    """The reasoning is whole."""
+
+    type: Literal["response.reasoning_text.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseArgumentsDeltaEvent:
+    """More of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseArgumentsDoneEvent:
+    """A call's arguments are whole."""
+
+    type: Literal["response.function_call_arguments.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseErrorEvent:
+    """The stream fails."""
+
+    type: Literal["error"]
+    sequence_number: int
+    code: str
+    message: str
+    param: str | None
+    error: ErrorDetail
+
+
+RESPONSE_EVENTS = (
+    ResponseStageEvent,
+    ResponseItemEvent,
+    ResponsePartEvent,
+    ResponseTextDeltaEvent,
+    ResponseTextDoneEvent,
+    ResponseReasoningDeltaEvent,
+    ResponseReasoningDoneEvent,
+    ResponseArgumentsDeltaEvent,
+    ResponseArgumentsDoneEvent,
+    ResponseErrorEvent,
+)
+"""What may come in the stream of a response."""

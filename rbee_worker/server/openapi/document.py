@@ -1,0 +1,190 @@
+"""The OpenAPI 3.1 document: the routes that there are, as the table describes them."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, Final
+
+from starlette.routing import Route
+
+from rbee_worker import __version__
+from rbee_worker.errors import (
+    BodyTooLarge,
+    Forbidden,
+    HeadersTooLarge,
+    InvalidRequest,
+    RbeeError,
+    RequestTimeout,
+    Unauthorized,
+    Unavailable,
+)
+from rbee_worker.server.access import OPEN_PATHS
+from rbee_worker.server.openapi import answers, answers_responses
+from rbee_worker.server.openapi.operations import EVENT_STREAM, JSON, OPERATIONS, Answer, Errors, Operation
+from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, record_schemas, ref
+
+ABOUT: Final = """\
+An LLM worker: its loading progress and its tokens as Server-Sent Events, and OpenAI's API.
+
+- `GET` routes answer `HEAD` too.
+- Bodies are JSON objects in UTF-8, whatever their content type says. `null` means absent. Unknown fields are ignored.
+- An integer is written as one: `1.0` is none.
+- Every response carries `X-Correlation-ID`: the request's own where that is a UUID, else a new one.
+- A stream's frames are `data: ` and one line of JSON; the last one is `data: [DONE]`, on every path.
+"""
+
+TAGS: Final[Mapping[str, str]] = {
+    "inference": "Text, streamed.",
+    "openai": "What OpenAI's clients ask for.",
+    "tokens": "Text to token ids and back.",
+    "loading": "Loading, and its progress.",
+    "worker": "What the worker says of itself.",
+}
+
+_EVERYWHERE: Final[Errors] = (HeadersTooLarge, RbeeError)
+_BEHIND_THE_DOOR: Final[Errors] = (Forbidden, Unavailable)
+_WITH_BODY: Final[Errors] = (InvalidRequest, RequestTimeout, BodyTooLarge)
+_RETRY_LATER: Final = frozenset({429, 503})
+
+
+def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        routes: those that are served; ``HEAD`` goes without saying.
+        keyed: an API key is asked for.
+
+    Raises:
+        KeyError: a route has no row in the table.
+    """
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            described = _operation(method, route.path_format, OPERATIONS[method, route.path_format], keyed=keyed)
+            paths.setdefault(route.path_format, {})[method.lower()] = described
+    components: dict[str, Any] = {"schemas": component_schemas(), "headers": _headers()}
+    if keyed:
+        scheme = {"type": "http", "scheme": "bearer", "description": "A key of `--api-key` or `--api-key-file`."}
+        components["securitySchemes"] = {"key": scheme}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "rbee-worker",
+            "version": __version__,
+            "description": ABOUT,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "paths": dict(sorted(paths.items())),
+        "components": components,
+    }
+
+
+def component_schemas() -> dict[str, Schema]:
+    """Every schema that the document refers to."""
+    kinds = [*vars(answers).values(), *vars(answers_responses).values()]
+    records = dict.fromkeys(kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind))
+    bodies = {operation.body for operation in OPERATIONS.values() if operation.body is not None}
+    parts = (event_schemas(), record_schemas(records), body_schemas(sorted(bodies, key=lambda body: body.__name__)))
+    schemas: dict[str, Schema] = {}
+    for part in parts:
+        if shared := schemas.keys() & part.keys():
+            raise ValueError(f"two schemas are called {', '.join(sorted(shared))}")
+        schemas |= part
+    return dict(sorted(schemas.items()))
+
+
+def _operation(method: str, path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
+    opened = path in OPEN_PATHS
+    described: dict[str, Any] = {
+        "tags": [operation.tag],
+        "operationId": _operation_id(method, path),
+        "summary": operation.summary,
+    }
+    if operation.description:
+        described["description"] = operation.description
+    if operation.parameters:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
+            for name, text in operation.parameters.items()
+        ]
+    if operation.body is not None:
+        content = {JSON: {"schema": ref(operation.body.__name__)}}
+        described["requestBody"] = {"required": True, "content": content}
+    errors = (
+        *operation.errors,
+        *(_WITH_BODY if operation.body is not None else ()),
+        *(() if opened else _BEHIND_THE_DOOR),
+        *((Unauthorized,) if keyed and not opened else ()),
+        *_EVERYWHERE,
+    )
+    responses = {status: _answer(answer) for status, answer in operation.answers.items()}
+    for status in sorted({error.http_status for error in errors} - responses.keys()):
+        raised = [error for error in errors if error.http_status == status]
+        responses[status] = _error(status, raised, operation)
+    described["responses"] = {str(status): response for status, response in sorted(responses.items())}
+    if keyed:
+        described["security"] = [] if opened else [{"key": []}]
+    return described
+
+
+def _operation_id(method: str, path: str) -> str:
+    """Such as ``post_v1_inference``."""
+    words = "".join(char if char.isalnum() else " " for char in path).split()
+    return "_".join([method.lower(), *(words or ["index"])])
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if answer.json is not None:
+        content[JSON] = {"schema": ref(answer.json.__name__) if is_dataclass(answer.json) else {"type": "object"}}
+    if answer.frames:
+        content[EVENT_STREAM] = {"schema": frame_schema(answer.frames)}
+    if answer.text is not None:
+        content[answer.text] = {"schema": {"type": "string"}}
+    response = {"description": "As asked." if content else "Done.", "headers": _always()}
+    return response | ({"content": content} if content else {})
+
+
+def frame_schema(names: Sequence[str]) -> Schema:
+    """The schema of one frame of a stream, taken as an object with its ``data``."""
+    held = [ref(name) for name in names]
+    schema = held[0] if len(held) == 1 else {"anyOf": held}
+    data = {
+        "anyOf": [
+            {"type": "string", "contentMediaType": JSON, "contentSchema": schema},
+            {"const": "[DONE]", "description": "The last frame."},
+        ]
+    }
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
+
+
+def _error(status: int, raised: Iterable[type[RbeeError]], operation: Operation) -> dict[str, Any]:
+    told = dict.fromkeys(f"`{error.code}`: {inspect.getdoc(error)}" for error in raised)
+    content: dict[str, Any] = {JSON: {"schema": ref("ErrorEnvelope")}}
+    if operation.streams_errors:
+        content[EVENT_STREAM] = {"schema": frame_schema(["InferenceFailed"])}
+    headers = _always()
+    if status in _RETRY_LATER:
+        headers["Retry-After"] = {"$ref": "#/components/headers/RetryAfter"}
+    if status == Unauthorized.http_status:
+        headers["WWW-Authenticate"] = {"$ref": "#/components/headers/Bearer"}
+    return {"description": " ".join(told), "headers": headers, "content": content}
+
+
+def _always() -> dict[str, Any]:
+    return {name: {"$ref": "#/components/headers/CorrelationId"} for name in ("X-Correlation-ID", "X-Request-ID")}
+
+
+def _headers() -> dict[str, Any]:
+    seconds = {"type": "integer", "minimum": 1, "maximum": 60}
+    return {
+        "CorrelationId": {
+            "description": "The request's id: its own `X-Correlation-ID` where that is a UUID, else a new one.",
+            "required": True,
+            "schema": {"type": "string", "format": "uuid"},
+        },
+        "RetryAfter": {"description": "Seconds to wait.", "required": True, "schema": seconds},
+        "Bearer": {"description": "What is asked for.", "required": True, "schema": {"const": "Bearer"}},
+    }
