@@ -34,6 +34,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m rbee_worker.cli.reference
+	$(BIN)/python -m tests.reference.families
 
 # The marker is made last, so that an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt

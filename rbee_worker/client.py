@@ -24,6 +24,7 @@ SILENCE_SECONDS = 90.0
 CANCEL_SECONDS = 5.0
 
 PROGRESS = "/v1/loading/progress"
+_RUNNING = "Is `rbee-worker serve` running there?"
 _DIRECT: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 """A proxy of the environment is never asked for this machine's own addresses."""
 
@@ -158,16 +159,17 @@ class WorkerClient:
         except httpx.ReadTimeout:
             self._unreachable(f"sent nothing for {self._silence:g} s")
         except httpx.ConnectError as error:
-            self._unreachable(f"cannot be connected to ({error})")
+            distrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
+            hint = "SSL_CERT_FILE names a certificate, or an authority, of your own." if distrusted else _RUNNING
+            self._unreachable(f"cannot be connected to ({error})", hint)
         except httpx.RemoteProtocolError as error:
-            self._unreachable(f"broke off or speaks no HTTP ({error})")
+            self._unreachable(f"broke off or speaks no HTTP ({error})", f"{_RUNNING} With --tls-cert: https://.")
         except (SSEError, httpx.InvalidURL) as error:
             self._unreachable(f"does not answer as a worker does ({error})")
         except httpx.HTTPError as error:
             self._unreachable(f"was lost ({type(error).__name__}: {error})")
 
-    def _unreachable(self, what: str) -> NoReturn:
-        hint = "Is `rbee-worker serve` running there?"
+    def _unreachable(self, what: str, hint: str = _RUNNING) -> NoReturn:
         raise WorkerUnreachable(f"The worker at {self.base_url} {what}.", hint=hint) from None
 
     def _unintelligible(self, what: str) -> WorkerUnreachable:

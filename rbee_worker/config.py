@@ -53,7 +53,7 @@ JSON_LAYOUT: Mapping[str, Any] = {
     "item_separator": ", ?",
     "key_separator": ": ?",
 }
-"""llguidance's options for JSON on one line. Where more white space is allowed, small models fill the context with it."""
+"""llguidance's options for JSON on one line: small models fill the context with white space where more is allowed."""
 
 
 @dataclass(frozen=True, slots=True)

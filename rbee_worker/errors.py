@@ -25,6 +25,7 @@
         ├── Conflict             1   409  CONFLICT             the job id runs already, a load runs already
         ├── RequestTimeout       1   408  REQUEST_TIMEOUT      the request body did not arrive in time
         ├── BodyTooLarge         1   413  BODY_TOO_LARGE
+        ├── BodyEncoded          1   415  BODY_ENCODED         the request body is compressed
         ├── HeadersTooLarge      1   431  HEADERS_TOO_LARGE
         ├── QueueFull            1   429  QUEUE_FULL           (Retry-After)
         └── Unavailable          1   503  UNAVAILABLE          loading or draining (Retry-After)
@@ -219,6 +220,13 @@ class BodyTooLarge(RequestRefused):
 
     code = "BODY_TOO_LARGE"
     http_status = 413
+
+
+class BodyEncoded(RequestRefused):
+    """The request body is compressed."""
+
+    code = "BODY_ENCODED"
+    http_status = 415
 
 
 class HeadersTooLarge(RequestRefused):

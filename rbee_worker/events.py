@@ -46,6 +46,7 @@ class LoadReport:
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.
+        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantised``.
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.
@@ -66,6 +67,7 @@ class LoadReport:
     device_mb: Mapping[str, int]
     peak_host_mb: int
     storage: str = ""
+    stored_as: str = ""
     quantize: str = "none"
     saved_mb: int = 0
     context_length: int = 0

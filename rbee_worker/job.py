@@ -46,7 +46,8 @@ class Job:
 
     def cancel(self) -> None:
         """Ask for its end; the stream still carries what comes until then."""
-        self._cancel(self.id)
+        if self.ended is None:  # else its id may be another's by now
+            self._cancel(self.id)
 
     def deliver(self, event: InferenceEvent, now: float) -> None:
         """Add an event that came at ``now``; on the event loop's thread."""

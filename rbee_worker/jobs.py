@@ -68,15 +68,17 @@ class Jobs:
         """Take jobs in, all of them or none.
 
         Raises:
-            Conflict: the id of one is taken.
+            Conflict: the id of one is taken, or two have the same.
             InvalidRequest, QueueFull: as :meth:`check_room`.
         """
         with self._lock:
+            new: dict[str, Job] = {}
             for job in jobs:
-                if job.id in self._jobs:
+                if job.id in self._jobs or job.id in new:
                     raise Conflict(f"Job {job.id} is running already.")
+                new[job.id] = job
             self.check_room(len(jobs))
-            self._jobs.update((job.id, job) for job in jobs)
+            self._jobs.update(new)
 
     def deliver(self, events: Iterable[tuple[str, InferenceEvent]]) -> None:
         """Give the events of one step to their jobs; on the event loop."""

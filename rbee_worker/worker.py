@@ -22,12 +22,7 @@ from typing import Literal, TypeVar, cast, get_args
 from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest, Quantization
 from rbee_worker.engine_thread import EngineThread
-from rbee_worker.errors import (
-    Conflict,
-    ModelNotLoaded,
-    RbeeError,
-    Unavailable,
-)
+from rbee_worker.errors import Conflict, ModelNotLoaded, RbeeError, Unavailable
 from rbee_worker.events import InferenceFailed, LoadingEvent, LoadingToVram
 from rbee_worker.job import Job, JobObserver, note_submitted
 from rbee_worker.jobs import Jobs
@@ -92,11 +87,12 @@ class Worker:
         await self._jobs.wait_until_none(_CANCEL_SECONDS)
 
     async def close(self) -> None:
-        """Stop the engine's thread and free the model."""
+        """Stop the engine's thread and free the model; jobs that still run end with an error."""
         self._draining = True
         self._loads.cancel()
         await asyncio.to_thread(self._loads.join, _CANCEL_SECONDS)
         await asyncio.to_thread(self._thread.stop, _CANCEL_SECONDS)
+        self._jobs.fail_all("The worker was closed.")
 
     # -- loading
 
@@ -351,6 +347,8 @@ class Worker:
             raise Unavailable(f"The model {what}.", retry_after=self.retry_after())
         if state == "failed":
             reason = f": {self.load_error.message}" if self.load_error is not None else ""
+            if not self.engine_alive:
+                reason = ": the engine has died; restart the worker."
             raise ModelNotLoaded(f"Model not loaded{reason}", retry_after=_LONGEST_RETRY_AFTER)
         if state == "no_model":
             raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)

@@ -198,9 +198,10 @@ def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
     """
     if wrong := given(ctx, *names):
         options = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        there = " or `rbee-worker load --addr`" if {"model", "device", "dtype", "quantize"}.issuperset(wrong) else ""
         raise InvalidRequest(
             f"{options}: no effect with --addr, where the model is the worker's.",
-            hint="Give it to `rbee-worker serve` or `rbee-worker load --addr` instead, or leave --addr out.",
+            hint=f"Give it to `rbee-worker serve`{there} instead, or leave --addr out.",
         )
 
 

@@ -146,12 +146,22 @@ class BlockPool:
             tokens: the :data:`BLOCK_TOKENS` it holds.
 
         Returns:
-            Identity of the content up to its end; None when another block holds the same, or nothing is kept.
+            Identity of the content up to its end; None when nothing is kept. Another block that holds the same stays
+            the one that is found, while somebody uses it; else this one takes its part.
         """
-        key = (before, tuple(tokens))
-        if not self._prefix_cache or key in self._block_of:
+        if not self._prefix_cache:
             return None
-        identity, self._next_identity = self._next_identity, self._next_identity + 1
+        key = (before, tuple(tokens))
+        same = self._block_of.get(key)
+        if same is None:
+            identity, self._next_identity = self._next_identity, self._next_identity + 1
+        else:
+            identity = self._identity_of[same]
+            if same not in self._cached:
+                return identity
+            # So that it is given up behind what continues it, like any other of its sequence.
+            del self._cached[same]
+            self._forget(same)
         self._key_of[block], self._block_of[key], self._identity_of[block] = key, block, identity
         return identity
 
@@ -171,7 +181,7 @@ class BlockPool:
         enough, spared = min(wanted, _GOOD_GAP), self.blocks // 8
         while self._cached and (length == 0 or (length < enough and spared > 0)):
             # What was released together is evicted together, and mostly lies together: gaps grow.
-            for _ in range(min(len(self._cached), enough)):
+            for _ in range(min(len(self._cached), enough, max(spared, 1))):
                 self._evict()
                 spared -= 1
             start, length = self._largest_gap()
@@ -191,7 +201,10 @@ class BlockPool:
         return int(starts[best]), int(lengths[best])
 
     def _evict(self) -> None:
-        block, _ = self._cached.popitem(last=False)
+        self._forget(self._cached.popitem(last=False)[0])
+
+    def _forget(self, block: int) -> None:
+        """Free a block that was cached."""
         del self._block_of[self._key_of.pop(block)], self._identity_of[block]
         self._free[block] = True
         self._free_count += 1

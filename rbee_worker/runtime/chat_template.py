@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
@@ -78,17 +78,24 @@ class ChatTemplate:
     Args:
         source: jinja2 text.
         special_tokens: ``bos_token`` and its like, visible to the template by name.
+        named: further templates by name; ``tool_use`` renders conversations with tools, ``rag`` those with documents.
         now: the clock that ``strftime_now`` reads.
 
     Attributes:
         source: as given.
+        constants: the texts that occur as values in the templates, such as those that it looks for in messages.
 
     Raises:
         ModelMalformed: the text is no template.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], *, now: Callable[[], datetime] = datetime.now
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        *,
+        named: Mapping[str, str] = MappingProxyType({}),
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         environment: Environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControlExtension]
@@ -98,27 +105,31 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
         self.source = source
         self._special_tokens = dict(special_tokens)
+        chosen = {name: named[name] for name in ("tool_use", "rag") if name in named}
         try:
             self._template = environment.from_string(source)
+            self._named = {name: environment.from_string(text) for name, text in chosen.items()}
+            values = [node.value for text in (source, *chosen.values()) for node in _constants(environment, text)]
         except (TemplateError, RecursionError) as error:
             raise ModelMalformed(f"The model's chat template cannot be compiled: {error}") from error
+        self.constants = frozenset(value for value in values if isinstance(value, str))
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The prompt that asks for the assistant's next message.
 
         Args:
             messages: the conversation so far.
-            variables: further values for the template, such as ``tools``.
+            variables: further values for the template, such as ``tools`` (JSON schemas) and ``documents``; one that is
+                called ``messages`` is passed over.
 
         Raises:
             InvalidRequest: the template refuses these messages, or fails on them.
         """
-        values: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        values: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        values |= {**self._special_tokens, **variables, "messages": [_with_reasoning(message) for message in messages]}
         try:
             with _deadline(_SECONDS):
-                return self._template.render(
-                    messages=[dict(message) for message in messages], add_generation_prompt=True, **values
-                )
+                return self._choose(values).render(**values)
         except _Refusal as refusal:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages{_reason(refusal, messages)}."
@@ -128,6 +139,24 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"The model's chat template fails on these messages: {type(error).__name__}."
             ) from error
+
+    def _choose(self, values: Mapping[str, Any]) -> Template:
+        """The template for these values: as transformers chooses, with ``rag`` for documents as Cohere's own code."""
+        if values["tools"] is not None and "tool_use" in self._named:
+            return self._named["tool_use"]
+        if values["documents"] is not None and "rag" in self._named:
+            return self._named["rag"]
+        return self._template
+
+
+def _constants(environment: Environment, source: str) -> Iterator[nodes.Const]:
+    return environment.parse(source).find_all(nodes.Const)
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """The message, its reasoning also under the name that gpt-oss's template reads."""
+    reasoning = message.get("reasoning_content")
+    return dict(message) if reasoning is None else {"thinking": reasoning, **message}
 
 
 def _reason(refusal: Exception, messages: Sequence[Message]) -> str:

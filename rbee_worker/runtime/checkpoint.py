@@ -49,10 +49,9 @@ class TensorInfo:
         name: Hugging Face name, such as ``model.layers.0.mlp.up_proj.weight`` (names in GGUF files are mapped).
         shape: in Hugging Face order: rows, the output features, first.
         dtype: as stored: ``F32``, ``BF16``, ``I8``… or a GGUF type such as ``Q4_1``.
-        file: the file that holds it.
-        offset: of its first byte in the file.
-        nbytes: bytes stored.
+        file, offset, nbytes: where it is stored: from which byte of which file on, and in how many.
         rope_heads: heads whose rows are permuted for ggml's interleaved rotary embedding (GGUF only); 0: none.
+        shift: what is to be added to every value (GGUF only).
     """
 
     name: str
@@ -62,6 +61,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     rope_heads: int = 0
+    shift: float = 0.0
 
     @property
     def parameters(self) -> int:

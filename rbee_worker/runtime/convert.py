@@ -169,9 +169,11 @@ def _small_files(source: ModelSource, typed: list[tuple[TensorInfo, str]]) -> di
         config["torch_dtype"] = _TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]
         config.pop("dtype", None)  # the newer name of the same key
     tokenizer_config = source.tokenizer_config()
-    template = source.chat_template()
-    if template is not None:
-        tokenizer_config["chat_template"] = template
+    templates = source.chat_templates()
+    if list(templates) == ["default"]:
+        tokenizer_config["chat_template"] = templates["default"]
+    elif templates:
+        tokenizer_config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     source.tokenizer()  # refused now rather than copied
     contents = {"config.json": config, "generation_config.json": source.generation_config()}
     contents["tokenizer_config.json"] = tokenizer_config
@@ -301,7 +303,7 @@ def _sync_folder(folder: Path) -> None:
 def _encoded(info: TensorInfo, dtype: str) -> Iterator[npt.NDArray[Any]]:
     """The bytes of one tensor as they are written, in row order, a few million elements at a time."""
     data = _stored(info)
-    if info.dtype == dtype and info.rope_heads == 0:
+    if info.dtype == dtype and info.rope_heads == 0 and not info.shift:
         yield data
         return
     # As stored, but in Hugging Face's row order; what follows goes row by row.
@@ -341,7 +343,8 @@ def _decoded(info: TensorInfo, part: npt.NDArray[np.uint8], shape: tuple[int, ..
         plain = replace(info, shape=shape, nbytes=part.size, rope_heads=0)
         return dequantize(plain, part)
     values = part.reshape(-1).view(_FLOATS[info.dtype]).reshape(shape)
-    return bfloat16_to_float32(values) if info.dtype == "BF16" else values
+    values = bfloat16_to_float32(values) if info.dtype == "BF16" else values
+    return values.astype(np.float32) + np.float32(info.shift) if info.shift else values
 
 
 def _rounded(info: TensorInfo, values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

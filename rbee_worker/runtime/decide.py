@@ -1,5 +1,6 @@
 """From one step's logits to the sequences' next tokens, guesses checked on the way."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from rbee_worker.errors import InferenceError
 from rbee_worker.events import InferenceEvent
 from rbee_worker.runtime.sampler import Sampled, sample
 from rbee_worker.runtime.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +83,6 @@ def _take(sequence: Sequence, outcome: Sampled | Exception) -> Iterator[Inferenc
         except Exception as error:  # noqa: BLE001  (the others' tokens are not lost with it)
             problem = error
     if problem is not None:
+        if not isinstance(problem, InferenceError):
+            logger.error("sampling failed", exc_info=problem)
         yield sequence.fail(InferenceError.code, f"Sampling failed: {problem}")

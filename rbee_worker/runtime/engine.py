@@ -3,6 +3,7 @@
 Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from rbee_worker.runtime.scheduler import Scheduled, Scheduler
 from rbee_worker.runtime.sequence import Sequence
 from rbee_worker.runtime.stats import EngineStats
 from rbee_worker.runtime.transformer import Batch
+
+logger = logging.getLogger(__name__)
 
 JobEvents = list[tuple[str, InferenceEvent]]
 """Events of one step, each with the id of its job, in order."""
@@ -51,7 +54,9 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
         self.model: LoadedModel | None = None
-        self._scheduler = Scheduler(self.config.max_batch_size, self.config.prefill_chunk)
+        self._scheduler = Scheduler(
+            self.config.max_batch_size, self.config.prefill_chunk, prefix_cache=self.config.prefix_cache
+        )
         self._sequences: dict[str, Sequence] = {}
         self._followed: dict[str, deque[InferenceEvent]] = {}
         self._undelivered: JobEvents = []
@@ -231,7 +236,9 @@ class Engine:
     def _count(self, shares: list[Scheduled]) -> None:
         counts = self._counts
         counts.steps += 1
-        counts.prefilled_tokens += sum(share.count for share in shares if share.count > 1)
+        for share in shares:
+            of_prompt = share.sequence.prompt_tokens - share.sequence.computed
+            counts.prefilled_tokens += min(share.count, max(of_prompt, 0))
         self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
         self._batch_sizes[len(shares)] += 1
 
@@ -239,6 +246,8 @@ class Engine:
         failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
         if self.model is None:
             failed.extend(self._scheduler.waiting)
+        if failed and not isinstance(error, InferenceError):
+            logger.error("a step failed", exc_info=error)
         message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"
         events.extend((sequence.job_id, sequence.fail(InferenceError.code, message)) for sequence in failed)
 

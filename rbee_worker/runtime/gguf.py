@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.checkpoint import Checkpoint, TensorInfo, quoted
+from rbee_worker.runtime.gguf_families import ARCHITECTURES, ROPE_FACTORS, Architecture
 from rbee_worker.runtime.gguf_header import GGUFHeader, GGUFTensor, read_header
 from rbee_worker.runtime.gguf_tokenizer import adds_bos, build_tokenizer, special_token
 
@@ -37,52 +38,6 @@ END_OF_TURN_TOKENS: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 _BLOCK: Final = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """How one value of ``general.architecture`` maps to Hugging Face.
-
-    Attributes:
-        name: for ``architectures`` in config.json.
-        model_type: for ``model_type``.
-        outer: ggml's name of a tensor outside the blocks -> its Hugging Face name.
-        block: the same inside a block, both without prefix and suffix.
-        interleaved_rope: tensors of a block whose rows are permuted per head; the metadata key of the head count.
-    """
-
-    name: str
-    model_type: str
-    outer: Mapping[str, str]
-    block: Mapping[str, str]
-    interleaved_rope: Mapping[str, str]
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "llama": Architecture(
-            name="LlamaForCausalLM",
-            model_type="llama",
-            outer={
-                "token_embd.weight": "model.embed_tokens.weight",
-                "output_norm.weight": "model.norm.weight",
-                "output.weight": "lm_head.weight",
-            },
-            block={
-                "attn_norm": "input_layernorm",
-                "attn_q": "self_attn.q_proj",
-                "attn_k": "self_attn.k_proj",
-                "attn_v": "self_attn.v_proj",
-                "attn_output": "self_attn.o_proj",
-                "ffn_norm": "post_attention_layernorm",
-                "ffn_gate": "mlp.gate_proj",
-                "ffn_up": "mlp.up_proj",
-                "ffn_down": "mlp.down_proj",
-            },
-            interleaved_rope={"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
-        ),
-    }
-)
-"""By the value of ``general.architecture``."""
 
 LLAMA3_ROPE: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants of every published Llama 3.1, 3.2 and 3.3; only the factor differs (8 or 32)."""
@@ -131,7 +86,8 @@ class GGUFModel:
             ModelUnsupported: a tensor that the architecture does not have, or a stored type that is not read.
             ModelMalformed: a shape that disagrees with the head count.
         """
-        infos = [self._info(tensor) for tensor in self.header.tensors if tensor.name != "rope_freqs.weight"]
+        rope = ("rope_freqs.weight", *ROPE_FACTORS.values())
+        infos = [self._info(tensor) for tensor in self.header.tensors if tensor.name not in rope]
         return Checkpoint(MappingProxyType({info.name: info for info in infos}), (self.path,))
 
     def config(self) -> dict[str, Any]:
@@ -159,17 +115,34 @@ class GGUFModel:
             # The metadata holds a 32-bit float; its shortest decimal is what config.json said: 1e-05.
             "rms_norm_eps": float(str(np.float32(self._number("attention.layer_norm_rms_epsilon")))),
             "rope_theta": theta,
-            "hidden_act": "silu",
-            "attention_bias": any(name.endswith("self_attn.q_proj.bias") for name in names),
-            "mlp_bias": any(name.endswith("mlp.up_proj.bias") for name in names),
             "tie_word_embeddings": "lm_head.weight" not in names,
             "torch_dtype": "float16",
         }
         self._refuse_experts()
+        config |= self._own(config)
         scaling = self._rope_scaling(head_dim, theta)
         if scaling is not None:
             config["rope_scaling"] = scaling
         return config | self._token_ids()
+
+    def _own(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the family's config.json has that others' have not."""
+        names = self.checkpoint.tensors
+        own: dict[str, Any] = dict(self.architecture.constants)
+        if self.architecture.biases:
+            own["attention_bias"] = any(name.endswith("self_attn.q_proj.bias") for name in names)
+            own["mlp_bias"] = any(name.endswith("mlp.up_proj.bias") for name in names)
+        for key, name in self.architecture.numbers.items():
+            value = self._value(key)
+            own[name] = None if value is None or value == 0 else self._number(key)
+        if self.architecture.partial_rotary:
+            own["partial_rotary_factor"] = self._number("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+        if self.architecture.scale_of_heads:
+            # llama.cpp knows the one model of each generation that scales by something else by its layers.
+            by_heads = config["num_hidden_layers"] == self.architecture.scale_of_heads
+            per_head = config["hidden_size"] // config["num_attention_heads"]
+            own["query_pre_attn_scalar"] = per_head if by_heads else config["head_dim"]
+        return own
 
     def generation_config(self) -> dict[str, Any]:
         """``bos_token_id``, ``pad_token_id`` and ``eos_token_id``: a list when several tokens end generation."""
@@ -244,7 +217,8 @@ class GGUFModel:
         if self._value("attention.key_length") is None and hidden % heads:
             raise self._malformed(f"{heads} heads do not divide {self.prefix}.embedding_length {hidden}.")
         head_dim = self._count("attention.key_length") if self._value("attention.key_length") else hidden // heads
-        for key in ("attention.value_length", "rope.dimension_count"):
+        partial = ("rope.dimension_count",) if not self.architecture.partial_rotary else ()
+        for key in ("attention.value_length", *partial):
             value = self._value(key, head_dim)
             if value != head_dim:
                 raise ModelUnsupported(
@@ -294,18 +268,24 @@ class GGUFModel:
                 f"tensor {quoted(tensor.name)} has {tensor.shape[0]} rows, which {heads} heads of an even size do not "
                 "make."
             )
-        return TensorInfo(name, tensor.shape, tensor.type.name, self.path, tensor.offset, tensor.nbytes, heads)
+        shift = self.architecture.norm_shift if name.endswith("norm.weight") else 0.0
+        return TensorInfo(name, tensor.shape, tensor.type.name, self.path, tensor.offset, tensor.nbytes, heads, shift)
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
         kind = self._value("rope.scaling.type", "none")
+        tensors = {tensor.name: tensor for tensor in self.header.tensors}
+        if any(name in tensors for name in ROPE_FACTORS.values()):
+            return self._longrope(tensors, self._value("rope.dimension_count", head_dim))
+        if kind == "yarn":
+            return self._yarn()
         if kind not in ("none", "linear"):
             raise ModelUnsupported(
-                f"{self.path.name}: {self.prefix}.rope.scaling.type is {quoted(kind)}; supported: none, linear, and "
-                "Llama 3's by rope_freqs.weight."
+                f"{self.path.name}: {self.prefix}.rope.scaling.type is {quoted(kind)}; supported: none, linear, yarn, "
+                "LongRoPE's by rope_factors, and Llama 3's by rope_freqs.weight."
             )
         key = "rope.scaling.factor" if kind == "linear" else "rope.scale_linear"
         factor = float(self._number(key, 1.0))
-        stored = next((tensor for tensor in self.header.tensors if tensor.name == "rope_freqs.weight"), None)
+        stored = tensors.get("rope_freqs.weight")
         divisors = None if stored is None else self._rope_divisors(stored, head_dim)
         if divisors is None or np.all(divisors == 1):
             return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
@@ -317,17 +297,35 @@ class GGUFModel:
             )
         return {"rope_type": "llama3", "factor": largest, **LLAMA3_ROPE}
 
+    def _yarn(self) -> dict[str, Any]:
+        known = {"type", "factor", "original_context_length", "finetuned"}
+        prefix = f"{self.prefix}.rope.scaling."
+        for key in self.header.metadata:
+            if key.startswith(prefix) and key.removeprefix(prefix) not in known:
+                raise ModelUnsupported(f"{self.path.name}: {quoted(key)} is not supported.")
+        original = self._count("rope.scaling.original_context_length")
+        factor = float(self._number("rope.scaling.factor"))
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+
+    def _longrope(self, tensors: Mapping[str, GGUFTensor], rotary_dim: int) -> dict[str, Any]:
+        scaling: dict[str, Any] = {"rope_type": "longrope", "type": "longrope"}
+        for key, name in ROPE_FACTORS.items():
+            if name not in tensors or not self.architecture.partial_rotary:
+                raise self._malformed(f"there is no {name} beside the other, or the family has none.")
+            scaling[key] = self._rope_divisors(tensors[name], rotary_dim).tolist()
+        factor = self._value("rope.scaling.attn_factor")
+        return scaling if factor is None else scaling | {"attention_factor": self._number("rope.scaling.attn_factor")}
+
     def _rope_divisors(self, tensor: GGUFTensor, head_dim: int) -> npt.NDArray[np.float32]:
         if tensor.type != GGMLQuantizationType.F32 or tensor.shape != (head_dim // 2,):
             raise self._malformed(
-                f"rope_freqs.weight is {tensor.type.name} of shape {tensor.shape}; it must be F32 of "
-                f"({head_dim // 2},)."
+                f"{tensor.name} is {tensor.type.name} of shape {tensor.shape}; it must be F32 of ({head_dim // 2},)."
             )
         with self.path.open("rb") as stream:
             stream.seek(tensor.offset)
             data = stream.read(tensor.nbytes)
         if len(data) != tensor.nbytes:
-            raise self._malformed("the file ended while rope_freqs.weight was read.")
+            raise self._malformed(f"the file ended while {tensor.name} was read.")
         return np.frombuffer(data, dtype="<f4")
 
 
@@ -386,4 +384,4 @@ def dequantize(info: TensorInfo, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.
     row_count = math.prod(info.shape[:-1])
     decoded = ggml_dequantize(data.reshape(row_count, -1), GGMLQuantizationType[info.dtype])
     values: npt.NDArray[np.float32] = np.asarray(decoded, dtype=np.float32).reshape(info.shape)
-    return values
+    return values + np.float32(info.shift) if info.shift else values

@@ -1,8 +1,9 @@
-"""A tokenizer from a GGUF file's vocabulary and merges: byte-level BPE, as the model's own tokenizer.json has it.
+"""A tokenizer from a GGUF file's vocabulary: byte-level BPE or SentencePiece, as the model's own files have it.
 
-GGUF names the rule that cuts text before the merges (``tokenizer.ggml.pre``) but does not hold it; the table below
-does, one entry per name, from the tokenizer.json that the family publishes. A name that is not in the table is
-refused: a wrong cut gives text that looks right and a model that is quietly worse.
+A SentencePiece vocabulary (``tokenizer.ggml.model`` is ``llama``) says all that is needed. For byte-level BPE GGUF
+names the rule that cuts text before the merges (``tokenizer.ggml.pre``) but does not hold it; the table below does, one
+entry per name, from the tokenizer.json that the family publishes. A name that is not in the table is refused: a wrong
+cut gives text that looks right and a model that is quietly worse.
 """
 
 from collections.abc import Mapping
@@ -14,9 +15,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.checkpoint import quoted
+from rbee_worker.runtime.sentencepiece_model import Piece, PieceType, SentencePieceModel
+from rbee_worker.runtime.sentencepiece_tokenizer import build_sentencepiece
 
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
+_SENTENCEPIECE: Final = "llama"
+_PHI3_PLAIN: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -54,8 +59,16 @@ class PreTokenizer:
         return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
 
 
+_WORD_CASES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+)
+_TEKKEN_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
 _LLAMA3 = PreTokenizer(split=rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer(split=rf"{_WORDS}|\p{{N}}|{_REST}", nfc=True)
+_CL100K = PreTokenizer(split=_LLAMA3.split)
+_TEKKEN = PreTokenizer(split=rf"{_WORD_CASES}|\p{{N}}|{_TEKKEN_REST}", ignore_merges=True, add_bos=True)
 _GPT2 = PreTokenizer()
 
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
@@ -66,6 +79,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
         "llama-v3": _LLAMA3,
         "qwen2": _QWEN2,
         "deepseek-r1-qwen": _QWEN2,
+        "tekken": _TEKKEN,
+        "dbrx": _CL100K,
+        "smaug-bpe": _CL100K,
         "gpt-2": _GPT2,
         "default": _GPT2,
     }
@@ -81,13 +97,15 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -
         file: how a message names it.
 
     Returns:
-        A tokenizer with byte-level decoding; control tokens are special added tokens, user-defined ones plain added
+        A tokenizer; control tokens are special added tokens, user-defined ones plain added
         tokens. Encoding with special tokens puts the beginning-of-sequence token first where the file says so.
 
     Raises:
         ModelUnsupported: a tokenizer model or pre-tokenizer that is not in the table.
         ModelMalformed: vocabulary, types or merges are missing or inconsistent.
     """
+    if fields.get("tokenizer.ggml.model") == _SENTENCEPIECE:
+        return _build_sentencepiece(fields, file)
     family = _pre_tokenizer(fields, file)
     tokens = _strings(fields, "tokenizer.ggml.tokens", file)
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -106,14 +124,48 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     plain = [token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    _add_template(tokenizer, fields, tokens, family, file)
+    _add_template(tokenizer, fields, tokens, file)
+    return tokenizer
+
+
+def _build_sentencepiece(fields: Mapping[str, Any], file: str) -> Tokenizer:
+    tokens = _strings(fields, "tokenizer.ggml.tokens", file)
+    types, scores = _types(fields, len(tokens), file), fields.get("tokenizer.ggml.scores")
+    numbers = isinstance(scores, list) and all(isinstance(score, int | float) for score in scores)
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not numbers:
+        raise ModelMalformed(f"{file}: tokenizer.ggml.scores is not a score for each token.", hint=_DOWNLOAD_AGAIN)
+    try:
+        kinds = [PieceType(kind) for kind in types]
+    except ValueError as error:
+        raise ModelMalformed(f"{file}: tokenizer.ggml.token_type: {error}.", hint=_DOWNLOAD_AGAIN) from error
+    unknown = fields.get("tokenizer.ggml.unknown_token_id")
+    if unknown is None:
+        unknown = kinds.index(PieceType.UNKNOWN) if PieceType.UNKNOWN in kinds else -1
+    if not isinstance(unknown, int) or not 0 <= unknown < len(tokens):
+        raise ModelMalformed(f"{file}: tokenizer.ggml.unknown_token_id is {quoted(unknown)}, which is no token.")
+    model = SentencePieceModel(
+        pieces=tuple(map(Piece, tokens, map(float, scores), kinds)),
+        algorithm="bpe",
+        byte_fallback=PieceType.BYTE in kinds,
+        unknown_id=unknown,
+        add_dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+        remove_extra_whitespaces=False,
+    )
+    # In Phi-3's own tokenizer.json blanks behind a token that structures a conversation belong to it.
+    stripped = fields.get("general.architecture") == "phi3"
+    tokenizer = build_sentencepiece(model, file=file, strip_behind=_PHI3_PLAIN if stripped else None)
+    _add_template(tokenizer, fields, tokens, file)
     return tokenizer
 
 
 def adds_bos(fields: Mapping[str, Any]) -> bool:
     """Whether encoding puts the beginning-of-sequence token first: as the file says, else as its family does."""
-    family = PRE_TOKENIZERS.get(fields.get("tokenizer.ggml.pre", ""))
-    return bool(fields.get("tokenizer.ggml.add_bos_token", family is not None and family.add_bos))
+    if fields.get("tokenizer.ggml.model") == _SENTENCEPIECE:
+        usual = True
+    else:
+        family = PRE_TOKENIZERS.get(fields.get("tokenizer.ggml.pre", ""))
+        usual = family is not None and family.add_bos
+    return bool(fields.get("tokenizer.ggml.add_bos_token", usual))
 
 
 def special_token(fields: Mapping[str, Any], role: str, *, file: str) -> tuple[int, str] | None:
@@ -136,7 +188,8 @@ def _pre_tokenizer(fields: Mapping[str, Any], file: str) -> PreTokenizer:
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ModelUnsupported(
-            f"{file}: tokenizer.ggml.model is {_shown(model)}; supported: 'gpt2' (byte-level BPE).",
+            f"{file}: tokenizer.ggml.model is {_shown(model)}; supported: 'gpt2' (byte-level BPE), "
+            "'llama' (SentencePiece).",
             hint="Use the model's safetensors folder, which has its own tokenizer.json.",
         )
     pre = fields.get("tokenizer.ggml.pre")
@@ -188,14 +241,12 @@ def _merge(pair: str, index: int, vocabulary: Mapping[str, int], file: str) -> t
     return left, right
 
 
-def _add_template(
-    tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[str], family: PreTokenizer, file: str
-) -> None:
+def _add_template(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[str], file: str) -> None:
     """Put the beginning and end tokens around what is encoded, where the file or the family says so."""
-    roles = {"bos": family.add_bos, "eos": False}
+    roles = {"bos": adds_bos(fields), "eos": bool(fields.get("tokenizer.ggml.add_eos_token", False))}
     wanted = {}
-    for role, default in roles.items():
-        if fields.get(f"tokenizer.ggml.add_{role}_token", default):
+    for role, is_added in roles.items():
+        if is_added:
             found = special_token(fields, role, file=file)
             if found is None:
                 raise ModelMalformed(

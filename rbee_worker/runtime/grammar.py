@@ -146,7 +146,8 @@ class GrammarCompiler:
         """A matcher at the beginning of a text. This may take seconds: do not call it on an event loop.
 
         Raises:
-            InvalidRequest: the grammar is malformed, impossible, unsupported or too complex; or llguidance is not installed.
+            InvalidRequest: the grammar is malformed, impossible, unsupported or too complex, or llguidance is not
+                installed.
             Unavailable: others' grammars are being compiled.
             InferenceError: the process that tries grammars out does not run.
         """

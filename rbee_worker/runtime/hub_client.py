@@ -33,10 +33,20 @@ CONFIG_NAMES: Final = (
 )
 """Files of a repository that are fetched beside the weights, where it has them."""
 
+TOKENIZER_NAMES: Final = (
+    "tokenizer.model",
+    "tekken.json",
+    "tiktoken.model",
+    "qwen.tiktoken",
+    "vocab.json",
+    "merges.txt",
+)
+"""What a tokenizer can be made of, fetched where there is no tokenizer.json."""
+
 LISTING_RETRY_SECONDS: tuple[float, ...] = (0.5, 1.0)
 """Pauses before asking for a repository's listing again."""
 
-_DESCRIBING: Final = frozenset({*CONFIG_NAMES, INDEX_NAME})
+_DESCRIBING: Final = frozenset({*CONFIG_NAMES, *TOKENIZER_NAMES, INDEX_NAME})
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 """A revision that names one commit for ever."""
@@ -295,7 +305,8 @@ def choose_files(what: str, names: Iterable[str], shards: Iterable[str] | None) 
         ModelUnsupported: the weights are pickled.
     """
     names = set(names)
-    configs = [name for name in CONFIG_NAMES if name in names]
+    described = CONFIG_NAMES if "tokenizer.json" in names else (*CONFIG_NAMES, *TOKENIZER_NAMES)
+    configs = [name for name in described if name in names]
     if shards is not None:
         shards = sorted(shards)
         missing = [name for name in shards if name not in names]

@@ -1,11 +1,13 @@
 """What a model is and what it needs, from headers and configs alone. Never imports torch."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rbee_worker.errors import InvalidRequest
-from rbee_worker.runtime.architectures import layer_shapes, supported
-from rbee_worker.runtime.model_config import ModelConfig, parse_config
+from rbee_worker.runtime.architectures import ARCHITECTURES, parse_config
+from rbee_worker.runtime.layer_weights import is_matrix, kinds_of_layers, layer_shapes, parameters
+from rbee_worker.runtime.model_config import ModelConfig
 from rbee_worker.runtime.source import ModelSource
 
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -29,7 +31,9 @@ class Inspection:
     """What ``rbee-worker inspect`` prints.
 
     Attributes:
+        family: the architecture's name, for people.
         parameters: weights in the checkpoint, tied ones counted once.
+        active_parameters: of those, the ones that one token goes through; fewer with a mixture of experts.
         dtypes: stored dtype -> bytes.
         file_bytes: bytes of all tensors in the files.
         context_length: tokens that ``memory`` is computed for; ``max_context_length``: the model's own limit.
@@ -38,6 +42,7 @@ class Inspection:
     name: str
     format: str
     architecture: str
+    family: str
     layers: int
     hidden_size: int
     intermediate_size: int
@@ -48,6 +53,7 @@ class Inspection:
     tied_embeddings: bool
     rope: str
     parameters: int
+    active_parameters: int
     tensors: int
     files: int
     file_bytes: int
@@ -69,7 +75,7 @@ def read_config(source: ModelSource) -> ModelConfig:
         ModelUnsupported, ModelMalformed: as :func:`parse_config`.
     """
     file = source.path.name if source.format == "gguf" else "config.json"
-    return parse_config(source.config(), file=file, supported=supported())
+    return parse_config(source.config(), file=file)
 
 
 def context_length(config: ModelConfig, asked: int | None) -> int:
@@ -78,12 +84,12 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     Raises:
         InvalidRequest: more than the model has.
     """
-    longest = config.max_position_embeddings
+    longest = config.longest_context
     if asked is not None and asked > longest:
         raise InvalidRequest(
             f"--max-context {asked} is beyond the model's {longest} positions.", hint=f"Use at most {longest}."
         )
-    return asked or longest
+    return asked or config.default_context
 
 
 def inspect_model(source: ModelSource, context: int | None) -> Inspection:
@@ -104,6 +110,7 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         name=source.name,
         format=source.format,
         architecture=config.architecture,
+        family=ARCHITECTURES[config.architecture].family,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -113,33 +120,34 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
         rope=config.rope.kind,
-        parameters=checkpoint.parameters,
+        parameters=parameters(config),
+        active_parameters=parameters(config, active=True),
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.files),
         file_bytes=checkpoint.total_bytes,
         dtypes=dict(checkpoint.dtypes),
         context_length=length,
-        max_context_length=config.max_position_embeddings,
+        max_context_length=config.longest_context,
         chat_template=source.chat_template() is not None,
         memory=[
-            *(_need(dtype, size, checkpoint.parameters, config, length) for dtype, size in _ITEMSIZES.items()),
+            *(_need(dtype, size, config, length) for dtype, size in _ITEMSIZES.items()),
             _int8_need(config, length),
         ],
     )
 
 
-def _need(dtype: str, itemsize: int, parameters: int, config: ModelConfig, context: int) -> MemoryNeed:
-    weights = parameters * itemsize
+def _need(dtype: str, itemsize: int, config: ModelConfig, context: int) -> MemoryNeed:
+    weights = parameters(config) * itemsize
     cache = context * config.kv_bytes_per_token(itemsize)
     return MemoryNeed(dtype, weights, cache, weights + cache)
 
 
 def _int8_need(config: ModelConfig, context: int) -> MemoryNeed:
     """int8 matrices with 12 bytes for each of their rows; embedding, norms and cache in 16 bits."""
-    shapes = layer_shapes(config).values()
     head = (config.vocab_size, config.hidden_size)
-    matrices = [*([shape for shape in shapes if len(shape) > 1] * config.num_hidden_layers), head]
-    vectors = config.num_hidden_layers * sum(shape[0] for shape in shapes if len(shape) == 1) + config.hidden_size
-    weights = sum(rows * (columns + 12) for rows, columns in matrices) + 2 * (vectors + head[0] * head[1])
+    weights = head[0] * (head[1] + 12) + 2 * (math.prod(head) + config.hidden_size)
+    for index, count in kinds_of_layers(config):
+        for role, shape in layer_shapes(config, index).items():
+            weights += count * (shape[0] * (shape[1] + 12) if is_matrix(role) else 2 * math.prod(shape))
     cache = context * config.kv_bytes_per_token(2)
     return MemoryNeed("int8", weights, cache, weights + cache)

@@ -4,12 +4,14 @@ The pool is one tensor. A sequence owns a table of blocks (``block_pool.py``); n
 attention reads in place, as one slice.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rbee_worker.runtime.block_pool import BLOCK_TOKENS, BlockPool
+from rbee_worker.runtime.block_pool import BLOCK_TOKENS, ROOT, BlockPool
 from rbee_worker.runtime.model_config import ModelConfig
 
 
@@ -53,22 +55,42 @@ class KVCache:
         return all_keys, all_values
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """By which rows of the rotary tables a sequence's keys are rotated.
+
+    Attributes:
+        start: the row of its first position.
+        tokens: how long the sequence may be; beyond that all its keys are others. None: as long as there is room.
+    """
+
+    start: int = 0
+    tokens: int | None = None
+
+
+ROTATION = Rotation()
+
+
 class SequenceCache:
     """One sequence's table of blocks.
 
     Attributes:
+        rotation: by which the keys in it were, and will be, rotated.
         length: tokens whose keys and values are written and valid.
         reused: of those, how many were there before the sequence came.
     """
 
-    __slots__ = ("_blocks", "_identity", "_known", "_pool", "_runs", "headroom", "length", "reused")
+    __slots__ = ("_blocks", "_identity", "_known", "_pool", "_runs", "headroom", "length", "reused", "rotation")
 
-    def __init__(self, pool: BlockPool, prefix: Sequence[int] = (), headroom: int = 0) -> None:
+    def __init__(
+        self, pool: BlockPool, prefix: Sequence[int] = (), headroom: int = 0, rotation: Rotation = ROTATION
+    ) -> None:
         """Begin with what is cached of ``prefix``; ``headroom``: tokens the sequence is expected to grow by."""
+        self.rotation = rotation
         self._pool = pool
         self._blocks: list[int] = []
         self._runs: list[tuple[int, int]] = []  # first block and number of neighbours
-        blocks, identity = pool.match(prefix)
+        blocks, identity = pool.match(prefix, ROOT - rotation.start)
         self._append(blocks)
         self._identity: int | None = identity
         self._known = len(self._blocks)
@@ -79,6 +101,11 @@ class SequenceCache:
     def blocks(self) -> tuple[int, ...]:
         """Its blocks, in order."""
         return tuple(self._blocks)
+
+    @property
+    def rows_left(self) -> float:
+        """Tokens that may yet come before all of it must be computed again, with another rotation."""
+        return math.inf if self.rotation.tokens is None else self.rotation.tokens - self.length
 
     def missing(self, tokens: int) -> int:
         """Blocks that are yet to be allocated before ``tokens`` more fit."""
@@ -124,7 +151,7 @@ class SequenceCache:
         ]
 
     def runs(self, count: int) -> list[tuple[int, int]]:
-        """The rows of the pool that hold it and ``count`` more tokens: their first positions and those behind the last."""
+        """The rows of the pool that hold it and ``count`` more tokens: first position and that behind the last."""
         left = self.length + count
         runs = []
         for block, blocks in self._runs:

@@ -26,6 +26,7 @@ from rbee_worker.runtime.architectures import ARCHITECTURES
 from rbee_worker.runtime.grammar import GrammarCompiler
 from rbee_worker.runtime.hub import DownloadProgress
 from rbee_worker.runtime.inspection import context_length, read_config
+from rbee_worker.runtime.layer_weights import parameters
 from rbee_worker.runtime.linear import LinearFormat, choose_format
 from rbee_worker.runtime.memory import (
     MIB,
@@ -39,6 +40,7 @@ from rbee_worker.runtime.memory import (
 )
 from rbee_worker.runtime.model_config import ModelConfig
 from rbee_worker.runtime.preflight import cache_positions, check_fit, check_host, limit_context, weights_bytes
+from rbee_worker.runtime.quantization import read_checkpoint
 from rbee_worker.runtime.reader import ReadState, WeightReader
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.storage import Storage, storage_of
@@ -115,6 +117,7 @@ class _Plan:
     form: LinearFormat
     context_length: int
     storage: Storage
+    stored_as: str
 
 
 def load_model(
@@ -245,7 +248,7 @@ def _find(
 
 def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
     parsed = read_config(source)
-    checkpoint = source.checkpoint()
+    checkpoint, stored_as = read_checkpoint(source)
     groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
@@ -256,7 +259,7 @@ def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
     check_fit(source.name, parsed, form, context=length, engine=config, device=place, alternatives=ways)
     if device.type != "cpu":
         check_host(source.name, groups, host_info())
-    return _Plan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]))
+    return _Plan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 
 
 def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, LinearFormat, DeviceInfo]]:
@@ -358,13 +361,14 @@ def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> 
     return LoadReport(
         model=plan.source.name,
         architecture=plan.config.architecture,
-        parameters=sum(info.parameters for info in tensors),
+        parameters=parameters(plan.config),
         dtype=plan.form.dtype_name,
         kernel=plan.form.kernel,
         quantize=plan.form.quantize,
         saved_mb=_saved_bytes(plan) // MIB,
         phases=dict(phases),
         storage=str(plan.storage),
+        stored_as=plan.stored_as,
         bytes_read=read,
         bytes_per_second=int(read / seconds) if seconds else read,
         device_mb={str(plan.device): transformer.nbytes // MIB},

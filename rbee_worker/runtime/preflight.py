@@ -10,14 +10,15 @@ What is needed, in bytes:
   for each reader).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory
-from rbee_worker.runtime.architectures import layer_shapes
 from rbee_worker.runtime.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.kv_cache import blocks_for
+from rbee_worker.runtime.layer_weights import is_matrix, kinds_of_layers, layer_shapes
 from rbee_worker.runtime.linear import LinearFormat
 from rbee_worker.runtime.memory import MIB, DeviceInfo
 from rbee_worker.runtime.model_config import ModelConfig
@@ -70,7 +71,7 @@ def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineC
     running += engine.max_batch_size * config.vocab_size * 4
     fused = config.hidden_size * max(heads * config.head_dim, 2 * config.intermediate_size)
     loading = LOCAL_READERS * fused * 4 if form.packed else 0
-    rotary = 2 * context * config.head_dim * 4
+    rotary = (2 + 2 * (config.local_rope is not None)) * context * config.rotary_dim * 4
     return Needs(weights_bytes(config, form), cache, max(running, loading) + rotary)
 
 
@@ -111,14 +112,21 @@ def cache_positions(
 
 def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
     """Bytes of all weights where they are used; a packed head tied to the embedding is a second copy."""
-    shapes = layer_shapes(config)
-    matrices = [shape for shape in shapes.values() if len(shape) > 1]
-    vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
-    layer = sum(form.linear_bytes(*shape) for shape in matrices) + vectors * form.activation_dtype.itemsize
     table = config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
     own_head = form.packed or not config.tie_word_embeddings
     head = form.linear_bytes(config.vocab_size, config.hidden_size) if own_head else 0
-    return config.num_hidden_layers * layer + table + head + config.hidden_size * form.activation_dtype.itemsize
+    total = sum(count * _layer_bytes(config, form, index) for index, count in kinds_of_layers(config))
+    return total + table + head + config.hidden_size * form.activation_dtype.itemsize
+
+
+def _layer_bytes(config: ModelConfig, form: LinearFormat, index: int) -> int:
+    matrices, others = 0, 0
+    for role, shape in layer_shapes(config, index).items():
+        if is_matrix(role):
+            matrices += form.linear_bytes(shape[0], shape[1])
+        else:
+            others += math.prod(shape)
+    return matrices + others * form.activation_dtype.itemsize
 
 
 def check_fit(

@@ -62,8 +62,9 @@ def _prompt_ids(model: LoadedModel, request: GenerationRequest) -> list[int]:
     if not ids:
         problem = "The prompt has no tokens."
         raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), "at least 1 token", problem)])
-    if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-        problem = f"The prompt has token {max(ids)}; the model knows {model.config.vocab_size}."
+    unknown = next((token for token in (min(ids), max(ids)) if not 0 <= token < model.config.vocab_size), None)
+    if unknown is not None:
+        problem = f"The prompt has token {unknown}; the model knows {model.config.vocab_size}."
         constraint = f"tokens below {model.config.vocab_size}"
         raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), constraint, problem)])
     return ids

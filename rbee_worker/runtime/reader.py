@@ -20,10 +20,12 @@ from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.checkpoint import TensorInfo
+from rbee_worker.runtime.dequantize import read_dequantized
 from rbee_worker.runtime.gguf import dequantize
 from rbee_worker.runtime.linear import LinearFormat
 from rbee_worker.runtime.memory import trim_host_memory
 from rbee_worker.runtime.model_config import ModelConfig
+from rbee_worker.runtime.quantized import QuantizedTensor, files_of
 from rbee_worker.runtime.storage import Storage, advise
 from rbee_worker.runtime.transformer import Part
 from rbee_worker.runtime.weights import PLAIN_DTYPES, PartBuilder, WeightGroup, rows_of
@@ -69,7 +71,7 @@ class ReadState:
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self._in_system: set[int] = set()
-        self._identities = {path: _identity(path.stat()) for path in dict.fromkeys(info.file for info in infos)}
+        self._identities = {path: _identity(path.stat()) for info in infos for path in files_of(info)}
 
     @contextmanager
     def system_call(self, path: Path) -> Iterator[None]:
@@ -136,9 +138,14 @@ class TensorReader:
             ModelMalformed: the file ends early, cannot be read, or has changed.
             Stopped: the reading was closed.
         """
+        if isinstance(info, QuantizedTensor):
+            read_dequantized(info, target, self._read_part)
+            for path in files_of(info):
+                self._state.check_unchanged(path, self._files[path].fileno())
+            return
         file = self._file(info)
         stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
-        if stored is None or info.rope_heads:
+        if stored is None or info.rope_heads or info.shift:
             self._read_quantised(file, info, target)
         elif stored == target.dtype and target.device.type == "cpu":
             self._read_bytes(file, info, target.view(-1).view(torch.uint8))
@@ -153,6 +160,9 @@ class TensorReader:
             self._copier.finish()
         self._state.check_unchanged(info.file, file.fileno())
 
+    def _read_part(self, part: TensorInfo, raw: Tensor, start: int, counted: bool) -> None:
+        self._read_bytes(self._file(part), part, raw, start, counted=counted)
+
     def _read_quantised(self, file: RawFile, info: TensorInfo, target: Tensor) -> None:
         rows, step = info.shape[0], info.shape[0]
         if len(info.shape) > 1:
@@ -164,7 +174,9 @@ class TensorReader:
             self._read_bytes(file, part, raw)
             target[begin : begin + step].copy_(torch.from_numpy(dequantize(part, raw.numpy())))
 
-    def _read_bytes(self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0) -> None:
+    def _read_bytes(
+        self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0, *, counted: bool = True
+    ) -> None:
         """Fill ``raw``, uint8 on the host, with the tensor's bytes from ``start``."""
         view, done, state = raw.numpy().data, 0, self._state
         with state.system_call(info.file):
@@ -178,7 +190,7 @@ class TensorReader:
                     hint="Was the file changed while it was being read?",
                 )
             done += count
-            state.count(count)
+            state.count(count if counted else 0)
 
     def _file(self, info: TensorInfo) -> RawFile:
         file = self._files.get(info.file)

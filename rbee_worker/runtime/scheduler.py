@@ -13,7 +13,7 @@ from rbee_worker.runtime.waiting import WaitingQueue
 _SHARE_BESIDE_DECODING = 8
 _SMALLEST_CHUNK = 16
 _LIKELIHOODS_CHUNK = 64
-"""Tokens a step of a prompt whose log-probabilities are wanted: each has a row of logits as wide as the vocabulary."""
+"""Prompt tokens a step whose log-probabilities are wanted: each has a row of logits as wide as the vocabulary."""
 
 _WORTH_WAITING = 4 * BLOCK_TOKENS
 """Prompt tokens that another sequence is just computing, for which a new one waits rather than compute them too."""
@@ -40,10 +40,13 @@ class Scheduler:
     that outgrows its rotary frequencies (LongRoPE) is computed again as well.
     """
 
-    def __init__(self, max_batch_size: int, prefill_chunk: int) -> None:
+    def __init__(self, max_batch_size: int, prefill_chunk: int, *, prefix_cache: bool = True) -> None:
+        """``prefix_cache``: what one sequence computes can be reused by others, so that waiting for it may pay."""
         self._max_batch_size = max_batch_size
         self._prefill_chunk = prefill_chunk
+        self._prefix_cache = prefix_cache
         self._arrivals = 0
+        self._awaiting: dict[Sequence, tuple[Sequence, int]] = {}
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # by arrival
         self.preemptions = 0
@@ -70,11 +73,16 @@ class Scheduler:
         """
         admitted: list[tuple[Sequence, SequenceCache]] = []
         running = Counter(sequence.client for sequence in self.running)
+        awaited, self._awaiting = self._awaiting, {}
         for sequence in self.waiting.in_turn(running):
             if len(self.running) >= self._max_batch_size:
                 break
+            if sequence in awaited and _is_at_it(*awaited[sequence]):
+                self._awaiting[sequence] = awaited[sequence]
+                continue
             cache = new_cache(sequence)
-            if self._is_being_computed(sequence, cache.length):
+            if (found := self._computing(sequence, cache.length)) is not None:
+                self._awaiting[sequence] = found
                 cache.release()
                 continue
             try:
@@ -90,7 +98,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Shares of the next step, in order of arrival, with room in the cache for each."""
         decoding = any(sequence.pending == 1 for sequence in self.running)
-        budget = self._prefill_chunk
+        budget, likelihoods = self._prefill_chunk, _LIKELIHOODS_CHUNK
         if decoding:
             budget = min(budget, max(budget // _SHARE_BESIDE_DECODING, _SMALLEST_CHUNK))
         shares = []
@@ -102,7 +110,10 @@ class Scheduler:
                 self._preempt(sequence)
                 continue
             if count > 1:
-                count = min(count, budget if sequence.shares_prefix else min(budget, _LIKELIHOODS_CHUNK))
+                count = min(count, budget)
+                if not sequence.shares_prefix:
+                    count = min(count, likelihoods)
+                    likelihoods -= count
                 budget -= count
             if not count:
                 continue
@@ -139,14 +150,21 @@ class Scheduler:
         sequence.preempt()
         self.waiting.add_back(sequence)
 
-    def _is_being_computed(self, sequence: Sequence, cached: int) -> bool:
-        """Whether a running sequence is about to compute a good part of this one's prompt."""
-        return sequence.shares_prefix and any(
-            min(other.pending, common - cached) >= _WORTH_WAITING and common > other.computed
-            for other in self.running
-            if other.shares_prefix and other.pending > _WORTH_WAITING
-            for common in [_common_prefix(sequence.tokens, other.tokens)]
-        )
+    def _computing(self, sequence: Sequence, cached: int) -> tuple[Sequence, int] | None:
+        """The running sequence that is about to compute a good part of this one's prompt, and how much they share."""
+        if not (self._prefix_cache and sequence.shares_prefix):
+            return None
+        for other in self.running:
+            if other.shares_prefix and other.pending > _WORTH_WAITING:
+                common = _common_prefix(sequence.tokens, other.tokens)
+                if min(other.pending, common - cached) >= _WORTH_WAITING and common > other.computed:
+                    return other, common
+        return None
+
+
+def _is_at_it(other: Sequence, common: int) -> bool:
+    """Whether a sequence that was found to compute what another waits for still does, without comparing them again."""
+    return other.cache is not None and min(other.pending - 1, common - other.computed) >= _WORTH_WAITING
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

@@ -82,7 +82,7 @@ class Sequence:
         self._detokenizer = StreamingDetokenizer(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop)
         self._tells_progress = request.prompt_progress
-        self._prompt_likelihoods: list[Likelihood] | None = [] if params.prompt_logprobs is not None else None
+        self._prompt_logprobs: list[TokenLogprob] | None = [] if params.prompt_logprobs is not None else None
         self._logprobs: list[TokenLogprob] = []
         self._texts = 0
         self._tokens_out = 0
@@ -107,7 +107,7 @@ class Sequence:
     @property
     def shares_prefix(self) -> bool:
         """Whether what is cached of its prompt will do; not where the logits of all of it are wanted."""
-        return self._prompt_likelihoods is None
+        return self._prompt_logprobs is None
 
     @property
     def tokens_left(self) -> int:
@@ -117,7 +117,7 @@ class Sequence:
 
     def prompt_outputs(self, count: int) -> int:
         """Of how many of its next ``count`` tokens the logits are wanted."""
-        inside = self._prompt_likelihoods is not None and self.computed < self.prompt_tokens
+        inside = self._prompt_logprobs is not None and self.computed < self.prompt_tokens
         return count if inside else 1
 
     def draft(self) -> tuple[int, ...]:
@@ -130,8 +130,8 @@ class Sequence:
         """Take its place in the batch; the first time, that is told."""
         self.state = State.RUNNING
         self.cache = cache
-        if self._prompt_likelihoods is not None:
-            self._prompt_likelihoods.clear()
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs.clear()
         if self._admitted_at:
             return
         self._admitted_at = time.monotonic()
@@ -156,22 +156,23 @@ class Sequence:
 
     def prompt_targets(self, count: int) -> list[int]:
         """The prompt's tokens that the logits of the next ``count`` tokens predict, where that is to be told."""
-        if self._prompt_likelihoods is None:
+        if self._prompt_logprobs is None:
             return []
         return self.tokens[self.computed + 1 : min(self.computed + count + 1, self.prompt_tokens)]
 
     def take_prompt_likelihoods(self, likelihoods: list[Likelihood]) -> Iterator[PromptLogprobs]:
-        """Take the likelihoods of some of the prompt's tokens; they are told once all are there."""
-        told = self._prompt_likelihoods
+        """Take the likelihoods of the prompt's next tokens; they are told once all are there."""
+        told = self._prompt_logprobs
         if told is None:
             return
-        told += likelihoods
-        if len(told) + 1 < self.prompt_tokens:
+        # Spelled out as they come: all at once, behind a long prompt, it would hold the others up for seconds.
+        if not told:
+            told.append(self._logprob(self.tokens[0], None))
+        told += map(self._logprob, self.tokens[len(told) : len(told) + len(likelihoods)], likelihoods)
+        if len(told) < self.prompt_tokens:
             return
-        first = self._logprob(self.tokens[0], None)
-        rest = map(self._logprob, self.tokens[1 : self.prompt_tokens], told)
-        yield PromptLogprobs(logprobs=(first, *rest))
-        self._prompt_likelihoods = None
+        yield PromptLogprobs(logprobs=tuple(told))
+        self._prompt_logprobs = None
 
     def append(self, sampled: Sampled) -> Iterator[InferenceEvent]:
         """Take a generated token: the text it completes, and the end when it is one."""

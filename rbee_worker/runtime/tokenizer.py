@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import cached_property
 from typing import Any, Protocol
 
 import tokenizers
@@ -10,9 +10,9 @@ import tokenizers
 from rbee_worker.config import Message
 from rbee_worker.errors import InvalidRequest, ModelMalformed
 from rbee_worker.runtime.chat_template import ChatTemplate
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_SPECIAL_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
+from rbee_worker.runtime.detokenizer import Decoding, TextStream
+from rbee_worker.runtime.look_alikes import LookAlikes, SecretNames
+from rbee_worker.runtime.tokenizer_files import SPECIAL_TOKEN_KEYS, token_text
 
 
 class TokenizerFiles(Protocol):
@@ -22,20 +22,7 @@ class TokenizerFiles(Protocol):
     def tokenizer_config(self) -> dict[str, Any]: ...
     def config(self) -> dict[str, Any]: ...
     def generation_config(self) -> dict[str, Any]: ...
-    def chat_template(self) -> str | None: ...
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character stands for in byte-level vocabularies (GPT-2).
-
-    Printable Latin-1 stands for itself, the other bytes, in order, are the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF: Mapping[str, int] = MappingProxyType(_byte_level_alphabet())
+    def chat_templates(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +49,10 @@ class Tokenizer:
         self._template = template
         self.eos_ids = eos_ids
         self._added = backend.get_added_tokens_decoder()
-        self._byte_level = "ByteLevel" in repr(backend.decoder)
+        self._decoding = Decoding(backend)
+        self._look_alikes = LookAlikes(
+            self.special_tokens, self.added_tokens, template.constants if template is not None else ()
+        )
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -75,9 +65,11 @@ class Tokenizer:
         backend = files.tokenizer()
         backend.no_padding()
         backend.no_truncation()
-        special = _special_tokens(files.tokenizer_config())
-        text = files.chat_template()
-        template = ChatTemplate(text, special) if text is not None else None
+        config = files.tokenizer_config()
+        special = {key: text for key in SPECIAL_TOKEN_KEYS if (text := token_text(config.get(key))) is not None}
+        texts = dict(files.chat_templates())
+        text = texts.pop("default", None)
+        template = ChatTemplate(text, special, named=texts) if text is not None else None
         eos_ids = _ids(files.generation_config(), "generation_config.json") | _ids(files.config(), "config.json")
         if not eos_ids and (named := special.get("eos_token")) is not None:
             found = backend.token_to_id(named)
@@ -90,17 +82,40 @@ class Tokenizer:
         return self._template is not None
 
     @property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens beside the vocabulary proper, special or not: text and id."""
+        return {token.content: id_ for id_, token in self._added.items()}
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those of :attr:`added_tokens` that are no text, and left out of it by default."""
+        return frozenset(token.content for token in self._added.values() if token.special)
+
+    @property
     def chat_template(self) -> str | None:
-        """The chat template's source; None: the model has none."""
+        """The chat template's source, of several the default one's; None: the model has none."""
         return self._template.source if self._template is not None else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; ``add_special_tokens`` puts the model's own, such as BOS, around it."""
+        """Token ids of a text; special tokens written out in it are special tokens.
+
+        Args:
+            text: any.
+            add_special_tokens: put the model's own, such as BOS, around it.
+
+        Raises:
+            InvalidRequest: it holds half of a surrogate pair, which is no character.
+        """
+        _require_characters(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self._decoding.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
+        """The text of tokens that follow ``prompt`` one by one."""
+        return self._decoding.stream(prompt, skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:
         """The tokenizer as ``tokenizer.json`` holds it."""
@@ -112,18 +127,9 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, special ones written out; none for an id that has no token."""
-        piece = self._backend.id_to_token(token)
-        if piece is None:
-            return b""
-        if token in self._added:
-            return piece.encode()
-        if self._byte_level:
-            return bytes(_BYTE_OF.get(char, ord("?")) for char in piece)
-        if len(piece) == len("<0x00>") and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:-1])
-        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        return self._decoding.token_bytes(token)
 
-    def render_chat(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render_chat(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """Messages as prompt text, special tokens included.
 
         Raises:
@@ -133,66 +139,60 @@ class Tokenizer:
             raise InvalidRequest("The model has no chat template.", hint="Send a prompt instead of messages.")
         return self._template.render(messages, **variables)
 
-    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> ChatPrompt:
+    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> ChatPrompt:
         """Messages as the prompt that asks for the assistant's next one.
 
+        Special tokens are those of the template alone: one that is written out in a message, a tool or a document is
+        encoded as the text that it is (see :mod:`rbee_worker.runtime.look_alikes`).
+
         Raises:
-            InvalidRequest: as :meth:`render_chat`.
+            InvalidRequest: as :meth:`render_chat` and :meth:`encode`; or the template treats a special token in a
+                message in a way of its own.
         """
         text = self.render_chat(messages, **variables)
-        return ChatPrompt(text, self.encode(text, add_special_tokens=False))
+        _require_characters(text)
+        marked = self._look_alikes.mark(text, lambda m, v: self.render_chat(m, **v), messages, variables)
+        if marked is None:
+            return ChatPrompt(text, self.encode(text, add_special_tokens=False))
+        return ChatPrompt(text, self._secret_names.encode(text, marked))
+
+    @cached_property
+    def _secret_names(self) -> SecretNames:
+        return SecretNames(self._backend)
 
 
 class StreamingDetokenizer:
     """Turns tokens into text one at a time, never splitting a character.
 
-    The pieces it returns, put together, equal decoding all the tokens at once behind the prompt's last ones. Text that
-    ends in U+FFFD may be the start of a character and is held until a later token completes it, or until :meth:`flush`.
-
-    Decoding starts a few tokens back each time, not at the newest: decoders that treat the first token specially (by
-    dropping its leading space) then see it where it stands.
+    The pieces it returns, put together, equal decoding all the tokens at once behind the prompt's last ones. Bytes that
+    may be the start of a character are held until a later token completes it, or until :meth:`flush`.
     """
 
     _CONTEXT = 6
-    """Tokens of the prompt decoded along for what they say about the first generated one."""
+    """Tokens of the prompt that are looked at for what they say about the first generated one."""
 
-    __slots__ = ("_ids", "_read", "_skip_special_tokens", "_start", "_tokenizer")
+    __slots__ = ("_stream",)
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._ids = list(prompt[-self._CONTEXT :])
-        self._start = 0
-        self._read = len(self._ids)
+        self._stream = tokenizer.stream(prompt[-self._CONTEXT :], skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is incomplete."""
-        self._ids.append(token)
-        return self._advance(final=False)
+        return self._stream.push(token)
 
     def flush(self) -> str:
         """What is held, as decoding all at once would give it."""
-        return self._advance(final=True)
-
-    def _advance(self, *, final: bool) -> str:
-        skip = self._skip_special_tokens
-        before = self._tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=skip)
-        after = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=skip)
-        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return after[len(before) :]
+        return self._stream.flush()
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {}
-    for key in _SPECIAL_TOKEN_KEYS:
-        value = config.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[key] = value
-    return tokens
+def _require_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"The text holds half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no character.",
+            hint="Send the whole pair, or leave it out.",
+        ) from None
 
 
 def _ids(config: Mapping[str, Any], file: str) -> frozenset[int]:

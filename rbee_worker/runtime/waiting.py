@@ -10,7 +10,9 @@ class WaitingQueue:
     """First come, first served for each client; clients take turns.
 
     The next place goes to the client with the fewest sequences running, among equals to the one that was served
-    longest ago. Sequences that had a place and lost it come before all others.
+    longest ago. A client that comes anew, whenever it was served before, stands behind those that have waited since an
+    earlier turn: coming anew each time is no way to the front. Sequences that had a place and lost it come before all
+    others.
     """
 
     def __init__(self) -> None:
@@ -29,7 +31,10 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self._clients.setdefault(sequence.client, deque()).append(sequence)
+        if sequence.client not in self._clients:
+            self._clients[sequence.client] = deque()
+            self._served[sequence.client] = self._turn - 1  # just before the one that was served last
+        self._clients[sequence.client].append(sequence)
 
     def add_back(self, sequence: Sequence) -> None:
         """Queue one that lost its place."""
@@ -66,6 +71,6 @@ class WaitingQueue:
             yield sequence
             if sequence not in self._clients.get(client, ()):
                 running[client] += 1
-                self._turn += 1
+                self._turn += 2
                 if client in self._clients:
                     self._served[client] = self._turn

@@ -10,7 +10,7 @@ of a layer before the others, so that the staging is fullest while the most of t
 """
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,22 +18,44 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.runtime.architectures import Architecture, layer_shapes
+from rbee_worker.runtime.architectures import Architecture
 from rbee_worker.runtime.checkpoint import Checkpoint, TensorInfo
+from rbee_worker.runtime.layer_weights import of_linear, stored_shapes, tensor_name
 from rbee_worker.runtime.linear import Linear, LinearFormat, make_linear
 from rbee_worker.runtime.model_config import ModelConfig
-from rbee_worker.runtime.transformer import FUSED, DecoderLayer, Embedding, Output, Part
+from rbee_worker.runtime.moe import Experts
+from rbee_worker.runtime.quantized import QuantizedTensor
+from rbee_worker.runtime.stacked_experts import read_expert
+from rbee_worker.runtime.transformer import (
+    ATTENTION_LINEARS,
+    MLP,
+    MLP_LINEARS,
+    DecoderLayer,
+    Embedding,
+    Output,
+    ParallelLayer,
+    Part,
+    SelfAttention,
+)
 
 PLAIN_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 """Stored dtypes that torch has too, by the words of safetensors headers."""
 
+MXFP4_SUFFIXES = ("_blocks", "_scales")
+"""Names of tensors of bytes that are decoded on their way."""
+
 _BLOCK_WEIGHTS = 16 * 2**20
 """A head is packed in blocks of this many weights, or of the largest matrix of a layer where that is more."""
+
+_TOGETHER = 8
+"""Rows that a quantised head may have packed into one word: blocks end where words do."""
 
 _MMAP_BYTES = 2**20
 
@@ -47,6 +69,7 @@ class WeightGroup:
 
     kind: Literal["embedding", "layer", "output"]
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    index: int = 0  # of a layer
 
 
 def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Checkpoint) -> list[WeightGroup]:
@@ -69,24 +92,23 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
             raise ModelMalformed(
                 f"{info.file.name}: tensor '{name}' has shape {list(info.shape)}; config.json says {list(shape)}."
             )
-        _check_dtype(info)
+        if not (name.endswith(MXFP4_SUFFIXES) and info.dtype == "U8"):
+            _check_dtype(info)
         return info
 
     groups = [WeightGroup("embedding", {"embedding": take(architecture.embedding, table)})]
-    output = {"norm": take(architecture.norm, (config.hidden_size,))}
+    output = {"norm.weight": take(f"{architecture.norm}.weight", (config.hidden_size,))}
+    if config.norm_bias:
+        output["norm.bias"] = take(f"{architecture.norm}.bias", (config.hidden_size,))
     if config.tie_word_embeddings:
         left.pop(architecture.head, None)
     else:
         output["head"] = take(architecture.head, table)
     groups.append(WeightGroup("output", output))
-    shapes = layer_shapes(config)
     for index in range(config.num_hidden_layers):
-        prefix = architecture.layer_prefix.format(index)
-        tensors = {}
-        for role, shape in shapes.items():
-            stem, _, suffix = role.rpartition(".")
-            tensors[role] = take(f"{prefix}{architecture.layer[stem]}.{suffix}", shape)
-        groups.append(WeightGroup("layer", tensors))
+        shapes = stored_shapes(config, index)
+        tensors = {role: take(tensor_name(architecture, index, role), shape) for role, shape in shapes.items()}
+        groups.append(WeightGroup("layer", tensors, index))
     leftover = [name for name in left if not name.endswith(architecture.ignored_suffixes)]
     if leftover:
         shown = ", ".join(f"'{name}'" for name in sorted(leftover)[:3])
@@ -129,19 +151,46 @@ class PartBuilder:
         tensors = group.tensors
         if group.kind == "embedding":
             return self._embedding(tensors["embedding"])
+        vectors = {
+            role: self._vector(role, info) for role, info in tensors.items() if not of_linear(role) and role != "head"
+        }
         if group.kind == "output":
             head = tensors.get("head")
-            return Output(self._config, self._norm(tensors["norm"]), None if head is None else self._head(head))
-        linears = {}
-        for name, roles in FUSED.items():
-            linears[name] = self._fused(tensors, roles)
-            if last:
-                self._release()
-        norms = {role: self._norm(tensors[f"{role}.weight"]) for role in ("attention_norm", "mlp_norm")}
-        return DecoderLayer(self._config, norms, linears)
+            return Output(self._config, vectors, None if head is None else self._head(head))
+        return self._layer(group, vectors, last=last)
 
-    def _norm(self, info: TensorInfo) -> Tensor:
-        return self._plain([info], self._form.activation_dtype)
+    def _layer(self, group: WeightGroup, vectors: dict[str, Tensor], *, last: bool) -> DecoderLayer:
+        config = self._config
+        traits, experts = config.layers[group.index], config.experts
+
+        def linears(fused: Mapping[str, tuple[str, ...]], prefix: str = "") -> dict[str, Linear]:
+            made = {}
+            for name, roles in fused.items():
+                made[name] = self._fused(
+                    group.tensors, prefix, (name,) if f"{prefix}{name}.weight" in group.tensors else roles
+                )
+                if last:
+                    self._release()
+            return made
+
+        mlp: MLP | Experts
+        if traits.experts and experts is not None:
+            numbers = range(experts.count)
+            if "experts.down_bias" in group.tensors:
+                matrices = [self._stacked(group.tensors, number) for number in numbers]
+            else:
+                matrices = [linears(MLP_LINEARS, f"experts.{number}.") for number in numbers]
+            mlp = Experts(config.activation, experts, vectors["router.weight"], vectors.get("router.bias"), matrices)
+        else:
+            mlp = MLP(config, linears(MLP_LINEARS))
+        attention = SelfAttention(config, group.index, vectors, linears(ATTENTION_LINEARS))
+        layer = ParallelLayer if config.norm_placement == "shared" else DecoderLayer
+        return layer(config, vectors, attention, mlp)
+
+    def _vector(self, role: str, info: TensorInfo) -> Tensor:
+        # Weights that are added to one, and those that choose experts, are not rounded further than they are stored.
+        exact = self._config.norm == "rms-offset" or role.startswith(("router", "sinks"))
+        return self._plain([info], torch.float32 if exact else self._form.activation_dtype)
 
     def _plain(self, infos: Sequence[TensorInfo], dtype: torch.dtype) -> Tensor:
         """Tensors in memory of their own, stacked along their first dimension."""
@@ -167,26 +216,35 @@ class PartBuilder:
     def _release(self) -> None:
         self._staging = self._staging.new_empty(0)
 
-    def _fused(self, tensors: dict[str, TensorInfo], roles: tuple[str, ...]) -> Linear:
-        matrices = [tensors[f"{role}.weight"] for role in roles]
-        biases = [tensors[f"{role}.bias"] for role in roles if f"{role}.bias" in tensors]
+    def _fused(self, tensors: dict[str, TensorInfo], prefix: str, roles: tuple[str, ...]) -> Linear:
+        matrices = [tensors[f"{prefix}{role}.weight"] for role in roles]
+        biases = [tensors[f"{prefix}{role}.bias"] for role in roles if f"{prefix}{role}.bias" in tensors]
         bias = self._plain(biases, self._form.activation_dtype) if biases else None
         if not self._form.packed:
             return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
         staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
         return make_linear(self._filled(matrices, staged), bias, self._form)
 
+    def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
+        """An expert's linear layers, from tensors that hold all experts'."""
+        made = {}
+        for role in MLP_LINEARS:
+            weight, bias = read_expert(tensors, role, number, self._read, self._device)
+            made[role] = make_linear(weight, bias.to(self._form.activation_dtype), self._form)
+        return made
+
     def _embedding(self, info: TensorInfo) -> Embedding:
         table = self._plain([info], self._form.weight_dtype)
+        multiplier = self._config.embedding_multiplier
         if not self._config.tie_word_embeddings:
-            return Embedding(table, None)
+            return Embedding(table, None, multiplier)
         if not self._form.packed:
-            return Embedding(table, make_linear(table, None, self._form))
+            return Embedding(table, make_linear(table, None, self._form), multiplier)
 
         def fill(begin: int, block: Tensor) -> None:
             block.copy_(table[begin : begin + len(block)])
 
-        return Embedding(table, self._packed(info.shape, fill))
+        return Embedding(table, self._packed(info.shape, fill), multiplier)
 
     def _head(self, info: TensorInfo) -> Linear:
         if not self._form.packed:
@@ -201,7 +259,7 @@ class PartBuilder:
         """A head in blocks of rows, so that it is never whole in any form but the packed one."""
         rows, columns = shape
         largest = max(2 * self._config.intermediate_size, self._config.hidden_size) * self._config.hidden_size
-        step = max(1, max(_BLOCK_WEIGHTS, largest) // columns)
+        step = max(1, max(_BLOCK_WEIGHTS, largest) // (columns * _TOGETHER)) * _TOGETHER
         blocks = []
         for begin in range(0, rows, step):
             staged = self._staged(min(step, rows - begin), columns)
@@ -212,6 +270,8 @@ class PartBuilder:
 
 def rows_of(info: TensorInfo, begin: int, end: int) -> TensorInfo:
     """Rows ``begin`` to ``end`` of a stored matrix, as a tensor of their own; whole heads where heads are permuted."""
+    if isinstance(info, QuantizedTensor):
+        return info.rows(begin, end)
     rows = info.shape[0]
     stride = info.nbytes // rows
     return replace(
@@ -243,7 +303,7 @@ def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def _check_dtype(info: TensorInfo) -> None:
-    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf":
+    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf" and not isinstance(info, QuantizedTensor):
         raise ModelUnsupported(
             f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
             hint=f"Weights may be {', '.join(PLAIN_DTYPES)}.",

@@ -61,6 +61,7 @@ class Access:
             Unauthorized: the key is missing or wrong.
             Forbidden: the host's name, or a page of another site.
             HeadersTooLarge: too many headers, or too long ones.
+            InvalidRequest: two lengths of the body.
             Unavailable: too many connections.
         """
         if scope["type"] == "http":
@@ -188,6 +189,10 @@ def _check_head(scope: Scope) -> None:
     size = sum(len(name) + len(value) for name, value in headers) + len(scope.get("raw_path") or b"")
     if len(headers) > MAX_HEADERS or size > MAX_HEAD_BYTES:
         raise HeadersTooLarge(f"The request's head is over {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes.")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        # A proxy may have read another length than this worker (RFC 9112, section 6.1): what follows is not trusted.
+        headers.append((b"connection", b"close"))  # uvicorn then answers the same
+        raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
 
 
 def _authority(origin: str) -> str:

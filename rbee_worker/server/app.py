@@ -108,6 +108,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
     if isinstance(error, HTTPException) and error.status_code == MethodNotAllowed.http_status:
-        refusal = MethodNotAllowed(f"{request.method} is not a method of this route.")
+        refusal = MethodNotAllowed(f"{request.method[:20]} is not a method of this route.")
         return error_response(request.scope, refusal, {"Allow": ", ".join(sorted(methods))})
     return error_response(request.scope, NotFound("There is no such route."))

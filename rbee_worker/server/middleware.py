@@ -45,6 +45,7 @@ access_log = logging.getLogger("rbee_worker.access")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _MAX_LOGGED_PATH = 200
+_MAX_LOGGED_METHOD = 20
 _DISCARD_SECONDS = 5.0
 
 
@@ -104,7 +105,7 @@ class RequestLog:
             extra = {"correlation_id": current, "status": status, "ms": milliseconds} | _described(scope, jobs)
             quiet = scope["path"] in QUIET_PATHS and status < 400  # noqa: PLR2004 - HTTP's class of errors
             level = logging.DEBUG if quiet else logging.INFO
-            access_log.log(level, "%s %s", scope["method"], _path(scope), extra=extra)
+            access_log.log(level, "%s %s", scope["method"][:_MAX_LOGGED_METHOD], _path(scope), extra=extra)
             method = scope["method"] if scope["method"] in _METHODS else OTHER_ROUTES
             self._counter.responded(method, route_of(scope), status)
             submitted_jobs.reset(jobs_token)
@@ -136,7 +137,7 @@ class Errors:
         except RbeeError as raised:
             error = raised
         except Exception:
-            log.exception("%s %s failed", scope["method"], _path(scope))
+            log.exception("%s %s failed", scope["method"][:_MAX_LOGGED_METHOD], _path(scope))
             error = RbeeError("The worker failed; its log says why.")
         else:
             return

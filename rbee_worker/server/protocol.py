@@ -97,6 +97,9 @@ class LimitedProtocol(H11Protocol):
 
     def _refuse(self, error: RbeeError) -> None:
         """Answer outside any request, and close."""
+        if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            self.transport.close()  # its request has been answered, or is being: there is no room for another answer
+            return
         body = json.dumps(envelope(error)).encode()
         headers = [
             ("content-type", "application/json"),

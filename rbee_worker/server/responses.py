@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from rbee_worker.errors import InvalidRequest, RbeeError
+from rbee_worker.errors import BodyEncoded, InvalidRequest, RbeeError
 from rbee_worker.server import sse
 
 INFERENCE_PATH = "/v1/inference"
@@ -122,8 +122,12 @@ async def read_object(request: Request) -> dict[str, Any]:
 
     Raises:
         InvalidRequest: the body is not UTF-8, not JSON, nested too deeply, or not an object.
+        BodyEncoded: it is compressed.
     """
     body = await request.body()
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"", "identity"}:
+        raise BodyEncoded("Compressed bodies are not read.", hint="Send it without Content-Encoding.")
     return await off_loop(len(body), parse_object, body)
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from types import FrameType
 
@@ -86,7 +86,10 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         server,
         streams=app.state.streams,
         first_load=functools.partial(worker.load, model) if load else None,
-        reloads=[*([keys.reload] if keys.file else ()), *([cert.reload] if cert else ())],
+        reloads={
+            **({"API keys": keys.reload} if keys.file else {}),
+            **({"certificate": cert.reload} if cert else {}),
+        },
     )
     process.run(sockets=sockets)
     return process.exit_code
@@ -143,10 +146,10 @@ class Server(uvicorn.Server):
         *,
         streams: Collection[EventStream] = (),
         first_load: Callable[[], object] | None = None,
-        reloads: Sequence[Callable[[], None]] = (),
+        reloads: Mapping[str, Callable[[], None]] | None = None,
     ) -> None:
         super().__init__(config)
-        self._reloads = reloads
+        self._reloads = reloads or {}
         self.exit_code = 0
         self._worker = worker
         self._limits = limits
@@ -182,13 +185,13 @@ class Server(uvicorn.Server):
 
     def reload(self) -> None:
         """Read keys and certificates again; what is wrong with them is logged, and the old ones stay."""
-        for read in self._reloads:
+        for what, read in self._reloads.items():
             try:
                 read()
             except (RbeeError, OSError) as error:
                 log.error("SIGHUP: %s What was there before stays.", error)  # noqa: TRY400 - the message says it all
             else:
-                log.info("SIGHUP: read again")
+                log.info("SIGHUP: %s read again", what)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

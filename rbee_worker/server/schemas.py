@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, FailFast, Field
+from pydantic import AfterValidator, AliasChoices, Field
 
 from rbee_worker.config import (
     MAX_JOB_ID_LENGTH,
@@ -23,6 +23,7 @@ from rbee_worker.errors import FieldError, InvalidRequest
 from rbee_worker.server.fields import (
     Body,
     LogitBias,
+    Many,
     NonEmptyText,
     Seed,
     Shown,
@@ -129,7 +130,7 @@ class InferenceBody(SamplingFields):
     """``POST /v1/inference``."""
 
     prompt: NonEmptyText | None = None
-    messages: Annotated[list[ChatMessage], AfterValidator(_messages), Shown({"minItems": 1})] | None = None
+    messages: Annotated[Many[ChatMessage], AfterValidator(_messages), Shown({"minItems": 1})] | None = None
     job_id: JobId | None = None
     logprobs: Annotated[int, within("logprobs")] | None = _DEFAULTS.logprobs
     prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = _DEFAULTS.prompt_logprobs
@@ -182,7 +183,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Many[TokenId]
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +73,12 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str, wait: bool = True) -> Iterator[Served]:
-    """Start ``rbee-worker serve`` on a port of the system's choice; with ``wait``, until the first load has ended."""
-    command = [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]
+def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> Iterator[Served]:
+    """Start ``rbee-worker serve`` on a port of the system's choice; with ``wait``, until the first load has ended.
+
+    ``command`` is run in its place.
+    """
+    command = command or [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     log: list[str] = []

@@ -168,13 +168,11 @@ def test_an_interrupted_download_goes_on_where_it_was(hub: HubServer, tmp_path: 
     hub.rate = 100_000
     process = starting("load", "org/tiny", "--json", "--device", "cpu")
     until_weights(hub, tmp_path, 10_000)
-    began = time.monotonic()
     process.send_signal(signum)
     out, errors = process.communicate(timeout=SECONDS)
     (kept,) = partials(tmp_path)
     size = kept.stat().st_size
     if signum == signal.SIGINT:
-        assert time.monotonic() - began < 3
         assert process.returncode == 130
         events = [json.loads(line) for line in out.splitlines()]
         assert stages(events) == ["resolving", "downloading", "cancelled"]

@@ -47,10 +47,15 @@ def twin_of(path: Path, **config: Any) -> Transformer:
     """The float32 model whose matrices are the int8 ones."""
     twin = transformer_of(load(path, **config))
     for layer in twin.layers:
-        for name in ("qkv", "o", "gate_up", "down"):
-            dense = getattr(layer, name)
+        for owner, name in (
+            (layer.attention, "qkv"),
+            (layer.attention, "o"),
+            (layer.mlp, "gate_up"),
+            (layer.mlp, "down"),
+        ):
+            dense = getattr(owner, name)
             assert isinstance(dense, DenseLinear)
-            setattr(layer, name, DenseLinear(dequantized(dense.weight), dense.bias))
+            setattr(owner, name, DenseLinear(dequantized(dense.weight), dense.bias))
     assert isinstance(twin._head, DenseLinear)
     twin._head = DenseLinear(dequantized(twin._head.weight), None)
     return twin
@@ -142,7 +147,7 @@ def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Cal
     layer = transformer_of(load_int8(tiny_llama())[0]).layers[0]
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     x[7] *= 1e4
-    for linear in (layer.qkv, layer.o, layer.gate_up):
+    for linear in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up):
         whole = linear(x)
         for begin, end in ((0, 1), (1, 8), (8, 50), (7, 8)):
             assert torch.equal(linear(x[begin:end]), whole[begin:end])

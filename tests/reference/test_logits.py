@@ -45,7 +45,7 @@ def reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def logits_of(transformer: Transformer, prompts: list[list[int]], chunk: int = 1000) -> list[Tensor]:
     """Logits of every token of every prompt, run together as one ragged batch, ``chunk`` tokens of each at a time."""
-    caches = [transformer.new_cache() for _ in prompts]
+    caches = [transformer.new_cache(len(prompt)) for prompt in prompts]
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for begin in range(0, max(map(len, prompts)), chunk):
         pieces = [(owner, prompt[begin : begin + chunk]) for owner, prompt in enumerate(prompts) if begin < len(prompt)]

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rbee_worker.config import SamplingParams
+from rbee_worker.errors import InferenceError
 from rbee_worker.runtime.sampler import Sampler, adjust, candidates, sample
 
 VOCABULARY = 5000
@@ -90,6 +91,39 @@ def test_neighbours_do_not_change_a_choice() -> None:
     together = [Sampler(p, seed, PROMPT) for seed, p in enumerate(params)]
     chosen = [sampled.token for sampled in sample(logits.clone(), together)]
     assert chosen == [choose(logits[row], Sampler(p, row, PROMPT)) for row, p in enumerate(params)]
+
+
+def test_which_of_two_equal_logits_comes_first_is_no_neighbours_affair() -> None:
+    # Sixteen bits make many equal ones, and which of them a search finds depends on how many it looks for.
+    logits = torch.randn(20, 20_000, generator=torch.Generator().manual_seed(0)).mul(5).bfloat16().float()
+    nucleus, others = SamplingParams(top_p=0.9), (SamplingParams(top_k=300), SamplingParams(top_k=5000))
+    for row in range(0, 20, 2):
+        pair = logits[row : row + 2]
+        alone = sample(pair[:1].clone(), [Sampler(nucleus, row, [])])
+        for other in others:
+            assert sample(pair.clone(), [Sampler(nucleus, row, []), Sampler(other, 0, [])])[:1] == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_no_choice(bad: float, temperature: float) -> None:
+    logits = torch.zeros(2, 50)
+    logits[1, 7 if bad != float("-inf") else slice(None)] = bad
+    samplers = [Sampler(SamplingParams(temperature=temperature), seed, []) for seed in range(2)]
+    with pytest.raises(InferenceError, match="not finite numbers, or no token is allowed"):
+        sample(logits, samplers)
+
+
+def test_greedy_and_drawn_rows_keep_their_places() -> None:
+    logits = torch.full((4, 2000), -50.0)
+    logits[range(4), [3, 1999, 0, 700]] = 50.0
+    samplers = [Sampler(SamplingParams(temperature=temperature), 0, []) for temperature in (0, 1, 0, 1)]
+    assert [sampled.token for sampled in sample(logits, samplers)] == [3, 1999, 0, 700]
+
+
+def test_a_bias_may_be_a_whole_number() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, logit_bias=((3, 5), (4, 2))), 0, [])
+    assert choose(torch.zeros(20), sampler) == 3
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -2,9 +2,13 @@
 
 import asyncio
 
+import pytest
+
 from rbee_worker.config import GenerationRequest
+from rbee_worker.errors import Conflict
 from rbee_worker.events import InferenceFailed, Token
 from rbee_worker.job import Job, deliver, note_submitted, submitted_jobs
+from rbee_worker.jobs import Jobs
 from tests.unit.samples import JOB
 
 STARTED, *_, END = JOB
@@ -63,6 +67,22 @@ def test_observers_are_told_once_for_a_step_and_once_for_a_job():
     step = [("a", text(2)), ("a", text(3)), ("b", text(2)), ("a", END), ("gone", text(9))]
     assert deliver(step, jobs, [told]) == ["a"]
     assert told.calls == [("ended", "a"), ("stepped", 2)]
+
+
+def test_leaving_a_job_that_has_ended_cancels_no_other_of_its_name():
+    cancelled = []
+    one = Job("a", cancelled.append, GenerationRequest(prompt="p"))
+    deliver([("a", STARTED), ("a", END)], {"a": one}, ())
+    one.cancel()
+    asyncio.run(one.aclose())
+    assert cancelled == []
+
+
+def test_two_jobs_of_one_name_are_refused_together():
+    jobs = Jobs(4, 4)
+    with pytest.raises(Conflict, match="Job a is running already"):
+        jobs.register([job("a"), job("a")])
+    assert len(jobs) == 0
 
 
 def test_events_still_reach_the_consumer():

@@ -376,6 +376,18 @@ def test_draining_lets_jobs_finish_within_the_grace_and_ends_the_rest(tiny: str)
     with_worker(body)
 
 
+def test_closing_ends_the_streams_of_what_still_runs(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        jobs = [worker.submit(request(max_tokens=500)) for _ in range(2)]
+        await anext(jobs[0])
+        await worker.close()
+        for job in jobs:
+            assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
+
+    with_worker(body, max_batch_size=1)
+
+
 def test_an_engine_that_dies_fails_its_jobs_and_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
@@ -391,7 +403,7 @@ def test_an_engine_that_dies_fails_its_jobs_and_says_so(tiny: str, monkeypatch: 
         while worker.engine_alive:
             await asyncio.sleep(0.01)
         assert worker.state == "failed"
-        with pytest.raises(ModelNotLoaded):
+        with pytest.raises(ModelNotLoaded, match="the engine has died; restart the worker"):
             worker.submit(request())
 
     with_worker(body)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
 from rbee_worker.config import Message
 from rbee_worker.errors import FieldError
-from rbee_worker.server.fields import Body, NonEmptyText, Shown, Text, broken, within
+from rbee_worker.server.fields import Body, Many, NonEmptyText, Shown, Text, broken, within
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_CHAT, refused
 from rbee_worker.server.openai.schemas import OpenAIBody
 
@@ -57,7 +57,7 @@ def _content_form(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[Annotated[TextPart, BeforeValidator(_part)]], Tag("<parts>")],
+    Annotated[Text, Tag("<text>")] | Annotated[Many[Annotated[TextPart, BeforeValidator(_part)]], Tag("<parts>")],
     Discriminator(_content_form),
 ]
 
@@ -69,7 +69,7 @@ class MessageBody(Body):
     content: Content | None = None
     name: Text | None = None
     reasoning_content: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: Text | None = None
 
     @property
@@ -154,14 +154,14 @@ Variables = Annotated[
 class ChatBody(OpenAIBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[MessageBody], AfterValidator(_messages), Shown({"minItems": 1})]
+    messages: Annotated[Many[MessageBody], AfterValidator(_messages), Shown({"minItems": 1})]
     max_completion_tokens: Annotated[int, within("max_tokens")] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, within("logprobs")] | None = None
-    tools: list[ToolBody] | None = None
+    tools: Many[ToolBody] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    documents: list[dict[str, Any]] | None = None
+    documents: Many[dict[str, Any]] | None = None
     chat_template_kwargs: Variables | None = None
     reasoning_effort: Text | None = None
 

@@ -276,7 +276,8 @@ def _either(calls: GrammarSpec, answer: GrammarSpec, *, after_reasoning: bool) -
     schema = json.loads(answer.text or _ANY_OBJECT)
     if isinstance(schema, dict):
         schema = {**schema, "x-guidance": {**JSON_LAYOUT}}
-    return GrammarSpec("lark", f"{head}start: calls | answer\nanswer: {reasoning}%json {json.dumps(schema)}\ncalls: {rest}")
+    text = f"{head}start: calls | answer\nanswer: {reasoning}%json {json.dumps(schema)}\ncalls: {rest}"
+    return GrammarSpec("lark", text, answer.field)
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
 from rbee_worker.config import Message
-from rbee_worker.server.fields import Body, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.fields import Body, Many, NonEmptyText, Shown, Text, broken
 from rbee_worker.server.openai.chat_schemas import FunctionCall
 
 _OTHER_PARTS: Final = frozenset(
@@ -39,7 +39,7 @@ def _content_form(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[Annotated[InputPart, BeforeValidator(_part)]], Tag("<parts>")],
+    Annotated[Text, Tag("<text>")] | Annotated[Many[Annotated[InputPart, BeforeValidator(_part)]], Tag("<parts>")],
     Discriminator(_content_form),
 ]
 
@@ -87,8 +87,8 @@ class ReasoningItem(Body):
     """The reasoning of an earlier answer; ``encrypted_content`` is somebody else's, and left alone."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
-    summary: list[ReasoningPart] | None = None
+    content: Many[ReasoningPart] | None = None
+    summary: Many[ReasoningPart] | None = None
 
     @property
     def text(self) -> str:
@@ -138,7 +138,7 @@ _TaggedItem = Annotated[
 _ONE: Final = Shown({"minItems": 1})
 Input = Annotated[
     Annotated[NonEmptyText, Tag("<text>")]
-    | Annotated[list[Annotated[_TaggedItem, BeforeValidator(_item)]], AfterValidator(_not_empty), _ONE, Tag("<items>")],
+    | Annotated[Many[Annotated[_TaggedItem, BeforeValidator(_item)]], AfterValidator(_not_empty), _ONE, Tag("<items>")],
     Discriminator(lambda value: "<items>" if isinstance(value, list) else "<text>"),
 ]
 

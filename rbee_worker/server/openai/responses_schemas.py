@@ -7,12 +7,13 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from rbee_worker.config import GrammarSpec
 from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.fields import Body, NonEmptyText, Text, broken, within
+from rbee_worker.server.fields import Body, Many, NonEmptyText, Shown, Text, broken, within
 from rbee_worker.server.openai.chat_schemas import Function, Variables
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_RESPONSES, refused
 from rbee_worker.server.openai.responses_input import Input
 from rbee_worker.server.schemas import SamplingFields, schema_grammar
 
+_MAX_METADATA: Final = 16
 _LOGPROBS: Final = "message.output_text.logprobs"
 _BUILT_IN_TOOLS: Final = frozenset(
     {"apply_patch", "code_interpreter", "computer", "computer_use_preview", "custom", "file_search"}
@@ -98,7 +99,7 @@ class AllowedTools(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedFunction]
+    tools: Many[NamedFunction]
 
 
 def _choice_form(value: Any) -> str:
@@ -115,6 +116,16 @@ ToolChoice = Annotated[
 ]
 
 
+def _metadata(value: Any) -> Any:
+    # Before each entry is looked at.
+    if isinstance(value, dict) and len(value) > _MAX_METADATA:
+        raise broken(f"at most {_MAX_METADATA} entries")
+    return value
+
+
+Metadata = Annotated[dict[str, Text], BeforeValidator(_metadata), Shown({"maxProperties": _MAX_METADATA})]
+
+
 class ResponsesBody(SamplingFields):
     """``POST /v1/responses``."""
 
@@ -128,15 +139,15 @@ class ResponsesBody(SamplingFields):
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     text: TextConfig = TextConfig()
-    tools: list[Annotated[FunctionTool, BeforeValidator(_tool)]] | None = None
+    tools: Many[Annotated[FunctionTool, BeforeValidator(_tool)]] | None = None
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     max_tool_calls: int | None = None
     reasoning: Reasoning = Reasoning()
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: Many[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: Annotated[int, within("logprobs")] = 0
     store: bool = True
-    metadata: dict[str, Text] | None = None
+    metadata: Metadata | None = None
     user: Text | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None

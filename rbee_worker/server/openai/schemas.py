@@ -9,13 +9,14 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminato
 
 from rbee_worker.config import CHOICES_RANGE, RANGES, GrammarSpec, Range
 from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.fields import Body, NonEmptyText, Shown, Text, TokenId, Within, broken, within
+from rbee_worker.server.fields import Body, Many, NonEmptyText, Shown, Text, TokenId, Within, broken, within
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_COMPLETIONS, refused
 from rbee_worker.server.schemas import SamplingFields, only_grammar, schema_grammar
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that names none: OpenAI's."""
 
+_MOST_ANSWERS = int(CHOICES_RANGE.high or 0)
 _METACHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
 
 
@@ -69,7 +70,7 @@ Schema = Annotated[
     Annotated[dict[str, Any], Tag("<object>")] | Annotated[NonEmptyText, Tag("<text>")],
     Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
 ]
-Choices = Annotated[list[NonEmptyText], AfterValidator(_choices), Shown({"minItems": 1})]
+Choices = Annotated[Many[NonEmptyText], AfterValidator(_choices), Shown({"minItems": 1})]
 
 
 class StructuredOutputs(Body):
@@ -169,6 +170,13 @@ def _not_empty(value: list[Any]) -> list[Any]:
     return value
 
 
+def _few(value: Any) -> Any:
+    # Before each prompt is looked at.
+    if isinstance(value, list) and len(value) > _MOST_ANSWERS:
+        raise broken(f"for at most {_MOST_ANSWERS} answers, n for each")
+    return value
+
+
 def _token_ids(value: Any) -> Any:
     # Before each item is looked at: a million bad ones are one error.
     if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
@@ -176,12 +184,15 @@ def _token_ids(value: Any) -> Any:
     return value
 
 
-TokenIds = Annotated[list[TokenId], BeforeValidator(_token_ids), Shown({"minItems": 1})]
+_SEVERAL = Shown({"minItems": 1, "maxItems": _MOST_ANSWERS})
+TokenIds = Annotated[Many[TokenId], BeforeValidator(_token_ids), Shown({"minItems": 1})]
 Prompt = Annotated[
     Annotated[NonEmptyText, Tag("<text>")]
-    | Annotated[list[NonEmptyText], AfterValidator(_not_empty), Shown({"minItems": 1}), Tag("<texts>")]
+    | Annotated[Many[NonEmptyText], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<texts>")]
     | Annotated[TokenIds, Tag("<token ids>")]
-    | Annotated[list[TokenIds], AfterValidator(_not_empty), Shown({"minItems": 1}), Tag("<lists of token ids>")],
+    | Annotated[
+        Many[TokenIds], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<lists of token ids>")
+    ],
     Discriminator(_prompt_form),
 ]
 
@@ -201,8 +212,8 @@ class CompletionBody(OpenAIBody):
             yield FieldError("max_tokens", ">= 1 without echo", "max_tokens must be >= 1 without echo.")
         prompt, n = body.get("prompt"), body.get("n") or 1
         several = len(prompt) if isinstance(prompt, list) and not isinstance([*prompt, 0][0], int) else 1
-        if isinstance(n, int) and n in CHOICES_RANGE and several > 0 and several * n not in CHOICES_RANGE:
-            constraint = f"at most {CHOICES_RANGE.high:g} answers, n for each"
+        if isinstance(n, int) and n in CHOICES_RANGE and 0 < several <= _MOST_ANSWERS < several * n:
+            constraint = f"at most {_MOST_ANSWERS} answers, n for each"
             yield FieldError("prompt", constraint, f"prompt must be for {constraint}.")
 
     @property

@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from rbee_worker import __version__
 from rbee_worker.errors import (
+    BodyEncoded,
     BodyTooLarge,
     Forbidden,
     HeadersTooLarge,
@@ -43,7 +44,7 @@ TAGS: Final[Mapping[str, str]] = {
 
 _EVERYWHERE: Final[Errors] = (HeadersTooLarge, RbeeError)
 _BEHIND_THE_DOOR: Final[Errors] = (Forbidden, Unavailable)
-_WITH_BODY: Final[Errors] = (InvalidRequest, RequestTimeout, BodyTooLarge)
+_WITH_BODY: Final[Errors] = (InvalidRequest, RequestTimeout, BodyTooLarge, BodyEncoded)
 _RETRY_LATER: Final = frozenset({429, 503})
 
 

@@ -81,7 +81,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "max_tool_calls": "Repeated in the answer, and not looked at.",
     "include": "`message.output_text.logprobs` tells each token's log-probability.",
     "store": "Not looked at: nothing is kept.",
-    "metadata": "Repeated in the answer.",
+    "metadata": "Repeated in the answer; at most 16 entries.",
     "user": "Repeated in the answer.",
     "safety_identifier": "Repeated in the answer.",
     "prompt_cache_key": "Repeated in the answer.",

@@ -1,12 +1,10 @@
 """Both forms of attention against a plain float64 one, over caches that lie in one run, in many, and shared."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from rbee_worker.runtime.attention import GatherAttention, RunAttention, Segment
+from rbee_worker.runtime.attention import PLAIN, GatherAttention, RunAttention, Scores, Segment
 from rbee_worker.runtime.block_pool import BLOCK_TOKENS, BlockPool
 from rbee_worker.runtime.kv_cache import SequenceCache
 
@@ -23,16 +21,21 @@ def scattered_pool(step: int) -> BlockPool:
     return pool
 
 
-def exact(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def exact(queries: Tensor, keys: Tensor, values: Tensor, ways: Scores) -> Tensor:
     """Of one sequence: queries [tokens, heads, dim], keys and values [kv_heads, positions, dim]."""
     before = keys.shape[1] - queries.shape[0]
     out = torch.zeros(queries.shape, dtype=torch.float64)
     for token in range(queries.shape[0]):
         seen = before + token + 1
+        first = 0 if ways.window is None else max(seen - ways.window, 0)
         for head in range(HEADS):
             shared = head // (HEADS // keys.shape[0])
-            scores = keys[shared, :seen].double() @ queries[token, head].double() / math.sqrt(DIM)
-            out[token, head] = scores.softmax(0) @ values[shared, :seen].double()
+            scores = keys[shared, first:seen].double() @ queries[token, head].double() * (ways.scale or DIM**-0.5)
+            if ways.softcap is not None:
+                scores = ways.softcap * (scores / ways.softcap).tanh()
+            sink = float("-inf") if ways.sinks is None else float(ways.sinks[head])
+            shares = torch.cat([scores, torch.tensor([sink], dtype=torch.float64)]).softmax(0)[:-1]
+            out[token, head] = shares @ values[shared, first:seen].double()
     return out.flatten(1)
 
 
@@ -40,23 +43,27 @@ def positions_of(segment: Segment) -> Tensor:
     return torch.cat([torch.arange(*run) for run in segment.cache.runs(segment.count)])
 
 
-def check(segments: list[Segment], kv_heads: int) -> None:
+def check(segments: list[Segment], kv_heads: int, *ways: Scores) -> None:
     generator = torch.Generator().manual_seed(len(segments))
     tokens = sum(segment.count for segment in segments)
     queries = torch.randn(tokens, HEADS, DIM, generator=generator)
     keys, values = torch.randn(2, kv_heads, BLOCKS * BLOCK_TOKENS, DIM, generator=generator)
-    expected = torch.cat(
-        [
-            exact(
-                queries[segment.start : segment.start + segment.count],
-                keys[:, positions_of(segment)],
-                values[:, positions_of(segment)],
-            )
-            for segment in segments
-        ]
-    )
-    for attention in (RunAttention(segments, torch.float32), GatherAttention(segments, CPU)):
-        torch.testing.assert_close(attention(queries, keys, values).double(), expected, atol=1e-5, rtol=0)
+    attentions = (RunAttention(segments, torch.float32), GatherAttention(segments, CPU))
+    for way in ways or (PLAIN,):
+        expected = torch.cat(
+            [
+                exact(
+                    queries[segment.start : segment.start + segment.count],
+                    keys[:, positions_of(segment)],
+                    values[:, positions_of(segment)],
+                    way,
+                )
+                for segment in segments
+            ]
+        )
+        for attention in attentions:
+            found = attention(queries, keys, values, way).double()
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def cache_of(pool: BlockPool, length: int, more: int) -> SequenceCache:
@@ -72,6 +79,54 @@ def cache_of(pool: BlockPool, length: int, more: int) -> SequenceCache:
 def test_every_query_sees_its_past_and_itself(tokens: int, before: int, kv_heads: int, step: int) -> None:
     pool = scattered_pool(step)
     check([Segment(cache_of(pool, before, tokens), 0, tokens)], kv_heads)
+
+
+SINKS = torch.linspace(-2, 3, HEADS)
+WAYS = {
+    "scale": (Scores(scale=0.7),),
+    "softcap": (Scores(softcap=1.5),),
+    "sinks": (Scores(sinks=SINKS),),
+    "all at once": (Scores(window=19, scale=0.4, softcap=2.0, sinks=SINKS),),
+    "windows": tuple(Scores(window=window) for window in (1, 3, 16, 17, 40, 1000, None)),
+}
+
+
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("step", [1, 2])
+def test_layers_may_look_in_their_own_ways(step: int, ways: tuple[Scores, ...]) -> None:
+    """One attention serves layers of several kinds, over long and short, new and cached, in one run and in many."""
+    pool = scattered_pool(step)
+    segments, start = [], 0
+    for before, tokens in ((37, 1), (0, 9), (16, 1), (48, 140), (70, 5), (0, 1)):
+        segments.append(Segment(cache_of(pool, before, tokens), start, tokens))
+        start += tokens
+    check(segments, 2, *ways)
+    for segment in segments:
+        check([Segment(segment.cache, 0, segment.count)], 3, *ways)
+
+
+def test_a_window_reads_no_more_than_it_sees() -> None:
+    pool = BlockPool(BLOCKS)
+    segments = [Segment(cache_of(pool, 300, 1), 0, 1), Segment(cache_of(pool, 200, 300), 1, 300)]
+    plan = RunAttention(segments, torch.float32)._planned(20)
+    assert max(piece.end - piece.begin for piece in plan.whole) <= 128 + 19
+    assert [piece.end - piece.begin for piece in plan.whole if piece.rows == slice(0, 1)] == [20]
+    seen = [positions.numel() for _, positions, _ in GatherAttention(segments, CPU)._planned(20)]
+    assert seen == [20, 319]
+
+
+def test_sequences_that_share_a_prefix_share_the_window_s_part_of_it() -> None:
+    pool = BlockPool(BLOCKS)
+    prompt = list(range(3 * BLOCK_TOKENS))
+    first = SequenceCache(pool)
+    first.reserve(len(prompt) + 1)
+    first.advance(prompt, len(prompt))
+    others = [SequenceCache(pool, prompt) for _ in range(3)]
+    for cache in others:
+        cache.reserve(9)
+        cache.length += 7
+    segments = [Segment(cache, row, 1) for row, cache in enumerate((first, *others))]
+    check(segments, 2, *WAYS["windows"], *WAYS["all at once"])
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -97,7 +152,9 @@ def test_sequences_that_share_a_prefix_read_it_together() -> None:
         cache.length += 7
     segments = [Segment(cache, row, 1) for row, cache in enumerate((first, *others))]
     attention = RunAttention(segments, torch.float32)
-    shared = [piece for piece in attention._parts if isinstance(piece.rows, Tensor) and len(piece.rows) > 1]
+    shared = [
+        piece for piece in attention._planned(None).parts if isinstance(piece.rows, Tensor) and len(piece.rows) > 1
+    ]
     assert [(len(piece.rows), piece.end - piece.begin) for piece in shared] == [(3, len(prompt))]
     check(segments, 2)
 

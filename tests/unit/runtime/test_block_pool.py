@@ -134,6 +134,32 @@ def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
     assert len(pool.match(prompt)[0]) == 3
 
 
+@pytest.mark.parametrize("first_ends", [True, False], ids=["one after the other", "side by side"])
+def test_what_follows_a_block_that_was_computed_twice_is_found(first_ends: bool) -> None:
+    pool = BlockPool(12)
+    prompt = list(range(2 * BLOCK_TOKENS))
+    caches = []
+    for answer in (100, 200):
+        # Its last token is always computed, and with it here the whole last block of the prompt.
+        cache = SequenceCache(pool, prompt[:-1])
+        tokens = prompt + [answer] * 2 * BLOCK_TOKENS
+        cache.reserve(len(tokens) - cache.length)
+        cache.advance(tokens, len(tokens))
+        caches.append((cache, tokens))
+        if first_ends:
+            cache.release()
+    for cache, tokens in caches:
+        if not first_ends:
+            cache.release()
+        again = SequenceCache(pool, tokens)
+        assert again.reused == len(tokens)
+        again.release()
+    assert pool.use == PoolUse(free=6, used=0, cached=6)
+    # Of the second, which was used last, the beginning goes last.
+    pool.release(pool.allocate(9, None))
+    assert SequenceCache(pool, caches[1][1]).reused == 3 * BLOCK_TOKENS
+
+
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
     pool = BlockPool(2, prefix_cache=False)
     cache = SequenceCache(pool)

@@ -21,6 +21,8 @@ from rbee_worker.events import (
     Token,
 )
 from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.tokenizer import Tokenizer
+from rbee_worker.runtime.transformer import Batch
 from tests.tiny import byte_tokenizer, write_tiny_model
 
 
@@ -178,6 +180,9 @@ def test_prompts_that_cannot_run_are_refused_at_the_call(tiny: Path) -> None:
         engine.generate(request(""))
     with pytest.raises(InvalidRequest, match="either"):
         engine.generate(GenerationRequest())
+    for ids, wrong in (((1, -2, 3), -2), ((1, 320), 320)):
+        with pytest.raises(InvalidRequest, match=f"token {wrong}; the model knows 320"):
+            engine.generate(GenerationRequest(prompt_ids=ids))
     with pytest.raises(InvalidRequest, match="chat template"):
         engine.generate(GenerationRequest(messages=({"role": "user", "content": "Hi"},)))
     with pytest.raises(ModelNotLoaded):
@@ -230,11 +235,68 @@ def test_everyone_moves_while_a_long_prompt_is_read(tiny: Path) -> None:
 def test_a_failing_step_fails_its_jobs_and_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.model is not None
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model.transformer.rotary, "_cos", torch.zeros(0, 16))
+        patch.setattr(engine.model.transformer.rotaries[0], "_cos", torch.zeros(0, 16))
         events = list(engine.generate(request()))
     assert isinstance(events[-1], InferenceFailed)
     assert events[-1].code == "INFERENCE_FAILED"
     assert_whole_stream(list(engine.generate(request())))
+
+
+def test_what_nobody_expected_is_logged(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert engine.model is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model.transformer, "rotaries", None)
+        list(engine.generate(request()))
+    bad = engine.submit(request())
+    monkeypatch.setattr(bad, "sampler", None)
+    run(engine)
+    assert [record.message for record in caplog.records] == ["a step failed", "sampling failed"]
+    assert all(record.exc_info for record in caplog.records)
+
+
+def test_one_whose_logits_are_no_numbers_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.model is not None
+    forward = engine.model.transformer.forward
+
+    def spoilt(batch: Batch) -> torch.Tensor:
+        logits = forward(batch).clone()
+        logits[0, 3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine.model.transformer, "forward", spoilt)
+    engine.submit(request(job_id="first"))
+    engine.submit(request(job_id="second", max_tokens=1, ignore_eos=True))
+    streams = run(engine)
+    assert isinstance(streams["first"][-1], InferenceFailed)
+    assert "not finite" in streams["first"][-1].message
+    assert_whole_stream(streams["second"])
+
+
+def test_the_log_probabilities_of_a_long_prompt_are_spelled_out_step_by_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelled = []
+    spell = Tokenizer.token_bytes
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda *args: spelled.append(args) or spell(*args))
+    engine.submit(request("x" * 300, max_tokens=1, prompt_logprobs=0))
+    most = 0
+    while engine.has_work:
+        before = len(spelled)
+        engine.step()
+        most = max(most, len(spelled) - before)
+    # Its text and its bytes, of 64 tokens a step.
+    assert len(spelled) >= 300
+    assert most <= 2 * 65
+
+
+@pytest.mark.parametrize("length", [40, 33, 32])
+def test_every_prompt_token_is_counted_as_computed_or_as_reused(engine: Engine, length: int) -> None:
+    for _ in range(2):
+        list(engine.generate(request("p" * length)))
+    stats = engine.stats
+    assert stats.prefilled_tokens + stats.prefix_hit_tokens == stats.prefix_query_tokens == 2 * length
 
 
 def test_a_cancelled_load_says_so_and_keeps_the_model_before(engine: Engine, tiny: Path) -> None:

@@ -149,7 +149,14 @@ def test_names_a_missing_embedding(path: Path, files: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'; supported: none, linear,"),
+        (
+            {"llama.rope.scaling.type": "longrope"},
+            "llama.rope.scaling.type is 'longrope'; supported: none, linear, yarn,",
+        ),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "'llama.rope.scaling.yarn_log_multiplier' is not supported",
+        ),
         ({"llama.expert_count": 8}, "a mixture of 8 experts"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8; only the head size, 16, is"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length is 8; only the head size, 16, is"),

@@ -131,7 +131,10 @@ def test_refuses_a_broken_header(path: Path, raw: bytes, message: str) -> None:
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "tiny.gguf is a big-endian GGUF file."),
         (one((4,), 99), "tiny.gguf: tensor 't' is stored as the unknown ggml type 99."),
         (pair(b"split.count", 2, b"\3\0"), "tiny.gguf is one of 3 files of a split model."),
-        (header_bytes(), "tiny.gguf: the architecture is None; supported in GGUF files: llama."),
+        (
+            header_bytes(),
+            "tiny.gguf: the architecture is None; supported in GGUF files: llama, qwen2, qwen3, phi3, gemma2, gemma3.",
+        ),
     ],
 )
 def test_names_what_is_not_supported(path: Path, raw: bytes, message: str) -> None:

@@ -47,6 +47,12 @@ PIECES: dict[str, list[tuple[str, list[str]]]] = {
         ("IT'S", ["IT", "'S"]),
         ("x;\n y", ["x", ";\n", " y"]),
     ],
+    "dbrx": [("it's 1234 a-b", ["it", "'s", " ", "123", "4", " a", "-b"])],
+    # Mistral: single digits, words cut where small letters are followed by capitals, no contractions
+    "tekken": [
+        ("it's 1234 camelCase", ["it", "'s", " ", "1", "2", "3", "4", " camel", "Case"]),
+        ("a  b\n\nc ://x", ["a", " ", " b", "\n\n", "c", " ://", "x"]),
+    ],
     # Qwen 2: the same with single digits
     "qwen2": [
         ("it's 1234 a-b", ["it", "'s", " ", "1", "2", "3", "4", " a", "-b"]),
@@ -69,7 +75,13 @@ def test_text_is_cut_as_the_family_does(files: SimpleNamespace, pre: str, text: 
 
 @pytest.mark.parametrize(
     ("same", "family"),
-    [("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"), ("default", "gpt-2")],
+    [
+        ("llama3", "llama-bpe"),
+        ("llama-v3", "llama-bpe"),
+        ("deepseek-r1-qwen", "qwen2"),
+        ("smaug-bpe", "dbrx"),
+        ("default", "gpt-2"),
+    ],
 )
 def test_names_for_one_family(same: str, family: str) -> None:
     assert PRE_TOKENIZERS[same] is PRE_TOKENIZERS[family]
@@ -183,9 +195,9 @@ def test_survives_being_saved(files: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; supported: 'gpt2' (byte-level BPE)."),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; supported: 'gpt2' (byte-level BPE), 'llama' (SentencePiece)."),
         ({"model": None}, "tokenizer.ggml.model is missing; supported: 'gpt2'"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; supported: smollm, llama-bpe,"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'; supported: smollm, llama-bpe,"),
         ({"pre": None}, "tokenizer.ggml.pre is missing; supported: smollm,"),
         ({"pre": ["smollm"]}, "tokenizer.ggml.pre is ['smollm']; supported: smollm,"),
     ],

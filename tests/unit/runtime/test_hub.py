@@ -37,6 +37,8 @@ CHOICES: list[tuple[set[str], set[str] | None, list[str]]] = [
     ({"consolidated.safetensors", "weights.safetensors"}, None, ["weights.safetensors"]),
     ({"a", "b", "c", "config.json"}, {"b", "a"}, ["config.json", "model.safetensors.index.json", "a", "b"]),
     ({"x.gguf", "config.json", "a.bin"}, None, ["x.gguf"]),
+    ({WEIGHTS, "tokenizer.json", "tokenizer.model", "vocab.json"}, None, ["tokenizer.json", WEIGHTS]),
+    ({WEIGHTS, "merges.txt", "vocab.json"}, None, ["vocab.json", "merges.txt", WEIGHTS]),
 ]
 
 

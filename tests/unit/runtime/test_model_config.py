@@ -3,14 +3,14 @@ from typing import Any
 import pytest
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported, RbeeError
-from rbee_worker.runtime.architectures import supported
-from rbee_worker.runtime.model_config import ModelConfig, parse_config
+from rbee_worker.runtime.architectures import parse_config
+from rbee_worker.runtime.model_config import ModelConfig
 from tests.tiny import CONFIG
 
 
 def parse(**changes: Any) -> ModelConfig:
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
-    return parse_config(config, file="config.json", supported=supported())
+    return parse_config(config, file="config.json")
 
 
 def test_defaults_follow_from_the_other_keys() -> None:
@@ -61,12 +61,12 @@ LLAMA3 = {
         ({"head_dim": 15}, ModelMalformed, "head_dim 15 is odd"),
         ({"rms_norm_eps": float("nan")}, ModelMalformed, "rms_norm_eps is nan"),
         ({"tie_word_embeddings": 1}, ModelMalformed, "tie_word_embeddings is 1; it must be true or false"),
-        ({"hidden_act": "gelu"}, ModelUnsupported, "hidden_act 'gelu'"),
+        ({"hidden_act": "relu"}, ModelUnsupported, "hidden_act 'relu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, ModelUnsupported, r"quantized \(gptq\)"),
         ({"partial_rotary_factor": 0.5}, ModelUnsupported, "partial_rotary_factor 0.5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, ModelUnsupported, "rotary scaling 'yarn' is not"),
+        ({"rope_scaling": {"rope_type": "xpos", "factor": 2}}, ModelUnsupported, "rotary scaling 'xpos' is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, ModelMalformed, "factor is missing"),
-        ({"rope_scaling": [1]}, ModelMalformed, "rotary parameters are not an object"),
+        ({"rope_scaling": [1]}, ModelMalformed, r"rope_scaling is \[1\]; it must be an object"),
         ({"rope_scaling": LLAMA3}, ModelMalformed, "low_freq_factor 4 is not below high_freq_factor 4"),
     ],
 )

@@ -9,11 +9,11 @@ import torch
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory
-from rbee_worker.runtime.architectures import supported
+from rbee_worker.runtime.architectures import parse_config
 from rbee_worker.runtime.engine import Engine
 from rbee_worker.runtime.linear import LinearFormat, choose_format
 from rbee_worker.runtime.memory import MIB, DeviceInfo
-from rbee_worker.runtime.model_config import ModelConfig, parse_config
+from rbee_worker.runtime.model_config import ModelConfig
 from rbee_worker.runtime.preflight import Needs, check_fit, check_host, needs, weights_bytes
 from rbee_worker.runtime.weights import WeightGroup
 from tests.tiny import CONFIG, write_tiny_model
@@ -32,7 +32,7 @@ BIG = CONFIG | {
 
 
 def parse(**values: object) -> ModelConfig:
-    return parse_config(BIG | values, file="config.json", supported=supported())
+    return parse_config(BIG | values, file="config.json")
 
 
 def device(free: int, name: str = "cuda:0") -> DeviceInfo:

@@ -1,10 +1,12 @@
 """Whose turn it is, and who gives way."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from rbee_worker.config import GenerationRequest, SamplingParams
+from rbee_worker.runtime import scheduler
 from rbee_worker.runtime.block_pool import BLOCK_TOKENS, BlockPool
 from rbee_worker.runtime.kv_cache import SequenceCache
 from rbee_worker.runtime.scheduler import Scheduler
@@ -14,8 +16,8 @@ from rbee_worker.runtime.waiting import WaitingQueue
 from tests.tiny import byte_tokenizer
 
 
-def sequence(tokens: int, client: str = "") -> Sequence:
-    request = GenerationRequest(prompt="any", client=client, sampling=SamplingParams(temperature=0))
+def sequence(tokens: int, client: str = "", **sampling: Any) -> Sequence:
+    request = GenerationRequest(prompt="any", client=client, sampling=SamplingParams(temperature=0, **sampling))
     tokenizer = Tokenizer(byte_tokenizer(), eos_ids=frozenset())
     return Sequence(f"{client}-{tokens}", [1] * tokens, request, 0, tokenizer, context_length=10_000)
 
@@ -23,12 +25,12 @@ def sequence(tokens: int, client: str = "") -> Sequence:
 class Loop:
     """A scheduler, a pool, and steps in which every share is computed."""
 
-    def __init__(self, blocks: int, places: int = 8, chunk: int = 64) -> None:
-        self.pool = BlockPool(blocks, prefix_cache=False)
-        self.scheduler = Scheduler(places, chunk)
+    def __init__(self, blocks: int, places: int = 8, chunk: int = 64, *, prefix_cache: bool = True) -> None:
+        self.pool = BlockPool(blocks, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(places, chunk, prefix_cache=prefix_cache)
 
-    def add(self, tokens: int, client: str = "") -> Sequence:
-        added = sequence(tokens, client)
+    def add(self, tokens: int, client: str = "", **sampling: Any) -> Sequence:
+        added = sequence(tokens, client, **sampling)
         self.scheduler.add(added)
         return added
 
@@ -125,6 +127,56 @@ def test_clients_take_turns_and_each_keeps_its_order() -> None:
         served.append(chosen)
     assert [one.client for one in served] == ["a", "b", "a", "b", "a", "b"]
     assert [one for one in served if one.client == "a"] == waiting["a"]
+
+
+def test_a_client_that_comes_anew_each_time_does_not_keep_another_waiting() -> None:
+    loop = Loop(100, places=1)
+    for _ in range(3):
+        loop.add(4, "patient")
+    served = []
+    for _ in range(6):
+        # One runs, one waits, and its queue is empty in between: two connections do that.
+        if not any(waiting.client == "eager" for waiting in loop.scheduler.waiting):
+            loop.add(4, "eager")
+        (ran,) = loop.step()
+        served.append(ran.client)
+        loop.end(ran)
+    assert served == ["patient", "eager"] * 3
+
+
+def test_prompts_whose_log_probabilities_are_wanted_share_few_rows_of_logits() -> None:
+    loop = Loop(100, chunk=512)
+    for _ in range(3):
+        loop.add(100, prompt_logprobs=0)
+    plain = loop.add(100)
+    ran = loop.step()
+    assert sum(count for one, count in ran.items() if one is not plain) == 64
+    assert ran[plain] == 100
+
+
+def test_who_waits_for_a_prompt_is_not_compared_with_it_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    real = scheduler._common_prefix
+
+    def counted(one: list[int], other: list[int]) -> int:
+        compared.append(one)
+        return real(one, other)
+
+    monkeypatch.setattr(scheduler, "_common_prefix", counted)
+    loop = Loop(400, chunk=64)
+    first, *others = [loop.add(1000) for _ in range(4)]
+    for _ in range(10):
+        assert set(loop.step()) == {first}
+    assert len(compared) == 3
+    loop.end(first)
+    # Now one of them computes it, and the others wait for that one.
+    assert list(loop.step()) == others[:1]
+
+
+def test_without_a_prefix_cache_nobody_waits_for_what_it_could_not_use() -> None:
+    loop = Loop(100, chunk=300, prefix_cache=False)
+    alike = {loop.add(100) for _ in range(3)}
+    assert set(loop.step()) == alike
 
 
 def test_one_prompt_being_computed_is_not_computed_beside() -> None:

@@ -35,8 +35,8 @@ class Files:
     def generation_config(self) -> dict[str, Any]:
         return self._generation
 
-    def chat_template(self) -> str | None:
-        return self._template
+    def chat_templates(self) -> dict[str, str]:
+        return {} if self._template is None else {"default": self._template}
 
 
 @given(st.text(max_size=60))
@@ -105,6 +105,16 @@ def test_templates_see_the_special_tokens_and_jinja_extras() -> None:
 def test_a_template_that_refuses_or_misbehaves_is_the_requests_error(source: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         ChatTemplate(source, {}).render([{"role": "user", "content": "secret"}])
+
+
+def test_a_template_sees_what_transformers_gives_it() -> None:
+    source = "{{ messages[0].thinking }}{{ messages[0].reasoning_content }}{{ tools }}{{ add_generation_prompt }}"
+    message = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    template = ChatTemplate(source, {}, named={"rag": "R", "other": "{% broken"})
+    assert template.render([message], messages=[]) == "hmhmNoneTrue"  # type: ignore[list-item]
+    assert template.render([message], documents=[], add_generation_prompt=False) == "R"  # type: ignore[list-item]
+    with pytest.raises(ModelMalformed, match="cannot be compiled"):
+        ChatTemplate("", {}, named={"tool_use": "{% broken"})
 
 
 def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

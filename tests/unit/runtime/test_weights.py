@@ -6,10 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.runtime.architectures import LLAMA
+from rbee_worker.runtime.architectures import LLAMA, parse_config
 from rbee_worker.runtime.checkpoint import TensorInfo, read_safetensors
 from rbee_worker.runtime.linear import LinearFormat, make_linear
-from rbee_worker.runtime.model_config import parse_config
 from rbee_worker.runtime.weights import PartBuilder, RowBlocks, WeightGroup, empty_on, plan_weights, rows_of
 from tests.tiny import write_tiny_model
 
@@ -22,9 +21,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def plan(path: Path) -> list[WeightGroup]:
-    config = parse_config(
-        json.loads((path / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
-    )
+    config = parse_config(json.loads((path / "config.json").read_text()), file="config.json")
     return plan_weights(config, LLAMA, read_safetensors(path))
 
 
@@ -131,9 +128,7 @@ def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("rbee_worker.runtime.weights.make_linear", packed)
     groups = plan(folder)
     whole = {info.name: info for group in groups for info in group.tensors.values()}
-    config = parse_config(
-        json.loads((folder / "config.json").read_text()), file="config.json", supported=("LlamaForCausalLM",)
-    )
+    config = parse_config(json.loads((folder / "config.json").read_text()), file="config.json")
     form = LinearFormat("packed-fp16", torch.float16, torch.float32)
     part = PartBuilder(config, form, CPU, read).build(groups[0 if tied else 1])
     assert sizes == [100, 100, 100, 20]

@@ -154,9 +154,10 @@ def test_reading_again_goes_on_after_what_is_wrong(start, caplog):
         raise InvalidRequest("the file holds no key.")
 
     server = start().server
-    server._reloads = [broken, lambda: read.append(1)]
+    server._reloads = {"API keys": broken, "certificate": lambda: read.append(1)}
     server.reload()
     assert read == [1]
+    assert "SIGHUP: certificate read again" in caplog.text
     assert "the file holds no key. What was there before stays." in caplog.text
 
 

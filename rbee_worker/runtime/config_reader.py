@@ -1,0 +1,144 @@
+"""Typed access to ``config.json``, which remembers what was read: what is left must not change the mathematics."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rbee_worker.errors import ModelMalformed, ModelUnsupported
+
+_MAX_DIMENSION = 2**24
+MAX_COUNT = 4096
+"""Of sizes, and of layers or experts. No model comes near; a larger figure is damage, and is refused before it sizes an
+allocation."""
+
+HARMLESS = frozenset(
+    {
+        # of training, of other tasks, and of other software
+        *("initializer_range", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise", "neftune_noise_alpha"),
+        *("output_router_logits", "output_attentions", "output_hidden_states", "model_max_length", "pruned_heads"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "cache_implementation"),
+        *("tie_encoder_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "use_embedding_sharing"),
+        # said again by another key
+        *("layer_switch", "order_of_interleaved_layers", "use_gated_activation", "use_parallel_block"),
+        *("use_parallel_embedding", "initial_context_length", "experts_per_token", "is_llama_config"),
+        *("sliding_window_pattern", "_sliding_window_pattern", "_pre_quantization_dtype", "temperature"),
+    }
+)
+"""Keys with values that look as if they mattered, and do not."""
+
+_MATHEMATICAL = re.compile(
+    "rope|rotary|norm|scal|multiplier|cap|window|attn|attention|bias|act|clip|alibi|position|expert|router|residual|"
+    "parallel|sink|temperature|factor|limit|eps|theta|swiglu|chunk|sparse|pool|head|rank|lora|mamba|ssm|conv|shared|"
+    "embed|logit|interval|layer|block|group|pattern|hidden|multi|mtp|qkv|quant"
+)
+_NEUTRAL_AT_ONE = re.compile("multiplier|scal|factor|mod|pct|ratio|interval|group|temperature")
+_DROPOUT = re.compile("drop")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReader:
+    """A JSON object, with the file and the key in every complaint."""
+
+    values: Mapping[str, Any]
+    file: str
+    read: set[str] = field(default_factory=set)
+
+    def has(self, key: str) -> bool:
+        """Whether there is a value other than null; counts as reading it."""
+        return self._get(key, None) is not None
+
+    def integer(self, key: str, default: int | None = None, *, most: int = _MAX_DIMENSION) -> int:
+        """A positive integer, ``most`` at most.
+
+        Raises:
+            ModelMalformed: it is something else, or missing without a default.
+        """
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a positive integer.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number. Raises as :meth:`integer` does."""
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a positive number.")
+        return float(value)
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """True or false. Raises as :meth:`integer` does."""
+        value = self._required(key, default)
+        if not isinstance(value, bool):
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be true or false.")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A string. Raises as :meth:`integer` does."""
+        value = self._required(key, default)
+        if not isinstance(value, str):
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a string.")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        """As :meth:`integer`; None where it is null or missing."""
+        return self.integer(key) if self.has(key) else None
+
+    def optional_number(self, key: str) -> float | None:
+        """As :meth:`number`; None where it is null or missing."""
+        return self.number(key) if self.has(key) else None
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """So many positive numbers. Raises as :meth:`integer` does."""
+        values = self.items(key, count)
+        return tuple(ConfigReader({key: value}, self.file).number(key) for value in values)
+
+    def items(self, key: str, count: int | None = None) -> list[Any]:
+        """A list, of ``count`` values where that is given. Raises as :meth:`integer` does."""
+        value = self._required(key, None)
+        if not isinstance(value, list) or (count is not None and len(value) != count):
+            length = "" if count is None else f" of {count} values"
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a list{length}.")
+        return value
+
+    def section(self, key: str) -> "ConfigReader | None":
+        """An object inside this one; None where it is null, empty or missing."""
+        value = self._get(key, None)
+        if not value:
+            return None
+        if not isinstance(value, Mapping):
+            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be an object.")
+        return ConfigReader(value, self.file)
+
+    def refuse_unread(self, family: str) -> None:
+        """Refuse what was not read and may change what the model computes.
+
+        Raises:
+            ModelUnsupported: naming the key.
+        """
+        for key, value in self.values.items():
+            if key in self.read or key in HARMLESS or _is_off(key, value) or not _MATHEMATICAL.search(key):
+                continue
+            raise ModelUnsupported(
+                f"{self.file}: {key} is {value!r:.80}, which this worker does not handle for {family}.",
+                hint="It may change what the model computes, so the model is not run without it.",
+            )
+
+    def _required(self, key: str, default: object) -> Any:
+        value = self._get(key, default)
+        if value is None:
+            raise ModelMalformed(f"{self.file}: {key} is missing.")
+        return value
+
+    def _get(self, key: str, default: object) -> Any:
+        self.read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+
+def _is_off(key: str, value: object) -> bool:
+    """Whether a setting, whatever it is, changes nothing."""
+    if _DROPOUT.search(key) or not value:
+        return True
+    return value == 1 and not isinstance(value, bool) and _NEUTRAL_AT_ONE.search(key) is not None
