@@ -98,8 +98,10 @@ class EngineThread:
         try:
             while not self._stopping.is_set():
                 self._run_commands(wait=not self.engine.has_work)
-                if events := self.engine.step():
-                    self._deliver(events)
+                # Twice, so that `started` does not wait for a long prompt's first pass.
+                for part in (self.engine.admit, self.engine.step):
+                    if events := part():
+                        self._deliver(events)
                 while self._between_jobs and not self.engine.has_work:
                     self._between_jobs.pop(0)()
         except Exception:

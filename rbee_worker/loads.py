@@ -9,7 +9,7 @@ from collections.abc import Generator
 from typing import Protocol
 
 from rbee_worker.broadcast import LoadingBroadcast
-from rbee_worker.config import EngineConfig
+from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import Cancelled, RbeeError
 from rbee_worker.events import LoadCancelled, LoadFailed, LoadingEvent, Resolving
 from rbee_worker.runtime.loading import LoadedModel, load_model, release_memory
@@ -68,6 +68,7 @@ class Loads:
     def begin(self, model: str | None, config: EngineConfig, *, unload_first: bool) -> None:
         """Start a load; the one before must have ended."""
         self.error = None
+        logger.info("loading %s", model or DEFAULT_MODEL)
         self._cancel = cancel = threading.Event()
         self.broadcast = broadcast = LoadingBroadcast()
         loading = load_model(model, config, cancel)
@@ -107,6 +108,8 @@ class Loads:
             end = self._failed(error, event)
         # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
         self.outcomes[end.stage] += 1
+        if not isinstance(end, LoadFailed):
+            logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
         self._host.load_has_ended()
         self._host.publish(broadcast, end)
 

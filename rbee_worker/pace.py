@@ -1,4 +1,4 @@
-"""Pace: how soon a full queue is likely to have room, from how long jobs have run lately."""
+"""Pace: how soon a full queue is likely to have room, from the jobs that run and how long others ran before."""
 
 import math
 import time
@@ -15,31 +15,37 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self._running: dict[str, float] = {}
+        self._running: dict[str, Job] = {}
 
     def stepped(self, gaps: list[float]) -> None:
         """Nothing to note."""
 
     def started(self, job: Job) -> None:
-        """Note when its run began."""
-        self._running[job.id] = job.started_at
+        """Note that it runs."""
+        self._running[job.id] = job
 
     def ended(self, job: Job) -> None:
         """Note how long it ran; jobs that never did say nothing."""
-        began = self._running.pop(job.id, None)
-        if began is not None:
-            self._seconds.append(job.ended_at - began)
+        if self._running.pop(job.id, None) is not None:
+            self._seconds.append(job.ended_at - job.started_at)
 
     def seconds_to_room(self, now: float | None = None) -> int:
-        """Whole seconds, 1 to 60, until one of those that run is likely to have ended.
-
-        That is the mean time that the latest 32 jobs ran, shared among those that run side by side. Until one has
-        ended it is the time that the eldest has run.
-        """
+        """Whole seconds, 1 to 60, until the first of those that run is likely to have ended."""
         running = list(self._running.values())
         if not running:
             return 1
+        now = time.monotonic() if now is None else now
+        return min(max(math.ceil(min(self._left(job, now) for job in running)), 1), _LONGEST)
+
+    def _left(self, job: Job, now: float) -> float:
+        """Seconds that a job is likely to run on: to its last token at the rate it has, where that is known.
+
+        Else to the mean of the latest 32, and as long again as it has run when that is over.
+        """
+        most = job.request.sampling.max_tokens
+        if most is not None and job.texts > 1:
+            return (most - job.texts) * (job.last_at - job.first_at) / (job.texts - 1)
+        elapsed = now - job.started_at
         ended = list(self._seconds)
-        eldest = (time.monotonic() if now is None else now) - min(running)
-        seconds = sum(ended) / len(ended) / len(running) if ended else eldest
-        return min(max(math.ceil(seconds), 1), _LONGEST)
+        mean = sum(ended) / len(ended) if ended else 0.0
+        return mean - elapsed if mean > elapsed else elapsed

@@ -41,6 +41,7 @@ State = Literal["no_model", "loading", "ready", "draining", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
 _LONGEST_RETRY_AFTER = 60
+_LOAD_HINT = "Load one with POST /v1/loading, or start the worker with --model."
 _POLL_SECONDS = 0.02
 _CANCEL_SECONDS = 10.0
 """How long cancelled jobs may take to end when draining; a step is far shorter."""
@@ -147,6 +148,7 @@ class Worker:
         try:
             freed = await asyncio.to_thread(self._thread.between_jobs, self._engine.unload)
             self._loads.forget()
+            logger.info("unloaded: %d MiB of weights freed", freed // MIB)
         finally:
             self._busy_with = None
         return freed
@@ -349,9 +351,9 @@ class Worker:
             reason = f": {self.load_error.message}" if self.load_error is not None else ""
             if not self.engine_alive:
                 reason = ": the engine has died; restart the worker."
-            raise ModelNotLoaded(f"Model not loaded{reason}", retry_after=_LONGEST_RETRY_AFTER)
+            raise ModelNotLoaded(f"Model not loaded{reason}", hint=_LOAD_HINT, retry_after=_LONGEST_RETRY_AFTER)
         if state == "no_model":
-            raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
+            raise ModelNotLoaded("Model not loaded", hint=_LOAD_HINT, retry_after=_LONGEST_RETRY_AFTER)
 
     def _claim(self, operation: Literal["load", "unload"]) -> None:
         """Take the one place there is for a load or an unload; under the lock."""

@@ -27,6 +27,7 @@ def load(
     dtype: opt.DType = opt.ENGINE.dtype,
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
+    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
     json: opt.Json = False,
@@ -45,9 +46,12 @@ def load(
 
     sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=opt.stderr())
     if addr is None:
-        load_here(model, EngineConfig(device=device, dtype=dtype, quantize=quantize, max_context=max_context), sink)
+        config = EngineConfig(
+            device=device, dtype=dtype, quantize=quantize, max_context=max_context, kv_cache_memory=kv_cache_memory
+        )
+        load_here(model, config, sink)
         return
-    opt.refuse_with_addr(ctx, "max_context")
+    opt.refuse_with_addr(ctx, "max_context", "kv_cache_memory")
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:

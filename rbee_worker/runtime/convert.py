@@ -120,6 +120,11 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
     checkpoint = source.checkpoint()
+    if dtype != "auto" and source.format == "safetensors" and source.config().get("quantization_config"):
+        raise ModelUnsupported(
+            f"{source.name} is quantised; in {dtype} its scales would be rounded, and every weight with them.",
+            hint="Copy it as it is, with --dtype auto.",
+        )
     typed = [(info, _target(info, dtype)) for info in checkpoint.tensors.values()]
     # Wide elements first: every tensor then begins at a multiple of its element size, as readers that map files want.
     typed.sort(key=lambda pair: -DTYPE_BYTES[pair[1]])

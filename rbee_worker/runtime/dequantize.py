@@ -138,29 +138,35 @@ def _grouped(info: QuantizedTensor, scheme: Grouped, small: Mapping[str, Tensor]
             values = _unpack(packed, scheme.bits, 1).float()
         else:
             along, shifts = (0, ()) if scheme.packing == "columns" else (1, _AWQ_SHIFTS)
-            values = _unpack(packed, scheme.bits, along, shifts).T.contiguous().float()
+            values = _unpack(packed, scheme.bits, along, shifts).to(torch.uint8).T.float().contiguous()
         if scheme.centre:
             values -= scheme.centre
         rows = torch.arange(begin, end) // high
         if zero is not None:
-            values -= _spread(zero[rows], group)
-        values *= _spread(scale[rows], group)
+            into, by = _aligned(values, zero[rows], group)
+            into -= by
+        into, by = _aligned(values, scale[rows], group)
+        into *= by
         return values
 
     return decode
 
 
-def _spread(grid: Tensor, group: Tensor | None) -> Tensor:
-    """[rows, groups] to [rows, inputs]; what is the same for all inputs stays [rows, 1]."""
-    return grid if group is None else grid[:, group]
+def _aligned(values: Tensor, grid: Tensor, group: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Values [rows, inputs] and what [rows, groups] holds for them, in shapes that broadcast."""
+    if isinstance(group, int):
+        return values.view(len(values), -1, group), grid.unsqueeze(-1)
+    return values, grid[:, group]
 
 
-def _group_of_inputs(info: QuantizedTensor, scheme: Grouped, order: Tensor | None, groups: int) -> Tensor | None:
-    """Each input's group, int64 [inputs]; None: there is one.
+def _group_of_inputs(info: QuantizedTensor, scheme: Grouped, order: Tensor | None, groups: int) -> Tensor | int:
+    """Each input's group, int64 [inputs]; or how many neighbours make one, where all groups are as large.
 
     Raises:
         ModelMalformed: a group that is not there.
     """
+    columns, wide = info.shape[1], min(scheme.block[1], info.shape[1])
+    regular = torch.arange(columns) // wide
     if order is not None and not bool((order == -1).all()):  # compressed-tensors: all -1 means in order
         lowest, highest = int(order.min()), int(order.max())
         if lowest < 0 or highest >= groups:
@@ -169,8 +175,9 @@ def _group_of_inputs(info: QuantizedTensor, scheme: Grouped, order: Tensor | Non
                 f"{part.file.name}: tensor {quoted(part.name)} names group {lowest if lowest < 0 else highest}; "
                 f"there are {groups}."
             )
-        return order.long() if groups > 1 else None
-    return torch.arange(info.shape[1]) // scheme.block[1] if groups > 1 else None
+        if not torch.equal(order.long(), regular):
+            return order.long()
+    return regular if columns % wide else wide
 
 
 def _zeros(scheme: Grouped, stored: Tensor, scale: Tensor) -> Tensor:
@@ -181,8 +188,8 @@ def _zeros(scheme: Grouped, stored: Tensor, scale: Tensor) -> Tensor:
     if scheme.zeros == "columns":
         return _unpack(stored, scheme.bits, 0)[:rows].float() - scheme.centre
     shifts = _AWQ_SHIFTS if scheme.zeros == "awq" else ()
-    values = _unpack(stored, scheme.bits, 1, shifts)[:, :rows].T
-    return ((values + scheme.zero_offset) & (2**scheme.bits - 1)).float()
+    values: Tensor = _unpack(stored, scheme.bits, 1, shifts)[:, :rows].T
+    return values.add(scheme.zero_offset).bitwise_and(2**scheme.bits - 1).float()
 
 
 def _indexed(info: QuantizedTensor, scheme: Codebook, small: Mapping[str, Tensor]) -> Decode:
@@ -194,8 +201,13 @@ def _indexed(info: QuantizedTensor, scheme: Codebook, small: Mapping[str, Tensor
     pairs: Tensor = torch.cartesian_prod(small["map"], small["map"])
 
     def decode(packed: Tensor, begin: int, end: int) -> Tensor:
-        values = pairs[packed.int()].view(-1)
-        values *= absmax[torch.arange(begin * columns, end * columns) // scheme.block]
-        return values.view(end - begin, columns)
+        values = pairs[packed.int()].view(end - begin, columns)
+        if columns % scheme.block == 0:
+            of_row = columns // scheme.block
+            blocks, by = _aligned(values, absmax[begin * of_row : end * of_row].view(-1, of_row), scheme.block)
+            blocks *= by
+            return values
+        values *= absmax[torch.arange(begin * columns, end * columns) // scheme.block].view(-1, columns)
+        return values
 
     return decode

@@ -178,16 +178,32 @@ class Engine:
         A failing forward pass ends every running sequence with an ``error`` event, a failing sampler its own; the
         engine goes on. Events of jobs that :meth:`generate` iterates go there.
         """
-        self._undelivered, events = [], self._undelivered
-        for sequence in self._scheduler.take_ended(time.monotonic()):
-            events.extend((sequence.job_id, event) for event in _end(sequence))
+        events = self._begin()
         try:
-            self._admit(events)
             self._run(events)
         except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
             self._fail(error, events)
         self._retire()
         return [item for item in events if not self._is_followed(*item)]
+
+    def admit(self) -> JobEvents:
+        """What :meth:`step` begins with, alone: end what was cancelled, give places, and tell.
+
+        For those who want to hear of it before the forward pass, which may take long.
+        """
+        events = self._begin()
+        self._retire()
+        return [item for item in events if not self._is_followed(*item)]
+
+    def _begin(self) -> JobEvents:
+        self._undelivered, events = [], self._undelivered
+        for sequence in self._scheduler.take_ended(time.monotonic()):
+            events.extend((sequence.job_id, event) for event in _end(sequence))
+        try:
+            self._admit(events)
+        except Exception as error:  # noqa: BLE001  (as in a step)
+            self._fail(error, events)
+        return events
 
     def _refuse_while_busy(self) -> None:
         if self._sequences:
@@ -206,7 +222,7 @@ class Engine:
             return SequenceCache(pool, prefix, headroom=sequence.tokens_left, rotation=rotation)
 
         for sequence, cache in self._scheduler.admit(new_cache):
-            self._counts.prefix_query_tokens += len(sequence.tokens)
+            self._counts.prefix_query_tokens += len(sequence.tokens) if self.config.prefix_cache else 0
             self._counts.prefix_hit_tokens += cache.reused
             events.extend((sequence.job_id, event) for event in sequence.admit(model.name, cache))
 

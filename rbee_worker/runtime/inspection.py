@@ -8,14 +8,17 @@ from rbee_worker.errors import InvalidRequest
 from rbee_worker.runtime.architectures import ARCHITECTURES, parse_config
 from rbee_worker.runtime.layer_weights import is_matrix, kinds_of_layers, layer_shapes, parameters
 from rbee_worker.runtime.model_config import ModelConfig
+from rbee_worker.runtime.quantization import read_checkpoint
 from rbee_worker.runtime.source import ModelSource
 
+_CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}
+"""Of keys and values on a CPU, which works in float32 beside float16 and int8 weights; a GPU halves these two."""
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes that a model takes on a device: weights, and keys and values of one full context.
+    """Bytes that a model takes on a CPU: weights, and keys and values of one full context.
 
     ``dtype`` is one of ``--dtype``, or ``int8`` for ``--quantize int8`` with a 16-bit ``--dtype``.
     """
@@ -35,7 +38,8 @@ class Inspection:
         parameters: weights in the checkpoint, tied ones counted once.
         active_parameters: of those, the ones that one token goes through; fewer with a mixture of experts.
         dtypes: stored dtype -> bytes.
-        file_bytes: bytes of all tensors in the files.
+        file_bytes: bytes of all tensors in the files; ``dequantized_bytes``: of all weights in 16 bits.
+        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantised``.
         context_length: tokens that ``memory`` is computed for; ``max_context_length``: the model's own limit.
     """
 
@@ -57,6 +61,8 @@ class Inspection:
     tensors: int
     files: int
     file_bytes: int
+    dequantized_bytes: int
+    stored_as: str
     dtypes: dict[str, int]
     context_length: int
     max_context_length: int
@@ -105,6 +111,7 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
     """
     config = read_config(source)
     checkpoint = source.checkpoint()
+    _, stored_as = read_checkpoint(source)
     length = context_length(config, context)
     return Inspection(
         name=source.name,
@@ -125,6 +132,8 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.files),
         file_bytes=checkpoint.total_bytes,
+        dequantized_bytes=2 * parameters(config),
+        stored_as=stored_as,
         dtypes=dict(checkpoint.dtypes),
         context_length=length,
         max_context_length=config.longest_context,
@@ -138,16 +147,16 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
 
 def _need(dtype: str, itemsize: int, config: ModelConfig, context: int) -> MemoryNeed:
     weights = parameters(config) * itemsize
-    cache = context * config.kv_bytes_per_token(itemsize)
+    cache = context * config.kv_bytes_per_token(_CACHE_ITEMSIZES[dtype])
     return MemoryNeed(dtype, weights, cache, weights + cache)
 
 
 def _int8_need(config: ModelConfig, context: int) -> MemoryNeed:
-    """int8 matrices with 12 bytes for each of their rows; embedding, norms and cache in 16 bits."""
+    """int8 matrices with 12 bytes for each of their rows; embedding and norms in 16 bits."""
     head = (config.vocab_size, config.hidden_size)
     weights = head[0] * (head[1] + 12) + 2 * (math.prod(head) + config.hidden_size)
     for index, count in kinds_of_layers(config):
         for role, shape in layer_shapes(config, index).items():
             weights += count * (shape[0] * (shape[1] + 12) if is_matrix(role) else 2 * math.prod(shape))
-    cache = context * config.kv_bytes_per_token(2)
+    cache = context * config.kv_bytes_per_token(_CACHE_ITEMSIZES["int8"])
     return MemoryNeed("int8", weights, cache, weights + cache)

@@ -329,7 +329,10 @@ class _Progress:
             bytes_loaded=read,
             bytes_total=state.bytes_total,
             bytes_per_second=rate,
-            eta_seconds=round((state.bytes_total - read) / rate, 1) if rate else None,
+            # Of a hundredth no rate can be told: the first bytes wait for threads and buffers.
+            eta_seconds=round((state.bytes_total - read) / rate, 1)
+            if rate and read * 100 >= state.bytes_total
+            else None,
         )
 
 

@@ -12,7 +12,7 @@ What is needed, in bytes:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory
@@ -201,6 +201,11 @@ def _remedies(
         if shorter:
             option = f"{flags} --max-context {shorter}".strip()
             yield Option(option, needs(config, form, shorter, engine))
+        elif engine.kv_cache_memory is not None:
+            smaller = needs(config, form, context, replace(engine, kv_cache_memory=None))
+            if smaller.total <= device.free_bytes:
+                size = smaller.cache + device.free_bytes - smaller.total
+                yield Option(f"{flags} --kv-cache-memory {size // MIB}MiB".strip(), smaller)
 
 
 def _longest_context(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig, free: int) -> int:

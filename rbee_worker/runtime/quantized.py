@@ -5,6 +5,7 @@ packed values, scales, zero points. Here they are gathered under the name and sh
 against each other, from headers alone; ``dequantize.py`` computes the values while they are read.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.checkpoint import Checkpoint, TensorInfo, quoted
 
 WORD_BITS = 32
+_MAX_BIAS_BYTES = 2**24
 FLOATS = ("F32", "F16", "BF16")
 """Dtypes that scales are stored in."""
 
@@ -93,6 +95,36 @@ class QuantizedTensor(TensorInfo):
 def files_of(info: TensorInfo) -> Iterable[Path]:
     """The files that hold a tensor, or the parts of one."""
     return (part.file for part in info.parts.values()) if isinstance(info, QuantizedTensor) else (info.file,)
+
+
+def is_idle_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a quantised module's bias of nothing but zeros: AutoGPTQ gives one to every module.
+
+    Raises:
+        ModelMalformed: it cannot be read.
+    """
+    info = checkpoint.tensors[name]
+    module, _, part = name.rpartition(".")
+    if part != "bias" or not isinstance(checkpoint.tensors.get(f"{module}.weight"), QuantizedTensor):
+        return False
+    return not any(read_now(info, limit=_MAX_BIAS_BYTES))
+
+
+def read_now(info: TensorInfo, *, limit: int) -> bytes:
+    """The bytes of a small tensor.
+
+    Raises:
+        ModelMalformed: it is not small, or cannot be read.
+    """
+    where = f"{info.file.name}: tensor {quoted(info.name)}"
+    if info.nbytes > limit:
+        raise ModelMalformed(f"{where} is {info.nbytes} bytes, too many for what it should hold.")
+    try:
+        with info.file.open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.nbytes)
+    except OSError as error:
+        raise ModelMalformed(f"{info.file}: cannot be read: {error.strerror or error}.") from error
 
 
 class Format(Protocol):
@@ -219,7 +251,9 @@ class Stored:
 
 
 def names(pattern: str, module: str) -> bool:
-    """Whether an entry of a list of modules means this one: its path, or whole components of it."""
+    """Whether an entry of a list means this module: its path, whole components of it, or ``re:`` and an expression."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
     return f".{pattern}." in f".{module}."
 
 

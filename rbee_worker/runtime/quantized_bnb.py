@@ -14,7 +14,7 @@ from typing import Any
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.checkpoint import TensorInfo, parse_json_object, quoted
 from rbee_worker.runtime.quantization_options import QuantizationReader
-from rbee_worker.runtime.quantized import Codebook, Grouped, Stored
+from rbee_worker.runtime.quantized import Codebook, Grouped, Stored, read_now
 
 KINDS = ("nf4", "fp4")
 _LEVELS = 16
@@ -57,10 +57,10 @@ def read_bitsandbytes(options: QuantizationReader) -> tuple[FourBitFormat | Eigh
     Raises:
         ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
     """
-    four, eight = (
-        options.boolean(f"load_in_{bits}bit", default=False) or options.boolean(f"_load_in_{bits}bit", default=False)
-        for bits in (4, 8)
-    )
+    # transformers says each twice; all are read, so that none is left over.
+    keys = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+    said = [options.boolean(key, default=False) for key in keys]
+    four, eight = any(said[:2]), any(said[2:])
     if four == eight:
         raise ModelMalformed(
             f"{options.file}: {options.where} sets {'both' if four else 'neither'} of load_in_4bit and load_in_8bit."
@@ -101,15 +101,7 @@ def _gather(stored: Stored, module: str, kind: str) -> None:
 def _state(info: TensorInfo, kind: str) -> tuple[tuple[int, int], int, int, float]:
     """Shape, block size, block size of nested scales (0: not nested) and their offset, from the JSON in a tensor."""
     what = f"{info.file.name}: tensor {quoted(info.name)}"
-    if info.nbytes > _MAX_STATE_BYTES:
-        raise ModelMalformed(f"{what} is {info.nbytes} bytes, too many for what it should hold.")
-    try:
-        with info.file.open("rb") as stream:
-            stream.seek(info.offset)
-            data = stream.read(info.nbytes)
-    except OSError as error:
-        raise ModelMalformed(f"{info.file}: cannot be read: {error.strerror or error}.") from error
-    state = parse_json_object(data, what=what)
+    state = parse_json_object(read_now(info, limit=_MAX_STATE_BYTES), what=what)
     options = QuantizationReader(state, what, where="quant_state")
     options.one_of("quant_type", kind, (kind,))
     block = options.integer("blocksize")

@@ -12,11 +12,13 @@ from typing import Literal
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.checkpoint import TensorInfo, quoted
 from rbee_worker.runtime.quantization_options import QuantizationReader
-from rbee_worker.runtime.quantized import FLOATS, WORD_BITS, Grouped, Packing, Stored, groups_of
+from rbee_worker.runtime.quantized import FLOATS, WORD_BITS, Grouped, Packing, Stored, groups_of, names
 
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 _OBSERVED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype", "dynamic", "actorder"})
+_MAX_REPEATS = 4
+"""Of an expression for names: what more of them cost grows with the name's length to that power."""
 
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -109,7 +111,7 @@ class CompressedFormat:
 
     def _rule(self, weight: TensorInfo, module: str) -> WeightRule:
         """The rule for a module: one that names it comes before one for all of its class."""
-        found = [rule for rule in self.rules if any(_is_named(target, module) for target in rule.targets)]
+        found = [rule for rule in self.rules if any(names(target, module) for target in rule.targets)]
         found += [rule for rule in self.rules if "Linear" in rule.targets]
         if not found:
             raise Stored.malformed(weight, "is quantised, but no config group of config.json targets its module")
@@ -135,7 +137,7 @@ def read_compressed(options: QuantizationReader) -> tuple[CompressedFormat, tupl
         rules += [] if rule is None else [rule]
     if not rules:
         raise ModelMalformed(f"{options.file}: {options.where}.config_groups names no weights.")
-    ignored = options.names("ignore")
+    ignored = _patterns(options, "ignore")
     sparsity = options.inside("sparsity_config")
     if sparsity is not None:
         sparsity.one_of("format", "dense", ("dense",))
@@ -145,10 +147,7 @@ def read_compressed(options: QuantizationReader) -> tuple[CompressedFormat, tupl
 
 
 def _rule(group: QuantizationReader, layout: str) -> WeightRule | None:
-    targets = group.names("targets")
-    for target in targets:
-        if target.startswith("re:"):
-            _compiled(target, group)
+    targets = _patterns(group, "targets")
     layout = group.one_of("format", layout, FORMATS)
     weights = group.inside("weights")
     # Activations are not rounded here.
@@ -173,17 +172,17 @@ def _rule(group: QuantizationReader, layout: str) -> WeightRule | None:
     return WeightRule(targets, layout == "pack-quantized", kind, bits, symmetric, strategy, block)  # type: ignore[arg-type]
 
 
-def _compiled(target: str, reader: QuantizationReader) -> None:
-    try:
-        re.compile(target.removeprefix("re:"))
-    except re.error as error:
-        raise ModelMalformed(f"{reader.file}: {reader.where}.targets: {quoted(target)}: {error}.") from error
-
-
-def _is_named(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target == module
+def _patterns(options: QuantizationReader, key: str) -> tuple[str, ...]:
+    """Names of modules, and expressions for them, none of which could take for ever to match."""
+    found = options.names(key)
+    for pattern in (name.removeprefix("re:") for name in found if name.startswith("re:")):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ModelMalformed(f"{options.file}: {options.where}.{key}: {quoted(pattern)}: {error}.") from error
+        if len(re.findall(r"[*+{]", pattern)) > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+            raise options.unsupported(key, pattern, f"Expressions may repeat {_MAX_REPEATS} things, and no groups.")
+    return found
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

@@ -28,6 +28,8 @@ _SUM_BLOCK = 256
 _BELOW_ONE = 1 - 2**-53
 _COLDEST = 1e-6
 """Temperatures below are no different from it, and float32 cannot divide by the smallest of them."""
+_LEAST_PENALTY = 1e-6
+"""Repetition penalties below it would leave no logit finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +320,7 @@ def _apply_penalties(logits: Tensor, samplers: Sequence[Sampler]) -> None:
         return torch.from_numpy(np.repeat(values, sizes)).to(device)
 
     values = logits.view(-1)[indices]
-    factor = spread("repetition_penalty")
+    factor = spread("repetition_penalty").clamp_(min=_LEAST_PENALTY)
     values = torch.where(values > 0, values / factor, values * factor)
     values -= spread("frequency_penalty") * counts + spread("presence_penalty") * (counts > 0)
     logits.view(-1)[indices] = values

@@ -24,7 +24,7 @@ from rbee_worker.runtime.layer_weights import of_linear, stored_shapes, tensor_n
 from rbee_worker.runtime.linear import Linear, LinearFormat, make_linear
 from rbee_worker.runtime.model_config import ModelConfig
 from rbee_worker.runtime.moe import Experts
-from rbee_worker.runtime.quantized import QuantizedTensor
+from rbee_worker.runtime.quantized import QuantizedTensor, is_idle_bias
 from rbee_worker.runtime.stacked_experts import read_expert
 from rbee_worker.runtime.transformer import (
     ATTENTION_LINEARS,
@@ -109,7 +109,9 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
         shapes = stored_shapes(config, index)
         tensors = {role: take(tensor_name(architecture, index, role), shape) for role, shape in shapes.items()}
         groups.append(WeightGroup("layer", tensors, index))
-    leftover = [name for name in left if not name.endswith(architecture.ignored_suffixes)]
+    leftover = [
+        name for name in left if not name.endswith(architecture.ignored_suffixes) and not is_idle_bias(checkpoint, name)
+    ]
     if leftover:
         shown = ", ".join(f"'{name}'" for name in sorted(leftover)[:3])
         raise ModelMalformed(

@@ -208,7 +208,9 @@ def int8_rows(weight: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": stored, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}, whole
 
 
-def write(plain: Path, config: dict[str, Any], quantise: Quantise, *, head: bool = False) -> tuple[Path, Path]:
+def write(
+    plain: Path, config: dict[str, Any], quantise: Quantise, *, head: bool = False, shards: int = 1
+) -> tuple[Path, Path]:
     """A quantised copy of a model's folder, and its twin in float32 with the weights that the copy stands for."""
     tensors = load_file(plain / "model.safetensors")
     stored, whole = dict(tensors), dict(tensors)
@@ -219,11 +221,24 @@ def write(plain: Path, config: dict[str, Any], quantise: Quantise, *, head: bool
             stored |= {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in parts.items()}
     folders = plain.with_name("quantised"), plain.with_name("twin")
     for folder, content in zip(folders, (stored, whole), strict=True):
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(plain, folder)
-        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+        save(folder, content, shards)
     values = json.loads((plain / "config.json").read_text())
     (folders[0] / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
     return folders
+
+
+def save(folder: Path, tensors: Parts, shards: int = 1) -> None:
+    """Write a folder's weights; of several shards, each has every so many-th tensor."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def _words(values: Any) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from rbee_worker.server.openai.responses_items import ItemStatus
 from rbee_worker.server.openai.responses_object import Status
-from rbee_worker.server.openapi.answers import ChatTokenLogprob, ErrorDetail
+from rbee_worker.server.openapi.answers import ErrorDetail
+from rbee_worker.server.openapi.answers_openai import ChatTokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

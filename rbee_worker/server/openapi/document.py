@@ -20,7 +20,7 @@ from rbee_worker.errors import (
     Unavailable,
 )
 from rbee_worker.server.access import OPEN_PATHS
-from rbee_worker.server.openapi import answers, answers_responses
+from rbee_worker.server.openapi import answers, answers_openai, answers_responses
 from rbee_worker.server.openapi.operations import EVENT_STREAM, JSON, OPERATIONS, Answer, Errors, Operation
 from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, record_schemas, ref
 
@@ -84,7 +84,8 @@ def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
 
 def component_schemas() -> dict[str, Schema]:
     """Every schema that the document refers to."""
-    kinds = [*vars(answers).values(), *vars(answers_responses).values()]
+    modules = (answers, answers_openai, answers_responses)
+    kinds = [kind for module in modules for kind in vars(module).values()]
     records = dict.fromkeys(kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind))
     bodies = {operation.body for operation in OPERATIONS.values() if operation.body is not None}
     parts = (event_schemas(), record_schemas(records), body_schemas(sorted(bodies, key=lambda body: body.__name__)))

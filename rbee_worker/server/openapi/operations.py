@@ -27,7 +27,7 @@ from rbee_worker.server.native import PROGRESS_PATH
 from rbee_worker.server.openai.chat_schemas import ChatBody
 from rbee_worker.server.openai.responses_schemas import ResponsesBody
 from rbee_worker.server.openai.schemas import CompletionBody
-from rbee_worker.server.openapi import answers, answers_responses
+from rbee_worker.server.openapi import answers, answers_openai, answers_responses
 from rbee_worker.server.responses import INFERENCE_PATH
 from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 
@@ -106,12 +106,12 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         parameters={"job_id": "The job's id, or the id of one of OpenAI's responses."},
         answers={204: Answer()},
     ),
-    ("GET", "/v1/models"): _get("openai", "The model, by its names", Answer(json=answers.ModelList)),
+    ("GET", "/v1/models"): _get("openai", "The model, by its names", Answer(json=answers_openai.ModelList)),
     ("GET", "/v1/models/{model}"): Operation(
         tag="openai",
         summary="One of the names",
         parameters={"model": "The name; it may hold slashes."},
-        answers={200: Answer(json=answers.Model)},
+        answers={200: Answer(json=answers_openai.Model)},
         errors=(ModelNotFound,),
     ),
     ("POST", "/v1/completions"): Operation(
@@ -119,7 +119,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         summary="Continue prompts, in OpenAI's shape",
         description=f"{_STREAMED} {_REFUSED}",
         body=CompletionBody,
-        answers={200: Answer(json=answers.Completion, frames=("CompletionChunk", "FailedChunk"))},
+        answers={200: Answer(json=answers_openai.Completion, frames=("CompletionChunk", "FailedChunk"))},
         errors=_COMPLETIONS,
     ),
     ("POST", "/v1/chat/completions"): Operation(
@@ -127,7 +127,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         summary="Answer a conversation, in OpenAI's shape",
         description=f"{_STREAMED} {_REFUSED}",
         body=ChatBody,
-        answers={200: Answer(json=answers.ChatCompletion, frames=("ChatCompletionChunk", "FailedChunk"))},
+        answers={200: Answer(json=answers_openai.ChatCompletion, frames=("ChatCompletionChunk", "FailedChunk"))},
         errors=_COMPLETIONS,
     ),
     ("POST", "/v1/responses"): Operation(

@@ -63,6 +63,7 @@ class ScriptedWorker:
             for event in self.scripts[index % len(self.scripts)]:
                 untold = isinstance(event, Token) and job.request.sampling.logprobs is None
                 job.deliver(replace(event, logprobs=None) if untold else event, time.monotonic())
+            job.ended = None  # to its reader the end is still to come
         return jobs
 
     def prompt(self):

@@ -1,0 +1,181 @@
+"""The description is whole: every route, every field, and nothing that is not there."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from base64 import b64encode
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from starlette.routing import Route
+
+from rbee_worker.config import (
+    CHOICES_RANGE,
+    LOGIT_BIAS_RANGE,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    RANGES,
+    SEED_MAX,
+    SEED_MIN,
+    ServerConfig,
+)
+from rbee_worker.events import to_dict
+from rbee_worker.server.app import create_app
+from rbee_worker.server.openapi.document import TAGS, build
+from rbee_worker.server.openapi.operations import OPERATIONS
+from rbee_worker.server.openapi.page import POLICY, STYLE, render
+from rbee_worker.server.openapi.schemas import INFERENCE_EVENTS, LOADING_EVENTS, REF, body_schemas
+from rbee_worker.server.openapi.texts import FIELDS
+from tests.unit import samples
+
+
+def registered(stand_in) -> list[Route]:
+    app = create_app(stand_in.Worker(), ServerConfig())
+    return [route for route in app.routes if isinstance(route, Route)]
+
+
+@pytest.fixture
+def document(stand_in) -> dict[str, Any]:
+    return build(registered(stand_in), keyed=True)
+
+
+def references(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if "$ref" in value else set()
+        return own.union(*map(references, value.values()))
+    return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+
+def test_every_route_and_method_is_described_and_no_other(stand_in, document):
+    there = {(method, route.path_format) for route in registered(stand_in) for method in route.methods - {"HEAD"}}
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == there == OPERATIONS.keys()
+
+
+def test_parts_of_paths_are_parameters(document):
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            named = {parameter["name"] for parameter in operation.get("parameters", ())}
+            assert named == set(re.findall(r"\{(\w+)\}", path)), path
+
+
+def test_references_lead_somewhere_and_every_schema_is_referred_to(document):
+    found = references(document)
+    kinds = ("schemas", "headers")
+    there = {f"#/components/{kind}/{name}" for kind in kinds for name in document["components"][kind]}
+    mapped = {ref for schema in document["components"]["schemas"].values() for ref in mapping(schema)}
+    assert found <= there
+    assert mapped <= there
+    # The two unions are what streams refer to; only their members may be left over.
+    assert there - found == set()
+
+
+def mapping(schema: dict[str, Any]) -> set[str]:
+    return set(schema.get("discriminator", {}).get("mapping", {}).values())
+
+
+def test_schemas_are_schemas_and_ids_and_tags_are_known(document):
+    for schema in document["components"]["schemas"].values():
+        jsonschema_rs.meta.validate(schema | {"$schema": "https://json-schema.org/draft/2020-12/schema"})
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    ids = [operation["operationId"] for operation in operations]
+    assert len(ids) == len(set(ids))
+    assert {tag for operation in operations for tag in operation["tags"]} == TAGS.keys()
+    assert document["openapi"] == "3.1.0"
+
+
+def test_every_field_of_a_body_is_described_and_no_text_is_left_over():
+    used, bare = set(), []
+    for kind, schema in body_schemas({operation.body for operation in OPERATIONS.values() if operation.body}).items():
+        assert schema["description"]
+        for name in schema["properties"]:
+            keys = {f"{kind}.{name}", name} & FIELDS.keys()
+            if not keys:
+                bare.append(f"{kind}.{name}")
+            used.add(f"{kind}.{name}" if f"{kind}.{name}" in keys else name)
+    assert bare == []
+    assert FIELDS.keys() - used == set()
+
+
+def test_ranges_are_those_of_the_settings(document):
+    schemas = document["components"]["schemas"]
+    properties = schemas["InferenceBody"]["properties"]
+    for name, bounds in RANGES.items():
+        number = next(option for option in properties[name]["anyOf"] if option != {"type": "null"})
+        assert (number.get("minimum"), number.get("maximum"), number.get("exclusiveMinimum")) == (
+            bounds.low,
+            bounds.high,
+            bounds.above,
+        ), name
+    seed, _ = properties["seed"]["anyOf"]
+    assert (seed["minimum"], seed["maximum"]) == (SEED_MIN, SEED_MAX)
+    text, texts, _ = properties["stop"]["anyOf"]
+    assert (text["minLength"], text["maxLength"], texts["maxItems"]) == (1, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES)
+    assert texts["items"] == text
+    biases, _ = properties["logit_bias"]["anyOf"]
+    assert biases["maxProperties"] == MAX_LOGIT_BIAS
+    assert biases["additionalProperties"]["maximum"] == LOGIT_BIAS_RANGE.high
+    answers, _ = schemas["ChatBody"]["properties"]["n"]["anyOf"]
+    assert answers["maximum"] == CHOICES_RANGE.high
+    assert schemas["ChatBody"]["required"] == ["messages"]
+
+
+@pytest.mark.parametrize(
+    "event", [*samples.LOAD[:2], *samples.LOAD[-2:], *samples.JOB], ids=lambda event: type(event).__name__
+)
+def test_events_fit_their_schema_and_nothing_else(document, event):
+    name = "LoadingEvent" if isinstance(event, LOADING_EVENTS) else "InferenceEvent"
+    whole = {"$ref": REF + name, "components": document["components"]}
+    told = to_dict(event)
+    jsonschema_rs.validator_for(whole).validate(told)
+    for key in told:
+        optional = {field.name for field in dataclasses.fields(event) if field.default is None}
+        without = {other: value for other, value in told.items() if other != key}
+        assert jsonschema_rs.validator_for(whole).is_valid(without) == (key in optional), key
+
+
+def test_every_event_is_in_the_union_of_its_streams(document):
+    for name, kinds in (("LoadingEvent", LOADING_EVENTS), ("InferenceEvent", INFERENCE_EVENTS)):
+        union = document["components"]["schemas"][name]
+        assert [option["$ref"] for option in union["oneOf"]] == [REF + kind.__name__ for kind in kinds]
+
+
+def test_without_keys_nothing_asks_for_one(stand_in):
+    document = build(registered(stand_in), keyed=False)
+    assert "securitySchemes" not in document["components"]
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert not any("security" in operation or "401" in operation["responses"] for operation in operations)
+
+
+def test_the_page_escapes_what_it_shows(document):
+    document["info"]["title"] = "<script>"
+    next(iter(document["paths"].values()))["get"]["summary"] = "a < b & `c`"
+    page = render(document)
+    assert "<script" not in page
+    assert "a &lt; b &amp; <code>c</code>" in page
+
+
+def test_the_page_may_use_its_own_style_and_nothing_else(document):
+    page = render(document)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert style == STYLE
+    digest = b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in POLICY
+    assert POLICY.startswith("default-src 'none'")
+    anchors = set(re.findall(r' id="([^"]+)"', page))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= anchors
+
+
+def test_both_are_served_and_made_once(start):
+    server = start()
+    first = server.ask("GET", "/openapi.json")
+    assert first.status == 200
+    assert first.headers["content-type"] == "application/json"
+    assert json.loads(first.body)["info"]["title"] == "rbee-worker"
+    assert server.ask("GET", "/openapi.json").body == first.body
+    page = server.ask("GET", "/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"] == POLICY
