@@ -119,9 +119,10 @@ class SequenceCache:
         """
         missing = self.missing(tokens)
         if missing:
-            own = self._blocks[-1] if len(self._blocks) > self.reused // BLOCK_TOKENS else None
+            # Behind a shared prefix too, where that is free: then all of the sequence is one run.
+            last = self._blocks[-1] if self._blocks else None
             headroom = blocks_for(max(self.headroom - tokens, 0))
-            self._append(self._pool.allocate(missing, own, headroom))
+            self._append(self._pool.allocate(missing, last, headroom))
 
     def advance(self, tokens: Sequence[int], length: int) -> None:
         """Count positions as written and valid, up to ``length``, and make full blocks findable.

@@ -57,7 +57,10 @@ def aggregate(engine: Engine, count: int, tokens: int) -> float:
 
 
 def throughput(options: argparse.Namespace) -> None:
-    engine = load(options.model, dtype=options.dtype, max_batch_size=max(options.sizes))
+    config: dict[str, Any] = {"dtype": options.dtype, "max_batch_size": max(options.sizes)}
+    if not options.prefix_cache:
+        config["prefix_cache"] = False
+    engine = load(options.model, **config)
     aggregate(engine, 2, 8)
     rates: dict[int, list[float]] = {size: [] for size in options.sizes}
     for _ in range(options.runs):
@@ -145,6 +148,8 @@ def main() -> None:
     for measure in (throughput, overhead, starvation):
         kind = kinds.add_parser(measure.__name__)
         kind.set_defaults(run=measure)
+        if measure is throughput:
+            kind.add_argument("--prefix-cache", action="store_true", help="reuse what the run before has computed")
         if measure is not overhead:
             kind.add_argument("model", help="a folder in Hugging Face layout")
             kind.add_argument("--dtype", default="auto")

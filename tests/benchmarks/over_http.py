@@ -60,10 +60,14 @@ async def frames(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> 
     out: list[tuple[float, Any]] = []
     async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: "):
-                data = line.removeprefix("data: ")
-                out.append((time.perf_counter(), data if data == "[DONE]" else json.loads(data)))
+        rest = b""
+        # Split at line feeds alone: text may hold other characters that end a line.
+        async for chunk in response.aiter_bytes():
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: "):
+                    data = line.removeprefix(b"data: ")
+                    out.append((time.perf_counter(), "[DONE]" if data == b"[DONE]" else json.loads(data)))
     return out
 
 
@@ -118,12 +122,13 @@ def throughput(options: argparse.Namespace) -> None:
     from rbee_worker.config import EngineConfig
     from rbee_worker.runtime.engine import Engine
 
-    engine = Engine(EngineConfig(dtype=options.dtype, max_batch_size=8))
+    engine = Engine(EngineConfig(dtype=options.dtype, max_batch_size=8, prefix_cache=False))
     for _ in engine.load(options.model):
         pass
+    places = ("--max-batch-size", "8", "--no-prefix-cache")
     kinds = ("engine alone", "inference", "completions")
     rates: dict[tuple[str, int], list[float]] = {(kind, size): [] for size in (1, 8) for kind in kinds}
-    with serving("--model", options.model, "--dtype", options.dtype, "--max-batch-size", "8") as (url, _):
+    with serving("--model", options.model, "--dtype", options.dtype, *places) as (url, _):
         for turn in range(options.runs + 1):
             for (kind, size), measured in rates.items():
                 salt = 1000 * turn

@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
     ),
     "tokenizer that is none": (lambda path: void((path / "tokenizer.json").write_text("{}")), 3, ("tokenizer.json",)),
     "other architecture": (config(architectures=["MambaForCausalLM"]), 4, ("MambaForCausalLM", "LlamaForCausalLM")),
-    "quantized checkpoint": (config(quantization_config={"quant_method": "awq"}), 4, ("awq",)),
+    "quantized checkpoint": (config(quantization_config={"quant_method": "spqr"}), 4, ("spqr",)),
     "a layer too many": (config(num_hidden_layers=4), 3, ("model.layers.3.", "missing")),
     "a layer too few": (config(num_hidden_layers=2), 3, ("model.layers.2.", "2 layers")),
 }

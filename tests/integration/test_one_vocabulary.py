@@ -56,7 +56,7 @@ def keys(events: list[dict[str, Any]]) -> list[list[str]]:
 
 def test_library_json_and_sse_agree(model_dir: Path) -> None:
     model = str(model_dir)
-    engine = Engine(EngineConfig())
+    engine = Engine(EngineConfig(max_batch_size=1))
     library_load = [to_dict(event) for event in engine.load(model)]
     sampling = SamplingParams(**SAMPLING | {"stop": tuple(SAMPLING["stop"])})
     library_job = [to_dict(event) for event in engine.generate(GenerationRequest(prompt=PROMPT, sampling=sampling))]
@@ -67,7 +67,7 @@ def test_library_json_and_sse_agree(model_dir: Path) -> None:
     json_load = [line for line in lines if "stage" in line]
     json_job = [line for line in lines if "event" in line]
 
-    with serving("--model", model, "--no-load", wait=False) as worker:
+    with serving("--model", model, "--no-load", "--max-batch-size", "1", wait=False) as worker:
         httpx.post(f"{worker.url}/v1/loading", json={})
         sse_load = worker.events()
         sse_job = worker.infer(prompt=PROMPT, **SAMPLING)

@@ -29,7 +29,7 @@ BOMB = {"patternProperties": {f"^{index + 4096:x}": {} for index in range(500)}}
 
 @pytest.fixture(scope="module")
 def worker(model_dir: Path) -> Iterator[Served]:
-    with serving("--model", str(model_dir), "--max-context", "512") as served:
+    with serving("--model", str(model_dir), "--max-context", "512", "--no-prefix-cache") as served:
         yield served
 
 

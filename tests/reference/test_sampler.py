@@ -134,6 +134,17 @@ def test_draws_follow_the_probabilities() -> None:
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.02, rtol=0)
 
 
+def test_a_draw_of_many_is_the_inverse_of_the_cumulative_probability() -> None:
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(6))
+    cumulative = logits.double().softmax(0).cumsum(0)
+    for seed in range(200):
+        sampler = Sampler(SamplingParams(), seed, [])
+        point = sampler.point
+        token = choose(logits, sampler)
+        before = float(cumulative[token - 1]) if token else 0.0
+        assert before - 1e-6 <= point <= float(cumulative[token]) + 1e-6
+
+
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, temperature=0), 0, [1, 1, 2])
     logits = torch.tensor([5.0, 1.0, 1.0, 1.0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.config import EngineConfig, GenerationRequest, GrammarSpec, SamplingParams
 from rbee_worker.errors import Conflict, ContextTooLong, InvalidRequest, ModelMalformed, ModelNotLoaded
 from rbee_worker.events import (
     End,
@@ -164,6 +164,13 @@ def test_end_of_sequence_tokens_end_it_unless_ignored(tmp_path: Path, engine: En
     assert (end.stop_reason, end.tokens_out) == ("eos", where)
     end = assert_whole_stream(list(stopping.generate(request(temperature=0, ignore_eos=True))))
     assert (end.stop_reason, end.tokens_out) == ("max_tokens", 12)
+
+
+def test_behind_what_a_grammar_allows_comes_the_end_also_where_it_is_ignored(tmp_path: Path) -> None:
+    stopping = loaded(write_tiny_model(tmp_path, eos_token_id=[7]))
+    asked = request(grammar=GrammarSpec("regex", "a+"), ignore_eos=True, logit_bias=((7, 100.0),))
+    events = list(stopping.generate(asked))
+    assert (text(events), assert_whole_stream(events).tokens_out) == ("a", 1)
 
 
 def test_a_full_context_ends_it(tiny: Path) -> None:

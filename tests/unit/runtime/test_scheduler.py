@@ -74,6 +74,7 @@ def test_a_prompt_waits_until_the_cache_has_room_for_all_of_it() -> None:
     assert second.cache is None
     loop.end(first)
     assert set(loop.step()) == {second}
+    assert loop.scheduler.preemptions == 0
 
 
 def test_the_latest_gives_way_and_comes_back() -> None:
@@ -97,6 +98,35 @@ def test_what_gave_way_comes_before_what_never_ran() -> None:
     late = loop.add(1)
     loop.end(first)
     assert list(loop.step()) == [second, late]
+
+
+def test_what_gave_way_comes_back_in_order_of_arrival() -> None:
+    loop = Loop(8)
+    first, second, third = (loop.add(BLOCK_TOKENS) for _ in range(3))
+    while loop.scheduler.preemptions < 2:
+        loop.step()
+    assert loop.scheduler.running == [first]
+    assert list(loop.scheduler.waiting) == [second, third]
+
+
+def test_who_came_first_comes_first_also_when_it_got_its_place_later() -> None:
+    loop = Loop(100, places=2)
+    first, second = loop.add(4, "busy"), loop.add(4, "busy")
+    little = loop.add(4, "little")
+    loop.step()
+    assert loop.scheduler.running == [first, little]
+    loop.end(first)
+    loop.step()
+    assert loop.scheduler.running == [second, little]
+
+
+def test_guesses_cost_nobody_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(4)
+    first, second = loop.add(2 * BLOCK_TOKENS - 4), loop.add(2 * BLOCK_TOKENS - 4)
+    loop.step()
+    monkeypatch.setattr(first, "draft", lambda: (1,) * 16)
+    assert loop.step() == {first: 1, second: 1}
+    assert loop.scheduler.preemptions == 0
 
 
 @pytest.mark.parametrize("busy", [1, 3])
