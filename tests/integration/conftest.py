@@ -86,7 +86,7 @@ def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> 
         url = ""
         for line in process.stderr:
             log.append(line)
-            if found := re.search(r"listening on (https?://[^\s"]+)", line):
+            if found := re.search(r"listening on (https?://[\w.:\[\]-]+)", line):
                 url = found[1]
                 break
         assert url, "".join(log)
