@@ -1,6 +1,7 @@
 # make demo     install, prepare the default model, load it and ask it a question
 # make test     everything that CI runs
 # make test-all the slow suites too
+# make test-avx2 everything that CI runs, with AVX-512 hidden from torch
 # make docs     regenerate completions/ and docs/cli.md
 # make clean    remove the environment and the prepared model
 
@@ -14,7 +15,11 @@ PROMPT ?= What is the capital of France?
 # Two test processes, one torch thread each: more threads than cores only slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all lint docs clean
+# What torch and its libraries may use of the CPU: no more than AVX2. A CPU with AVX-512 then runs the other forms of
+# the linear layers too.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: demo test test-all test-avx2 lint docs clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
@@ -22,9 +27,14 @@ demo: $(MODEL)/model.safetensors
 
 test: lint
 	$(PYTEST) -m "not slow"
+	$(AVX2) $(PYTEST) -m "cpu_forms and not slow"
 
 test-all: lint
 	$(PYTEST)
+	$(AVX2) $(PYTEST) -m cpu_forms
+
+test-avx2: lint
+	$(AVX2) $(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

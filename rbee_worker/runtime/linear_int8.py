@@ -22,20 +22,18 @@ whichever of the products below makes the sum.
 that their sums stay exact, L = 127; it converts the weights at every call and is there for CPUs that have no other.
 """
 
-import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.errors import ModelUnsupported
-
 LEVELS = 127
 """The largest magnitude of a quantised weight, and of an activation where nothing asks for less."""
 
-_REDUCED_LEVELS = 63
+REDUCED_LEVELS = 63
+"""The same for CPUs whose FBGEMM is not exact with 127."""
+
 _FINE_LEVELS = 2**17 - 1
 """Magnitude of an activation while it is rotated: 64 of them add up to less than 2^24, exactly, in float32."""
 
@@ -103,13 +101,12 @@ class Int8Linear:
 
     __slots__ = ("_bias", "_product", "_rotation", "levels", "nbytes")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: str, levels: int) -> None:
         self._rotation = hadamard(weight.shape[1], weight.device)
         values, scale = quantize_weight(weight, self._rotation)
-        self.levels = LEVELS
+        self.levels = levels
         self._product: Product
         if kernel == "packed-int8":
-            self.levels = fbgemm_levels() or LEVELS
             self._product = fbgemm_product(values, scale, self.levels)
         elif kernel == "int8" and all(size % _INT_MM_MULTIPLE == 0 for size in weight.shape):
             self._product = int_mm_product(values, scale)
@@ -132,21 +129,6 @@ def int8_bytes(out_features: int, in_features: int, kernel: str) -> int:
     """Bytes of a matrix [out, in] at rest: FBGEMM keeps a zero point and a sum for each channel beside its scale."""
     per_channel = 12 if kernel == "packed-int8" else 4
     return out_features * (in_features + per_channel)
-
-
-def int8_kernel(device: torch.device) -> str:
-    """The kernel that int8 weights run in on a device.
-
-    Raises:
-        ModelUnsupported: there is none.
-    """
-    if device.type == "cuda":
-        return "int8"
-    if device.type == "cpu":
-        return "packed-int8" if fbgemm_levels() else "plain-int8"
-    raise ModelUnsupported(
-        f"--quantize int8 does not run on {device.type}.", hint="Leave --quantize out, or use --device cpu."
-    )
 
 
 def fbgemm_product(values: Tensor, scale: Tensor, levels: int) -> Product:
@@ -194,31 +176,6 @@ def plain_product(values: Tensor, scale: Tensor) -> Product:
         return sums.float() * scale
 
     return product
-
-
-@functools.cache
-def fbgemm_levels() -> int | None:
-    """The activation levels with which FBGEMM's int8 sums are exact on this CPU; None: it is not there or never is.
-
-    Asked of the arithmetic itself: the worst case of each level count is multiplied out and compared.
-    """
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return None
-    values = torch.full((32, 64), LEVELS, dtype=torch.int8)
-    values[1::2] = -LEVELS
-    scale = torch.ones(32)
-    try:
-        with warnings.catch_warnings():
-            # torch deprecates its quantised tensors, once per process, but packs from nothing else.
-            warnings.simplefilter("ignore")
-            for levels in (LEVELS, _REDUCED_LEVELS):
-                rows = torch.full((3, 64), float(levels))
-                rows[1] = -levels
-                if torch.equal(fbgemm_product(values, scale, levels)(rows), plain_product(values, scale)(rows)):
-                    return levels
-    except (AttributeError, RuntimeError):  # a torch that has dropped them
-        return None
-    return None
 
 
 def _pack(values: Tensor, scale: Tensor) -> object:

@@ -14,6 +14,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -21,10 +22,10 @@ from torch.nn import functional
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import End, LoadReport, Ready
-from rbee_worker.runtime import linear_int8
+from rbee_worker.runtime import linear, linear_int8
+from rbee_worker.runtime.cpu import cpu_features
 from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.linear import LinearFormat, make_linear
-from rbee_worker.runtime.linear_int8 import fbgemm_levels, int8_kernel
+from rbee_worker.runtime.linear import LinearFormat, choose_format, make_linear
 from rbee_worker.runtime.transformer import Batch
 
 PARAGRAPH = (
@@ -45,9 +46,9 @@ CPU = torch.device("cpu")
 
 def forms() -> dict[str, LinearFormat]:
     return {
-        "float16": LinearFormat("packed-fp16", torch.float16, torch.float32),
-        "bfloat16": LinearFormat("packed-bf16", torch.bfloat16, torch.bfloat16),
-        "int8": LinearFormat(int8_kernel(CPU), torch.float16, torch.float32),
+        "float16": choose_format(CPU, "float16"),
+        "bfloat16": choose_format(CPU, "bfloat16"),
+        "int8": choose_format(CPU, "float16", "int8"),
     }
 
 
@@ -119,12 +120,13 @@ def measure_model(model: str | None, runs: int) -> Iterator[str]:
     ways: list[tuple[str, str, str, int | None]] = [
         ("float16", "float16", "none", None),
         ("bfloat16", "bfloat16", "none", None),
-        ("int8", "float16", "int8", fbgemm_levels()),
+        ("int8", "float16", "int8", cpu_features().int8_levels),
     ]
-    if fbgemm_levels() == linear_int8.LEVELS:
+    if cpu_features().int8_levels == linear_int8.LEVELS:
         ways.append(("int8, as without VNNI", "float16", "int8", 63))
     for name, dtype, quantize, levels in ways:
-        with mock.patch.object(linear_int8, "fbgemm_levels", lambda levels=levels: levels):
+        features = replace(cpu_features(), int8_levels=levels)
+        with mock.patch.object(linear, "cpu_features", lambda features=features: features):
             engine, report = load(model, dtype, quantize)
         ours, _ = logits_of(engine)
         error = float((ours.double() - exact.double()).norm() / exact.double().norm())
@@ -146,7 +148,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure of the layer")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"int8 runs as {int8_kernel(CPU)}, activations of {fbgemm_levels() or linear_int8.LEVELS} levels a side\n")
+    for name, form in forms().items():
+        print(f"{name} runs as {form.kernel}", f", activations of {form.levels} levels a side" * (name == "int8"))
     for line in measure_layer(arguments.seconds):
         print(line, flush=True)
     print()

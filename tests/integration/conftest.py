@@ -23,6 +23,14 @@ from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 PROGRAM = str(Path(sys.executable).parent / "rbee-worker")
 SECONDS = 60.0
 
+WITHOUT_AVX512 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""Environment in which torch and its libraries use no more of a CPU than AVX2; `make test` sets the same."""
+
 
 def run(
     *arguments: str, stdin: str | None = None, timeout: float = SECONDS, **env: str

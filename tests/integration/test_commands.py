@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import PROGRAM, SECONDS, Served, environment, run, serving
+from .conftest import PROGRAM, SECONDS, WITHOUT_AVX512, Served, environment, run, serving
 
 QUESTION = "What is the capital of France?"
 
@@ -22,6 +22,15 @@ def test_the_real_model_knows_the_capital_of_france(model_dir: Path) -> None:
     assert done.stdout == "The capital of France is Paris.\n"
     assert "30/30 layers" in done.stderr
     assert "tok/s" in done.stderr
+
+
+@pytest.mark.parametrize("env", [{}, WITHOUT_AVX512], ids=["every instruction", "without AVX-512"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_dtype_runs_on_every_cpu(model_dir: Path, dtype: str, env: dict[str, str]) -> None:
+    arguments = ("-m", str(model_dir), "-p", QUESTION, "--temperature", "0", "--dtype", dtype, "--max-tokens", "16")
+    done = run("generate", *arguments, "-q", **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
 
 
 def test_piped_output_is_the_text_alone_and_quiet_is_quiet(tiny: Path) -> None:

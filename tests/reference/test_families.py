@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.runtime.architectures import ARCHITECTURES, parse_config
+from rbee_worker.runtime.cpu import cpu_features
 from rbee_worker.runtime.engine import Engine
 from rbee_worker.runtime.inspection import inspect_model
-from rbee_worker.runtime.linear_int8 import fbgemm_levels
 from rbee_worker.runtime.preflight import weights_bytes
 from rbee_worker.runtime.sequence import Sequence
 from rbee_worker.runtime.source import resolve
@@ -140,6 +140,7 @@ def errors(path: Path, case: Case, dtype: str, **config: Any) -> float:
     return relative_error(torch.cat(ours), torch.cat(their_logits(reference(path), prompts)))
 
 
+@pytest.mark.cpu_forms
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_sixteen_bits_err_no_more_than_the_reference_does(saved: Callable[[str], Path], name: str) -> None:
     case, path = CASES[name], saved(name)
@@ -150,12 +151,13 @@ def test_sixteen_bits_err_no_more_than_the_reference_does(saved: Callable[[str],
         assert errors(path, case, dtype) < 1.5 * theirs, dtype
 
 
+@pytest.mark.cpu_forms
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_int8_errs_by_what_eight_bits_allow(saved: Callable[[str], Path], name: str) -> None:
     # Random weights have none of the slack of trained ones, and a token that goes to another expert is another token.
     allowed = 0.3 if "num_experts_per_tok" in CASES[name].changes else 0.12
     error = errors(saved(name), CASES[name], "float32", quantize="int8")
-    assert 1e-3 < error < allowed * FINEST / (fbgemm_levels() or FINEST)
+    assert 1e-3 < error < allowed * FINEST / (cpu_features().int8_levels or FINEST)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])

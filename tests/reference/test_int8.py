@@ -1,6 +1,8 @@
 """int8 weights: what they cost in accuracy, against the same model in float32."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ from torch.nn import functional
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import End, LoadReport, Ready, Token
-from rbee_worker.runtime import linear_int8
+from rbee_worker.runtime import linear, linear_int8
+from rbee_worker.runtime.cpu import cpu_features
 from rbee_worker.runtime.engine import Engine
 from rbee_worker.runtime.linear import DenseLinear
-from rbee_worker.runtime.linear_int8 import fbgemm_levels, hadamard, quantize_weight, rotate
+from rbee_worker.runtime.linear_int8 import hadamard, quantize_weight, rotate
 from rbee_worker.runtime.transformer import Transformer
 
 from .conftest import load
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
+
+pytestmark = pytest.mark.cpu_forms
 
 PARAGRAPH = (
     "The old lighthouse on the northern cape had not been lit for eleven years when Marta bought it from the harbour "
@@ -68,20 +73,28 @@ def load_int8(path: Path, dtype: str = "float32") -> tuple[Engine, LoadReport]:
     return engine, last.report
 
 
-def perplexity(logits: Tensor, tokens: list[int]) -> float:
-    return float(functional.cross_entropy(logits[:-1].double(), torch.tensor(tokens[1:])).exp())
+def losses(logits: Tensor, tokens: list[int]) -> Tensor:
+    """Minus the log-likelihood of each token but the first, float64."""
+    return functional.cross_entropy(logits[:-1].double(), torch.tensor(tokens[1:]), reduction="none")
+
+
+def set_levels(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    """Load int8 as on a CPU whose activations have so many levels; more than 127: in plain arithmetic."""
+    monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), int8_levels=levels))
+    if levels > FINEST:
+        monkeypatch.setattr(linear_int8, "fbgemm_product", fine_product)
 
 
 @pytest.fixture(params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])
 def levels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Levels of the activations: those of CPUs with VNNI, and those of CPUs without, which any CPU can run."""
-    best = fbgemm_levels()
+    best = cpu_features().int8_levels
     if request.param > (best or FINEST):
         pytest.skip("this CPU does not multiply 8 bits by 8 bits exactly")
     if request.param < FINEST and best is None:
         pytest.skip("this CPU has no FBGEMM, and 8 bits without it")
-    if best is not None and request.param != best:
-        monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: request.param)
+    if best is not None:
+        set_levels(monkeypatch, request.param)
     return int(request.param)
 
 
@@ -92,7 +105,7 @@ def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Pat
     ours = logits_of(transformer_of(load_int8(path)[0]), random_prompts())
     for mine, wanted in zip(ours, exact, strict=True):
         # Random weights without a trained model's slack, and no outliers to spread: measured 0.03 to 0.07.
-        assert relative_error(mine, wanted) < 0.12 * FINEST / (fbgemm_levels() or FINEST)
+        assert relative_error(mine, wanted) < 0.12 * FINEST / (cpu_features().int8_levels or FINEST)
 
 
 def test_an_int8_model_is_its_dequantised_twin_but_for_the_activations(
@@ -105,8 +118,7 @@ def test_an_int8_model_is_its_dequantised_twin_but_for_the_activations(
     error = relative_error(logits_of(transformer_of(engine), prompt)[0], logits_of(twin, prompt)[0])
     assert error < 0.05 * FINEST / levels
     # Activations of 17 bits leave nothing but the weights: the product is made in plain arithmetic to take them.
-    monkeypatch.setattr(linear_int8, "fbgemm_product", fine_product)
-    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 2**17 - 1)
+    set_levels(monkeypatch, 2**17 - 1)
     fine = transformer_of(load_int8(model_dir)[0])
     assert relative_error(logits_of(fine, prompt)[0], logits_of(twin, prompt)[0]) < error / 50
 
@@ -117,16 +129,26 @@ def fine_product(values: Tensor, scale: Tensor, _levels: int = 0) -> Callable[[T
 
 
 def test_the_real_model_keeps_its_wits(model_dir: Path, levels: int) -> None:
+    """The divergence from the exact model, and the perplexity that it allows.
+
+    The divergence of small errors grows with their square: what rounding the weights costs, and what rounding the
+    activations to 127 levels costs, (127 / levels)^2 times. Measured: 0.0027 of weights, 0.0028 of activations of 127
+    levels, 0.0138 in all with 63, where this gives 0.0027 + 4.06 * 0.0028 = 0.0141. A half more is allowed.
+    For texts from the exact model the mean difference of the losses is the divergence, and its standard deviation over
+    n tokens sqrt(2 * divergence / n): four of those are allowed on three short texts.
+    """
     exact_engine = load(model_dir, max_context=256)
     exact, ours = transformer_of(exact_engine), transformer_of(load_int8(model_dir)[0])
     assert exact_engine.model is not None
     prompts = [exact_engine.model.tokenizer.encode(text) for text in TEXTS]
     wanted, mine = logits_of(exact, prompts), logits_of(ours, prompts)
-    coarser = FINEST / levels
-    assert relative_error(torch.cat(mine), torch.cat(wanted)) < 0.06 * coarser
-    agreement = (torch.cat(mine).argmax(1) == torch.cat(wanted).argmax(1)).float().mean()
-    assert float(agreement) > 0.85
-    assert perplexity(mine[0], prompts[0]) < (1 + 0.03 * coarser) * perplexity(wanted[0], prompts[0])
+    allowed = 1.5 * (0.0027 + 0.0028 * (FINEST / levels) ** 2)
+    p, q = torch.cat(wanted).double().log_softmax(-1), torch.cat(mine).double().log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < allowed
+    assert relative_error(torch.cat(mine), torch.cat(wanted)) < 0.06 * FINEST / levels
+    assert float((p.argmax(1) == q.argmax(1)).float().mean()) > 0.85
+    worse = torch.cat([losses(m, t) - losses(w, t) for m, w, t in zip(mine, wanted, prompts, strict=True)])
+    assert float(worse.mean()) < allowed + 4 * math.sqrt(2 * allowed / len(worse))
 
 
 def test_it_still_knows_the_capital_of_france(model_dir: Path, levels: int) -> None:
@@ -147,10 +169,10 @@ def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Cal
     layer = transformer_of(load_int8(tiny_llama())[0]).layers[0]
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     x[7] *= 1e4
-    for linear in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up):
-        whole = linear(x)
+    for product in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up):
+        whole = product(x)
         for begin, end in ((0, 1), (1, 8), (8, 50), (7, 8)):
-            assert torch.equal(linear(x[begin:end]), whole[begin:end])
+            assert torch.equal(product(x[begin:end]), whole[begin:end])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -161,5 +183,6 @@ def test_the_report_says_what_was_saved(model_dir: Path, dtype: str) -> None:
     assert plain.model is not None
     assert (report.quantize, report.dtype) == ("int8", dtype)
     assert report.saved_mb == (plain.model.nbytes - engine.model.nbytes) // 2**20
-    assert report.saved_mb > 0.35 * plain.model.nbytes / 2**20
+    # Half of the layers; the head is one more matrix beside int8, and in some 16-bit forms the embedding itself.
+    assert report.saved_mb > 0.25 * plain.model.nbytes / 2**20
     assert transformer_of(engine)._embedding.table.dtype == getattr(torch, dtype)

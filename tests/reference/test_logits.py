@@ -139,6 +139,7 @@ def test_the_real_model_gives_the_reference_logits_and_tokens(model_dir: Path) -
     assert tokens_after(engine, PROMPTS[0], 64) == generated[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.cpu_forms
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bit_forms_err_no_more_than_the_reference_does(tiny_llama: Callable[..., Path], dtype: str) -> None:
     path = tiny_llama()

@@ -154,6 +154,7 @@ def test_weights_and_logits_are_those_of_the_dequantised_twin(
     assert max(relative_error(ours, theirs) for ours, theirs in pairs) < 1e-5
 
 
+@pytest.mark.cpu_forms
 @pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("case", ["fp8 tensor", "gptq 4-bit v2, act-order", "awq", "nf4 nested"])
 def test_packed_forms_and_a_quantised_head_in_blocks_of_rows(

@@ -159,6 +159,7 @@ def test_sequences_that_share_a_prefix_read_it_together() -> None:
     check(segments, 2)
 
 
+@pytest.mark.cpu_forms
 def test_sixteen_bits_stay_close() -> None:
     pool = scattered_pool(2)
     segment = Segment(cache_of(pool, 40, 9), 0, 9)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -6,14 +7,21 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelUnsupported
-from rbee_worker.runtime import linear, linear_int8
-from rbee_worker.runtime.linear import DenseLinear, LinearFormat, PackedFp16Linear, choose_format, make_linear
+from rbee_worker.runtime import cpu, linear
+from rbee_worker.runtime.cpu import CpuFeatures, cpu_features
+from rbee_worker.runtime.linear import (
+    WIDEN_ROWS,
+    DenseLinear,
+    LinearFormat,
+    PackedFp16Linear,
+    WidenedLinear,
+    choose_format,
+    make_linear,
+)
 from rbee_worker.runtime.linear_int8 import (
     Int8Linear,
-    fbgemm_levels,
     fbgemm_product,
     hadamard,
-    int8_kernel,
     int_mm_product,
     plain_product,
     quantize_rows,
@@ -21,14 +29,38 @@ from rbee_worker.runtime.linear_int8 import (
     rotate,
 )
 
+pytestmark = pytest.mark.cpu_forms
+
 CPU = torch.device("cpu")
 FORMATS = [
     LinearFormat("dense", torch.float32, torch.float32),
+    LinearFormat("widened", torch.float16, torch.float16),
+    LinearFormat("widened", torch.bfloat16, torch.bfloat16),
     LinearFormat("packed-fp16", torch.float16, torch.float32),
     LinearFormat("packed-bf16", torch.bfloat16, torch.bfloat16),
 ]
 INT8_KERNELS = ["packed-int8", "int8", "plain-int8"]
-needs_fbgemm = pytest.mark.skipif(fbgemm_levels() is None, reason="FBGEMM's int8 product is not there or not exact")
+NOTHING = CpuFeatures(packed_fp16=False, packed_bf16=False, bf16_arithmetic=False, int8_levels=None)
+ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""Relative errors of a product whose result is rounded to a dtype: half a unit in the last place."""
+
+needs_fbgemm = pytest.mark.skipif(
+    cpu_features().int8_levels is None, reason="FBGEMM's int8 product is not there or not exact"
+)
+
+
+def form_name(form: LinearFormat) -> str:
+    return f"{form.kernel}-{form.dtype_name}"
+
+
+def skip_unless_here(form: LinearFormat) -> None:
+    missing = {"packed-bf16": not cpu_features().packed_bf16, "packed-fp16": not cpu_features().packed_fp16}
+    if missing.get(form.kernel, False):
+        pytest.skip(f"this CPU does not run {form.kernel}")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, features: CpuFeatures) -> None:
+    monkeypatch.setattr(linear, "cpu_features", lambda: features)
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -47,19 +79,26 @@ def exact_int_mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.long() @ b.long()).int()
 
 
+def int8_linear(weight: Tensor, bias: Tensor | None, kernel: str) -> Int8Linear:
+    """With the finest activations that the kernel multiplies exactly here."""
+    levels = cpu_features().int8_levels if kernel == "packed-int8" else None
+    return Int8Linear(weight, bias, kernel, levels or 127)
+
+
 @pytest.fixture(params=INT8_KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each int8 kernel; CUDA's is given its product in plain arithmetic."""
-    if request.param == "packed-int8" and fbgemm_levels() is None:
+    if request.param == "packed-int8" and cpu_features().int8_levels is None:
         pytest.skip("FBGEMM's int8 product is not there or not exact")
     monkeypatch.setattr(torch, "_int_mm", exact_int_mm)
     return str(request.param)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, WIDEN_ROWS - 1, WIDEN_ROWS, 40])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.kernel)
+@pytest.mark.parametrize("form", FORMATS, ids=form_name)
 def test_each_form_computes_the_product(form: LinearFormat, biased: bool, rows: int) -> None:
+    skip_unless_here(form)
     weight, x = normal(96, 64), normal(rows, 64, seed=1).to(form.activation_dtype)
     bias = normal(96, seed=2) if biased else None
     stored = weight.to(form.weight_dtype).double()
@@ -67,8 +106,15 @@ def test_each_form_computes_the_product(form: LinearFormat, biased: bool, rows: 
     layer = make_linear(weight, bias, form)
     out = layer(x)
     assert out.dtype == form.activation_dtype
-    assert relative_error(out, exact) < (4e-3 if form.kernel == "packed-bf16" else 1e-6)
+    assert relative_error(out, exact) < ROUNDING[form.activation_dtype]
     assert layer.nbytes >= weight.numel() * form.weight_dtype.itemsize
+
+
+def test_a_matrix_widened_in_blocks_is_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, x = normal(50, 16).bfloat16(), normal(50, seed=1).bfloat16(), normal(20, 16, seed=2).bfloat16()
+    whole = WidenedLinear(weight, bias)(x)
+    monkeypatch.setattr(linear, "_WIDENED_WEIGHTS", 16 * 7)
+    assert torch.equal(WidenedLinear(weight, bias)(x), whole)
 
 
 def test_a_matrix_packed_in_blocks_is_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +124,50 @@ def test_a_matrix_packed_in_blocks_is_the_same_matrix(monkeypatch: pytest.Monkey
     assert torch.allclose(PackedFp16Linear(weight, bias)(x), whole, atol=1e-6)
 
 
-def test_auto_never_takes_plain_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_bf16_arithmetic", lambda: False)
-    assert choose_format(CPU, "auto").kernel == "packed-fp16"
-    monkeypatch.setattr(linear, "_has_packed_fp16", lambda: False)
+def test_auto_takes_what_the_cpu_does_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, NOTHING)
     assert choose_format(CPU, "auto") == FORMATS[0]
-    monkeypatch.setattr(linear, "_has_bf16_arithmetic", lambda: True)
+    pretend(monkeypatch, replace(NOTHING, packed_fp16=True, packed_bf16=True))
+    assert choose_format(CPU, "auto").kernel == "packed-fp16"
+    pretend(monkeypatch, replace(NOTHING, packed_fp16=True, packed_bf16=True, bf16_arithmetic=True))
     assert choose_format(CPU, "auto").kernel == "packed-bf16"
+    # The operator exists in every build of torch for x86; a CPU without AVX-512 refuses it when it is called.
+    pretend(monkeypatch, replace(NOTHING, packed_fp16=True, bf16_arithmetic=True))
+    assert choose_format(CPU, "auto").kernel == "packed-fp16"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_cpu_without_a_packed_form_widens(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    pretend(monkeypatch, NOTHING)
+    form = choose_format(CPU, dtype)
+    assert (form.kernel, form.dtype_name, form.packed) == ("widened", dtype, False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bf16 path needs the cpu support avx512bw"), AttributeError("gone")])
+def test_an_operator_that_refuses_to_run_is_not_there(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_reorder_linear_weight=refuse))
+    assert cpu_features.__wrapped__().packed_bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed", "has"),
+    [
+        ({"avx512_bf16"}, "AVX512", True),
+        ({"amx_bf16"}, "AVX512", True),
+        ({"avx512_bf16"}, "AVX2", False),  # hidden by ATEN_CPU_CAPABILITY
+        ({"avx512_vnni"}, "AVX512", False),
+        ({"bf16"}, "DEFAULT", True),  # Arm
+    ],
+)
+def test_bfloat16_arithmetic_is_what_the_processor_has_and_may_use(
+    monkeypatch: pytest.MonkeyPatch, names: set[str], allowed: str, has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: allowed)
+    assert cpu_features.__wrapped__().bf16_arithmetic is has
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -97,6 +180,8 @@ def test_an_asked_for_dtype_is_held(quantize: str) -> None:
 def test_a_form_knows_the_bytes_of_a_matrix() -> None:
     forms = [*FORMATS, choose_format(CPU, "auto", "int8"), LinearFormat("int8", torch.float16, torch.float16)]
     for form in forms:
+        if form.kernel == "packed-bf16" and not cpu_features().packed_bf16:
+            continue
         layer = make_linear(normal(96, 64).to(form.weight_dtype), None, form)
         assert layer.nbytes == form.linear_bytes(96, 64)
         assert form.packed is not isinstance(layer, DenseLinear)
@@ -117,7 +202,7 @@ def test_quantised_rows_are_the_nearest_multiples_of_their_scale() -> None:
 def test_a_row_of_zeros_stays_zero(kernel: str) -> None:
     weight = normal(16, 64)
     weight[3] = 0
-    out = Int8Linear(weight, None, kernel)(torch.stack((torch.zeros(64), torch.ones(64))))
+    out = int8_linear(weight, None, kernel)(torch.stack((torch.zeros(64), torch.ones(64))))
     assert torch.equal(out[0], torch.zeros(16))
     assert float(out[1, 3]) == 0
     assert bool(out[1, :3].isfinite().all())
@@ -143,7 +228,7 @@ def test_what_is_rotated_is_exact_in_float32() -> None:
 def test_int8_computes_the_product(kernel: str, shape: tuple[int, int], biased: bool, rows: int) -> None:
     weight, x = normal(*shape), normal(rows, shape[1], seed=1)
     bias = normal(shape[0], seed=2) if biased else None
-    layer = Int8Linear(weight, bias, kernel)
+    layer = int8_linear(weight, bias, kernel)
     exact = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
     assert relative_error(layer(x), exact) < 127 / layer.levels * 2e-2
 
@@ -151,13 +236,13 @@ def test_int8_computes_the_product(kernel: str, shape: tuple[int, int], biased: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_activations_keep_their_dtype(kernel: str, dtype: torch.dtype) -> None:
     weight, x = normal(96, 64), normal(3, 64, seed=1).to(dtype)
-    out = Int8Linear(weight, normal(96, seed=2), kernel)(x)
+    out = int8_linear(weight, normal(96, seed=2), kernel)(x)
     assert out.dtype == dtype
-    assert relative_error(out, Int8Linear(weight, normal(96, seed=2), kernel)(x.float()).double()) < 4e-3
+    assert relative_error(out, int8_linear(weight, normal(96, seed=2), kernel)(x.float()).double()) < 4e-3
 
 
 def test_a_row_is_the_same_bits_alone_in_a_batch_and_beside_outliers(kernel: str) -> None:
-    layer = Int8Linear(normal(96, 1600), normal(96, seed=2), kernel)
+    layer = int8_linear(normal(96, 1600), normal(96, seed=2), kernel)
     x = normal(37, 1600, seed=1) * torch.logspace(-6, 6, 37)[:, None]
     alone = torch.cat([layer(row[None]) for row in x])
     assert torch.equal(layer(x), alone)
@@ -179,7 +264,7 @@ def test_the_products_are_exact(columns: int) -> None:
         rows[0], rows[1] = levels, -levels
         exact = (rows.long() @ values.long().T).float() * scale
         assert torch.equal(plain_product(values, scale)(rows), exact)
-        if levels <= (fbgemm_levels() or 0):
+        if levels <= (cpu_features().int8_levels or 0):
             assert torch.equal(fbgemm_product(values, scale, levels)(rows), exact)
 
 
@@ -206,42 +291,38 @@ def saturating_product(values: Tensor, _scale: Tensor, levels: int) -> Callable[
 def test_the_levels_are_those_that_the_processor_multiplies_exactly(
     monkeypatch: pytest.MonkeyPatch, broken: type[Exception]
 ) -> None:
-    find = fbgemm_levels.__wrapped__
-
     def missing(*_: object) -> None:
         raise broken
 
-    if fbgemm_levels() is not None:
-        monkeypatch.setattr(linear_int8, "fbgemm_product", saturating_product)
-        assert find() == 63
-        monkeypatch.setattr(linear_int8, "fbgemm_product", missing)
-        assert find() is None
+    ask = cpu_features.__wrapped__
+    if cpu_features().int8_levels is not None:
+        monkeypatch.setattr(cpu, "fbgemm_product", saturating_product)
+        assert ask().int8_levels == 63
+        monkeypatch.setattr(cpu, "fbgemm_product", missing)
+        assert ask().int8_levels is None
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
-    assert find() is None
+    assert (ask().int8_levels, ask().packed_fp16) == (None, False)
 
 
 def test_int8_runs_everywhere_but_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert int8_kernel(torch.device("cuda")) == "int8"
-    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 63)
-    assert int8_kernel(CPU) == "packed-int8"
-    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: None)
-    assert int8_kernel(CPU) == "plain-int8"
+    assert choose_format(torch.device("cuda"), "float16", "int8").kernel == "int8"
+    pretend(monkeypatch, replace(NOTHING, int8_levels=63))
+    assert choose_format(CPU, "auto", "int8") == LinearFormat("packed-int8", torch.float16, torch.float32, 63)
+    pretend(monkeypatch, NOTHING)
+    assert choose_format(CPU, "auto", "int8") == LinearFormat("plain-int8", torch.float16, torch.float32, 127)
     with pytest.raises(ModelUnsupported, match="int8 does not run on mps"):
         choose_format(torch.device("mps"), "auto", "int8")
 
 
 @needs_fbgemm
-def test_seven_bits_give_the_same_from_either_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_int8, "fbgemm_levels", lambda: 63)
+def test_seven_bits_give_the_same_from_either_product() -> None:
     weight, x = normal(96, 1600), normal(9, 1600, seed=1)
-    packed = Int8Linear(weight, None, "packed-int8")
-    plain = Int8Linear(weight, None, "plain-int8")
-    plain.levels = 63
-    assert packed.levels == 63
+    packed = Int8Linear(weight, None, "packed-int8", 63)
+    plain = Int8Linear(weight, None, "plain-int8", 63)
     assert torch.equal(packed(x), plain(x))
 
 
 def test_auto_holds_the_embedding_beside_int8_in_the_finer_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_bf16_arithmetic", lambda: True)
+    pretend(monkeypatch, replace(NOTHING, packed_bf16=True, bf16_arithmetic=True))
     assert choose_format(CPU, "auto", "int8").dtype_name == "float16"
     assert choose_format(CPU, "bfloat16", "int8").dtype_name == "bfloat16"
