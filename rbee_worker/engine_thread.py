@@ -78,7 +78,7 @@ class EngineThread:
                 return
             try:
                 result.set_result(action())
-            except Exception as error:  # noqa: BLE001  (whoever waits for the result gets it)
+            except BaseException as error:  # noqa: BLE001  (whoever waits for the result gets it)
                 result.set_exception(error)
 
         self.exclusive = True
@@ -104,7 +104,7 @@ class EngineThread:
                         self._deliver(events)
                 while self._between_jobs and not self.engine.has_work:
                     self._between_jobs.pop(0)()
-        except Exception:
+        except BaseException:
             logger.exception("the engine died")
             self._died()
 

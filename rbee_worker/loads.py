@@ -1,5 +1,6 @@
 """Loads: the worker's loads, one at a time, each on a thread of its own, told through a broadcast."""
 
+import contextlib
 import contextvars
 import functools
 import logging
@@ -12,7 +13,7 @@ from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import Cancelled, RbeeError
 from rbee_worker.events import LoadCancelled, LoadFailed, LoadingEvent, Resolving
-from rbee_worker.runtime.loading import LoadedModel, load_model, release_memory
+from rbee_worker.runtime.loading import LoadedModel, failure_message, load_model, release_memory
 from rbee_worker.runtime.memory import MIB
 
 logger = logging.getLogger(__name__)
@@ -93,18 +94,19 @@ class Loads:
     def _run(self, loading: Loading, broadcast: LoadingBroadcast, cancel: threading.Event, unload_first: bool) -> None:
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
         try:
-            while True:
-                event = next(loading)
-                if not event.terminal:
-                    self._host.publish(broadcast, event)
-                if unload_first and isinstance(event, Resolving):
-                    self._host.make_room(cancel)
-        except StopIteration as stop:
-            end = event if stop.value is None else self._take_over(stop.value, event, cancel)
+            try:
+                while True:
+                    event = next(loading)
+                    if not event.terminal:
+                        self._host.publish(broadcast, event)
+                    if unload_first and isinstance(event, Resolving):
+                        self._host.make_room(cancel)
+            except StopIteration as stop:
+                end = event if stop.value is None else self._take_over(stop.value, event, cancel)
         except Cancelled:
             loading.close()
             end = LoadCancelled(seq=event.seq + 1, elapsed_seconds=event.elapsed_seconds, vram_mb_freed=0)
-        except Exception as error:  # noqa: BLE001  (whatever it was, watchers get their terminal event)
+        except BaseException as error:  # noqa: BLE001  (whatever it was, watchers get their terminal event)
             end = self._failed(error, event)
         # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
         self.outcomes[end.stage] += 1
@@ -122,23 +124,23 @@ class Loads:
             del model
             release_memory()
             return LoadCancelled(seq=ready.seq, elapsed_seconds=ready.elapsed_seconds, vram_mb_freed=freed)
-        except RbeeError as error:
-            return self._failed(error, ready, seq=ready.seq)
         return ready
 
-    def _failed(self, error: Exception, last: LoadingEvent, seq: int | None = None) -> LoadingEvent:
+    def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:
         """Note why the load failed; the event that says so."""
         if isinstance(error, RbeeError):
             logger.error("loading failed: %s", error)
-            # Without its traceback, whose frames would keep what was loaded alive.
-            self.error = error.with_traceback(None)
-            self.error.__cause__ = self.error.__context__ = None
+            self.error = error
         else:
             logger.error("loading failed", exc_info=error)
-            self.error = RbeeError(f"Loading failed: {error}")
-            error.__traceback__ = None
-        release_memory()
+            self.error = RbeeError(failure_message(error))
+        # The frames of a traceback would keep what was loaded alive.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        with contextlib.suppress(RuntimeError):  # a device that has failed refuses this too
+            release_memory()
         if isinstance(last, LoadFailed):
             return last
-        message, number = str(self.error), last.seq + 1 if seq is None else seq
+        # A terminal event that was held back gives its number away.
+        number = last.seq if last.terminal else last.seq + 1
+        message = str(self.error)
         return LoadFailed(seq=number, elapsed_seconds=last.elapsed_seconds, code=self.error.code, message=message)

@@ -127,7 +127,11 @@ class Worker:
         keeps = resident and fits(model, config)
         with self._lock:
             self._claim("load")
-            self._loads.begin(model, config, unload_first=resident and not keeps)
+            try:
+                self._loads.begin(model, config, unload_first=resident and not keeps)
+            except BaseException:  # the system has no thread to give
+                self._busy_with = None
+                raise
         return keeps
 
     def cancel_load(self) -> bool:

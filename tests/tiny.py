@@ -1,12 +1,13 @@
 """A random Llama of a few kilobytes, written without transformers, for tests that need a model but not its wits."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,3 +101,18 @@ def write_tiny_model(path: Path, *, chat_template: str | None = None, **changes:
     if chat_template is not None:
         (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
     return path
+
+
+def damage_normalizer(path: Path, *, in_use: bool = False) -> Path:
+    """Give a model's tokenizer.json rules over which the tokenizers library panics: when it reads them, or in use."""
+    # In use: a table of one unit that points far behind its end. Else: too short for the length of a table.
+    rules = "BAAAAP////8=" if in_use else "AAAA"
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text()) | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": rules}}
+    file.write_text(json.dumps(content))
+    return path
+
+
+def panic(*_: object, **__: object) -> Any:
+    """Panic in the tokenizers library: raises its ``PanicException``, which is no Exception."""
+    normalizers.Precompiled(base64.b64decode("BAAAAP////8=")).normalize_str("a")

@@ -15,6 +15,7 @@ from typing import NoReturn, ParamSpec
 import typer
 
 from rbee_worker.errors import RbeeError
+from rbee_worker.panics import panics_as_errors
 
 P = ParamSpec("P")
 
@@ -81,7 +82,8 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            code = command(*args, **kwargs)
+            with panics_as_errors():
+                code = command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Interrupted as interrupt:

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 import tokenizers
 
+from rbee_worker.errors import InferenceError
+from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.byte_level import BYTE_OF
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -100,7 +102,7 @@ class Decoding:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
         """The text of tokens."""
         if self.spelling is None:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return _decode(self._backend, list(ids), skip=skip_special_tokens)
         parts = [self.token_bytes(token) for token in ids if self.counts(token, skip=skip_special_tokens)]
         first = next((i for i, data in enumerate(parts) if data), None)
         if first is not None:
@@ -122,6 +124,14 @@ class Decoding:
     def counts(self, token: int, *, skip: bool) -> bool:
         """Whether a token is part of the text, where special ones may be left out."""
         return not (skip and token in self._special)
+
+
+def _decode(backend: tokenizers.Tokenizer, ids: list[int], *, skip: bool) -> str:
+    try:
+        with panics_as_errors():
+            return backend.decode(ids, skip_special_tokens=skip)
+    except Panic as panic:  # what it says may hold the text
+        raise InferenceError("The model's tokenizer cannot decode its tokens.") from panic
 
 
 def _is_byte(piece: str) -> bool:
@@ -178,8 +188,8 @@ class _WindowStream:
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
-        before = self._backend.decode(self._ids[self._start : self._read], skip_special_tokens=self._skip)
-        after = self._backend.decode(self._ids[self._start :], skip_special_tokens=self._skip)
+        before = _decode(self._backend, self._ids[self._start : self._read], skip=self._skip)
+        after = _decode(self._backend, self._ids[self._start :], skip=self._skip)
         if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
             return ""
         self._start, self._read = self._read, len(self._ids)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
 from rbee_worker.events import InferenceEvent, LoadingEvent, Ready
+from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.block_pool import BLOCK_TOKENS, PoolUse
 from rbee_worker.runtime.decide import Guess, decide
 from rbee_worker.runtime.kv_cache import SequenceCache
@@ -180,7 +181,8 @@ class Engine:
         """
         events = self._begin()
         try:
-            self._run(events)
+            with panics_as_errors():
+                self._run(events)
         except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
             self._fail(error, events)
         self._retire()
@@ -200,7 +202,8 @@ class Engine:
         for sequence in self._scheduler.take_ended(time.monotonic()):
             events.extend((sequence.job_id, event) for event in _end(sequence))
         try:
-            self._admit(events)
+            with panics_as_errors():
+                self._admit(events)
         except Exception as error:  # noqa: BLE001  (as in a step)
             self._fail(error, events)
         return events

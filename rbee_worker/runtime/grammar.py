@@ -4,7 +4,8 @@ import importlib.util
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import tokenizers
 
 from rbee_worker.config import MAX_GRAMMAR_BYTES, GrammarKind, GrammarSpec
 from rbee_worker.errors import FieldError, InferenceError, InvalidRequest, Unavailable
+from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.grammar_build import Refused, build, large_stack, load_tokenizer, source, trouble
 from rbee_worker.runtime.grammar_mask import GrammarMask
 from rbee_worker.runtime.grammar_trial import Trial
@@ -76,8 +78,9 @@ class GrammarMatcher:
             InferenceError: the grammar became too complex, or the text is one that no token continues.
         """
         started = time.thread_time()
-        words = np.frombuffer(self._matcher.compute_bitmask(), dtype="<i4")
-        complete = self._matcher.is_accepting() or self.finished
+        with _followed():
+            words = np.frombuffer(self._matcher.compute_bitmask(), dtype="<i4")
+            complete = self._matcher.is_accepting() or self.finished
         self._spent(time.thread_time() - started)
         vocabulary = self._vocabulary
         mask = np.zeros(-(-vocabulary.size // 32), dtype=np.int32)
@@ -97,13 +100,15 @@ class GrammarMatcher:
         Raises:
             InferenceError: the grammar does not allow it, or became too complex.
         """
-        if token in self._vocabulary.ends and (self._matcher.is_accepting() or self.finished):
-            self._ended = True
-            return
+        with _followed():
+            if token in self._vocabulary.ends and (self._matcher.is_accepting() or self.finished):
+                self._ended = True
+                return
         if self.finished:
             raise InferenceError("The text is complete by its grammar; no token may follow.")
         started = time.thread_time()
-        accepted = self._matcher.consume_token(token)
+        with _followed():
+            accepted = self._matcher.consume_token(token)
         self._tokens += 1
         self._spent(time.thread_time() - started)
         if not accepted:
@@ -212,6 +217,16 @@ class GrammarCompiler:
         if self._vocabulary is None:
             self._vocabulary = _Vocabulary(load_tokenizer(*setup), self._vocab_size, ends, unreal)
         return self._vocabulary
+
+
+@contextmanager
+def _followed() -> Iterator[None]:
+    """Use a matcher within this: what llguidance says in a panic may hold parts of the text."""
+    try:
+        with panics_as_errors():
+            yield
+    except Panic as panic:
+        raise InferenceError("llguidance cannot follow the grammar: it panicked.", hint="Simplify it.") from panic
 
 
 def _check_size(spec: GrammarSpec) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rbee_worker.config import JSON_LAYOUT, GrammarSpec
+from rbee_worker.panics import panics_as_errors
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -53,7 +54,7 @@ def source(spec: GrammarSpec) -> str:
     if spec.kind == "regex":
         from llguidance import LLMatcher  # noqa: PLC0415 - optional
 
-        return LLMatcher.grammar_from_regex(spec.text)
+        return _refusing(lambda: LLMatcher.grammar_from_regex(spec.text))
     if spec.kind == "lark":
         return json.dumps({"grammars": [{"lark_grammar": spec.text}]})
     schema = {"type": "object"} if spec.kind == "json_object" else _schema(spec.text)
@@ -147,11 +148,11 @@ def large_stack() -> ThreadPoolExecutor:
 
 def _refusing(function: Callable[[], T]) -> T:
     try:
-        return function()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        with panics_as_errors():
+            return function()
+    except MemoryError:
         raise
-    except BaseException as error:
-        # llguidance reports by ValueError; a panic of its is a BaseException.
+    except Exception as error:  # llguidance reports by ValueError, or panics
         raise Refused(reason(str(error))) from error
 
 

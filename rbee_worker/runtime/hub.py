@@ -219,12 +219,12 @@ def _await(
     action: Callable[[], T], stall_seconds: float, cancel: threading.Event
 ) -> Generator[DownloadStalled, None, T | None]:
     """The result of ``action``, run on a thread so that it can be left alone; None when cancelled."""
-    results: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             results.put((action(), None))
-        except Exception as error:  # noqa: BLE001  (whoever waits gets it)
+        except BaseException as error:  # noqa: BLE001  (whoever waits gets it)
             results.put((None, error))
 
     began = time.monotonic()

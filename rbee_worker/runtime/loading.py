@@ -22,6 +22,7 @@ from rbee_worker.events import (
     Stalled,
     WarmingUp,
 )
+from rbee_worker.panics import one_line, panics_as_errors
 from rbee_worker.runtime.architectures import ARCHITECTURES
 from rbee_worker.runtime.grammar import GrammarCompiler
 from rbee_worker.runtime.hub import DownloadProgress
@@ -142,29 +143,8 @@ def load_model(
     timeline = _Timeline()
     yield timeline.event(Resolving, model=model or DEFAULT_MODEL)
     try:
-        if cancel.is_set():
-            yield timeline.event(LoadCancelled, vram_mb_freed=0)
-            return None
-        source = yield from _find(model, timeline, config.stall_seconds, cancel)
-        if source is None:
-            yield timeline.event(LoadCancelled, vram_mb_freed=0)
-            return None
-        plan = _prepare(source, config)
-        transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
-        timeline.enter("loading_to_vram")
-        finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
-        if finished:
-            timeline.enter("warming_up")
-            yield timeline.event(WarmingUp)
-            _allocate_cache(plan, transformer, config)
-            _warm_up(transformer)
-            timeline.enter("")
-        if not finished or cancel.is_set():
-            freed = transformer.nbytes // MIB
-            del transformer
-            release_memory()
-            yield timeline.event(LoadCancelled, vram_mb_freed=freed)
-            return None
+        with panics_as_errors():
+            return (yield from _load(model, config, timeline, cancel))
     except RbeeError as error:
         yield timeline.event(LoadFailed, code=error.code, message=str(error))
         raise
@@ -177,8 +157,37 @@ def load_model(
             yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
             raise failure from error
         # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
-        yield timeline.event(LoadFailed, code=RbeeError.code, message=f"Loading failed: {error}")
+        yield timeline.event(LoadFailed, code=RbeeError.code, message=failure_message(error))
         raise
+
+
+def _load(
+    model: str | None, config: EngineConfig, timeline: _Timeline, cancel: threading.Event
+) -> Generator[LoadingEvent, None, LoadedModel | None]:
+    """What follows ``resolving``, but for the event of a failure."""
+    if cancel.is_set():
+        yield timeline.event(LoadCancelled, vram_mb_freed=0)
+        return None
+    source = yield from _find(model, timeline, config.stall_seconds, cancel)
+    if source is None:
+        yield timeline.event(LoadCancelled, vram_mb_freed=0)
+        return None
+    plan = _prepare(source, config)
+    transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
+    timeline.enter("loading_to_vram")
+    finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
+    if finished:
+        timeline.enter("warming_up")
+        yield timeline.event(WarmingUp)
+        _allocate_cache(plan, transformer, config)
+        _warm_up(transformer)
+        timeline.enter("")
+    if not finished or cancel.is_set():
+        freed = transformer.nbytes // MIB
+        del transformer
+        release_memory()
+        yield timeline.event(LoadCancelled, vram_mb_freed=freed)
+        return None
     grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
     loaded = LoadedModel(
         plan.source.name, plan.source, plan.config, plan.tokenizer, grammars, transformer, plan.context_length
@@ -206,6 +215,11 @@ def fits(model: str | None, config: EngineConfig) -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; on CPUs torch says so with a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def failure_message(error: BaseException) -> str:
+    """What a load says of an error that nobody expected."""
+    return f"Loading failed: {one_line(str(error)) or type(error).__name__}"
 
 
 def _first_line(error: Exception) -> str:

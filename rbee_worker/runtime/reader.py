@@ -292,7 +292,7 @@ class WeightReader:
         self._changed = threading.Condition()
         self._taken = self._handed_out = 0
         self._done: dict[int, Part] = {}
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._run, name=f"weight-reader-{index}", daemon=True)
             for index in range(min(storage.readers, len(groups)))
@@ -335,7 +335,7 @@ class WeightReader:
             self._work()
         except Stopped:
             pass
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the parts are waited for
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the parts are waited for
             # The frames hold tensors; whoever keeps the error must not keep those.
             traceback.clear_frames(error.__traceback__)
             with self._changed:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rbee_worker.errors import ModelMalformed
+from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.checkpoint import quoted
 from rbee_worker.runtime.sentencepiece_model import Piece, PieceType, SentencePieceModel
 
@@ -136,12 +137,11 @@ def _charsmap(data: bytes, file: str) -> list[Any]:
     """The compiled rules; tried on every character of the basic plane, for the library checks them only in use."""
     probe = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]))
     try:
-        rules = normalizers.Precompiled(data)
-        rules.normalize_str(probe)
-        line_end = rules.normalize_str("\r") + rules.normalize_str("\n")
-    except BaseException as error:  # a Rust panic is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with panics_as_errors():
+            rules = normalizers.Precompiled(data)
+            rules.normalize_str(probe)
+            line_end = rules.normalize_str("\r") + rules.normalize_str("\n")
+    except Exception as error:  # the library raises plain Exception
         raise ModelMalformed(
             f"{file}: the rules of its normaliser (precompiled_charsmap) are damaged.", hint="Download the file again."
         ) from error

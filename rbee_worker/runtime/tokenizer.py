@@ -1,6 +1,7 @@
 """Text to token ids and back, and the streaming detokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -8,7 +9,8 @@ from typing import Any, Protocol
 import tokenizers
 
 from rbee_worker.config import Message
-from rbee_worker.errors import InvalidRequest, ModelMalformed
+from rbee_worker.errors import InferenceError, InvalidRequest, ModelMalformed
+from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.chat_template import ChatTemplate
 from rbee_worker.runtime.detokenizer import Decoding, TextStream
 from rbee_worker.runtime.look_alikes import LookAlikes, SecretNames
@@ -105,9 +107,11 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: it holds half of a surrogate pair, which is no character.
+            InferenceError: the tokenizer breaks on it.
         """
         _require_characters(text)
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _encoding():
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -154,7 +158,8 @@ class Tokenizer:
         marked = self._look_alikes.mark(text, lambda m, v: self.render_chat(m, **v), messages, variables)
         if marked is None:
             return ChatPrompt(text, self.encode(text, add_special_tokens=False))
-        return ChatPrompt(text, self._secret_names.encode(text, marked))
+        with _encoding():
+            return ChatPrompt(text, self._secret_names.encode(text, marked))
 
     @cached_property
     def _secret_names(self) -> SecretNames:
@@ -183,6 +188,16 @@ class StreamingDetokenizer:
     def flush(self) -> str:
         """What is held, as decoding all at once would give it."""
         return self._stream.flush()
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """Encode within this: what the library says in a panic may hold the text."""
+    try:
+        with panics_as_errors():
+            yield
+    except Panic as panic:
+        raise InferenceError("The model's tokenizer cannot encode this text.") from panic
 
 
 def _require_characters(text: str) -> None:

@@ -5,7 +5,8 @@
 the other files say about added and special tokens is then put on top, as transformers does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer, processors
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound
+from rbee_worker.panics import Panic, one_line, panics_as_errors
 from rbee_worker.runtime.checkpoint import quoted, read_json_object
 from rbee_worker.runtime.rank_files import (
     MERGES_FAMILIES,
@@ -77,6 +79,26 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], tokenizer_config: Ma
         ModelUnsupported: a file that does not say enough, of a family that is not known.
     """
     path = find_tokenizer(folder) or folder / "tokenizer.json"
+    with panics_blamed_on(path):
+        return _load(path, config, tokenizer_config)
+
+
+@contextmanager
+def panics_blamed_on(path: Path) -> Iterator[None]:
+    """Read a tokenizer within this: the library panics where it did not check what a file holds.
+
+    Raises:
+        ModelMalformed: it panicked; the message names ``path``.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except Panic as panic:
+        raise ModelMalformed(f"{path}: the tokenizers library cannot use it: {panic}", hint=_HINT) from panic
+
+
+def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> FolderTokenizer:
+    folder = path.parent
     if path.name == "tokenizer.json":
         text = read_text(path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder.")
         backend = _parse(path, text)
@@ -161,9 +183,7 @@ def _parse(path: Path, text: str) -> Tokenizer:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelMalformed(
-            f"{path}: the tokenizers library refuses it: {first}", hint="Download the file again."
-        ) from error
+        raise ModelMalformed(f"{path}: the tokenizers library refuses it: {one_line(first)}", hint=_HINT) from error
 
 
 def _convert(

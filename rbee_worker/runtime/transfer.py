@@ -138,7 +138,7 @@ class Transfer:
         self._stop = threading.Event()
         self._ended = threading.Condition()
         self._running = 0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._sockets: list[Any] = []
         self._client = httpx.Client(
             follow_redirects=True, timeout=httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS), headers=self._headers
@@ -201,7 +201,7 @@ class Transfer:
                     self._fetch(self._waiting.popleft())
         except _Stopped:
             pass
-        except Exception as error:  # noqa: BLE001  (whoever waits for the transfer gets it)
+        except BaseException as error:  # noqa: BLE001  (whoever waits for the transfer gets it)
             if not self._stop.is_set():
                 self._failure = error
                 self._halt()

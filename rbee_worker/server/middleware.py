@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rbee_worker.errors import BodyTooLarge, RbeeError, RequestTimeout
 from rbee_worker.events import End
 from rbee_worker.job import Job, submitted_jobs
+from rbee_worker.panics import panics_as_errors
 from rbee_worker.server.access import OPEN_PATHS, client_of
 from rbee_worker.server.responses import error_response
 
@@ -131,7 +132,8 @@ class Errors:
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            with panics_as_errors():
+                await self.app(scope, receive, watched)
         except ClientDisconnect:
             return
         except RbeeError as raised:

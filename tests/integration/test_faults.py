@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.tiny import damage_normalizer, write_tiny_model
+
 from .conftest import SECONDS, RawConnection, Served, environment, events_of, serving
 
 PROGRESS = "/v1/loading/progress"
@@ -128,3 +130,42 @@ def test_memory_that_runs_out_in_mid_load_is_one_clear_error(tiny: Path, model_d
     first, second = done.stdout.splitlines()
     assert first.startswith("OutOfMemory error OUT_OF_MEMORY Memory ran out while loading")
     assert second == "ready"
+
+
+def test_a_load_that_panics_ends_and_the_next_one_works(tiny: Path, tmp_path: Path) -> None:
+    bad = damage_normalizer(write_tiny_model(tmp_path / "bad"))
+    with serving("--model", str(bad), "--allow-model", str(tiny), wait=False) as worker:
+        end = worker.events()[-1]
+        assert (end["stage"], end["code"]) == ("error", "MODEL_MALFORMED")
+        assert "tokenizer.json" in end["message"]
+        assert end["message"].isprintable()
+        health = httpx.get(f"{worker.url}/health")
+        assert (health.status_code, health.json()["state"]) == (503, "failed")
+        assert httpx.delete(f"{worker.url}/v1/loading").status_code == 404
+        assert httpx.post(f"{worker.url}/v1/loading", json={"model": str(tiny)}).status_code == 202
+        assert worker.events()[-1]["stage"] == "ready"
+        # Beside a resident model the same.
+        assert httpx.post(f"{worker.url}/v1/loading", json={"model": str(bad)}, timeout=SECONDS).status_code == 202
+        assert worker.events()[-1]["code"] == "MODEL_MALFORMED"
+        assert worker.infer(prompt="x", max_tokens=2)[-1]["event"] == "end"
+        assert httpx.post(f"{worker.url}/v1/unload", timeout=SECONDS).status_code == 200
+        assert worker.stop() == 0
+
+
+def test_a_load_that_panics_ends_the_process_where_that_was_asked_for(tmp_path: Path) -> None:
+    bad = damage_normalizer(write_tiny_model(tmp_path / "bad"))
+    with serving("--model", str(bad), "--exit-on-load-error", wait=False) as worker:
+        assert worker.process.wait(SECONDS) == 3
+
+
+def test_a_text_over_which_the_tokenizer_panics_is_an_error_without_the_text(tmp_path: Path) -> None:
+    model = damage_normalizer(write_tiny_model(tmp_path / "bad"), in_use=True)
+    with serving("--model", str(model)) as worker:
+        for path, body in (("/v1/inference", {"prompt": "secret"}), ("/tokenize", {"text": "secret"})):
+            answer = httpx.post(worker.url + path, json=body, timeout=SECONDS)
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "INFERENCE_FAILED"
+            assert "secret" not in answer.text
+        assert httpx.get(f"{worker.url}/readyz").status_code == 200
+        assert not [line for line in worker.log if "secret" in line]
+        assert worker.stop() == 0

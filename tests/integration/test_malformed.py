@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.tiny import write_tiny_model
+from tests.tiny import damage_normalizer, write_tiny_model
 
 from .conftest import Served, run, serving
 
@@ -123,6 +123,19 @@ def test_a_wrong_model_is_one_message_and_an_exit_code(
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [event["stage"] for event in events] == ["resolving", "error"]
     assert events[1]["message"].startswith(first.removeprefix("error: "))
+
+
+def test_a_model_over_which_a_library_panics_is_one_message_too(model: Path) -> None:
+    damage_normalizer(model)
+    done = run("load", str(model), "--json")
+    assert done.returncode == 3, done.stderr
+    # The library writes of its panic to stderr itself.
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "tokenizer.json" in message
+    assert "Traceback" not in done.stderr
+    *_, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (last["stage"], last["code"]) == ("error", "MODEL_MALFORMED")
+    assert last["message"].startswith(message.removeprefix("error: "))
 
 
 def test_a_wrong_model_is_told_over_http_too(model: Path) -> None:
