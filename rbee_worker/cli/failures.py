@@ -14,6 +14,7 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
+from rbee_worker import log
 from rbee_worker.errors import RbeeError
 from rbee_worker.panics import panics_as_errors
 
@@ -106,6 +107,7 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def _say(message: str, hint: str | None) -> None:
+    log.flush()  # what led to it comes before it
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
     # Whoever reads stderr may have left with stdout (`2>&1 | head`); the exit code still tells.

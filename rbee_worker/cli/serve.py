@@ -229,7 +229,7 @@ def serve(
 
     Example: rbee-worker serve --model model.safetensors --addr 127.0.0.1:8080
     """
-    log.configure(log_level, log_format)
+    log.configure(log_level, log_format, background=True)
     address = parse_host_port(addr)
     server = ServerConfig(
         host=address.host,

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from rbee_worker import __version__
 from rbee_worker.broadcast import LoadingBroadcast
+from rbee_worker.log import lines_dropped
 from rbee_worker.runtime.memory import MIB, DeviceInfo, peak_host_bytes
 from rbee_worker.runtime.stats import EngineStats
 from rbee_worker.server.job_figures import BATCHES, Histogram, JobFigures
@@ -65,6 +66,7 @@ class WorkerMetrics(Collector):
         for (method, route, status), count in self._responses.items():
             responses.add_metric([method, route, str(status)], count)
         yield responses
+        yield _counter("rbee_log_lines_dropped", "Log lines lost because stderr took none.", lines_dropped())
         yield _gauge("rbee_requests_running", "Requests with a place in the batch.", worker.running)
         yield _gauge("rbee_requests_waiting", "Requests waiting for a place.", worker.queued)
         yield from self._jobs.collect()

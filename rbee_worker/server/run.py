@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from rbee_worker.config import EngineConfig, ServerConfig
 from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed
-from rbee_worker.log import JsonFormatter
+from rbee_worker.log import say
 from rbee_worker.server.access import MAX_HEAD_BYTES
 from rbee_worker.server.app import create_app
 from rbee_worker.server.keys import ApiKeys
@@ -74,7 +74,8 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         tracer_provider=provider_from_environment(),
     )
     sockets = listen(server)
-    _announce(url(sockets, "https" if cert else "http"))
+    say(f"rbee-worker listening on {url(sockets, 'https' if cert else 'http')}", __name__)
+    logging.captureWarnings(capture=True)  # they too would wait for whoever reads stderr
     for handler in logging.getLogger().handlers:
         handler.addFilter(CorrelationFilter())
     # At debug it writes every chunk, and with it people's text.
@@ -93,16 +94,6 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
     )
     process.run(sockets=sockets)
     return process.exit_code
-
-
-def _announce(address: str) -> None:
-    """Say where the worker listens, whatever the log's level, in the log's form."""
-    text = f"rbee-worker listening on {address}"
-    for formatter in (handler.formatter for handler in logging.getLogger().handlers):
-        if isinstance(formatter, JsonFormatter):
-            text = formatter.format(logging.makeLogRecord({"name": __name__, "levelname": "INFO", "msg": text}))
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def http_config(app: Starlette, server: ServerConfig, cert: Certificate | None = None) -> uvicorn.Config:

@@ -1,12 +1,15 @@
 """What operators rely on, over the real process: keys and certificates read again, TLS, signals, logs, figures."""
 
 import json
+import re
 import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -198,3 +201,105 @@ def test_the_figures_and_the_log_of_a_real_worker(tiny: Path) -> None:
         assert wanted.items() <= fields.items()
         assert {"correlation_id", "ms", "client", "tokens_in"} <= fields.keys()
         assert not any("SECRETTEXT" in line for line in worker.log)
+
+
+@contextmanager
+def unread(model: Path, *options: str) -> Iterator[Served]:
+    """A worker whose stderr is a pipe that nobody reads any more once the address is known and the model is there."""
+    command = [PROGRAM, "serve", "--addr", "127.0.0.1:0", "--model", str(model), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stderr is not None
+        try:
+            found = re.search(r"http://[\w.:]+", process.stderr.readline())
+            assert found
+            worker = Served(process, found[0], [])
+            assert worker.events()[-1]["stage"] == "ready"
+            yield worker
+        finally:
+            process.kill()
+
+
+def ask_often(worker: Served, count: int) -> None:
+    """Requests that make far more log than a pipe holds: one after the other, but sent without waiting for answers."""
+    with socket.create_connection(worker.address, timeout=60) as connection, connection.makefile("rb") as answers:
+        for begin in range(0, count, 100):
+            heads = [f"GET /none/{n:04d}/{'x' * 180} HTTP/1.1\r\nHost: 127.0.0.1" for n in range(begin, begin + 100)]
+            connection.sendall("".join(f"{head}\r\n\r\n" for head in heads).encode())
+            missing = len(heads)
+            while missing:
+                line = answers.readline()
+                assert line, "the connection was closed"
+                missing -= line.count(b"HTTP/1.1 404")
+
+
+def lines_lost(worker: Served) -> int:
+    page = httpx.get(f"{worker.url}/metrics").text
+    return int(float(re.findall(r"^rbee_log_lines_dropped_total (\S+)$", page, re.MULTILINE)[0]))
+
+
+def test_a_reader_of_the_log_who_stops_reading_costs_lines_and_no_service(tiny: Path) -> None:
+    with unread(tiny, "--log-format", "json") as worker:
+        ask_often(worker, 2500)
+        lost = eventually(lambda: lines_lost(worker))
+        assert lost > 0
+        assert worker.infer(prompt="x", max_tokens=5, ignore_eos=True)[-1]["tokens_out"] == 5
+        # Who reads again finds every line in its order, and where some are missing how many.
+        log = worker.process.stderr
+        assert log is not None
+        seen, notice = [], None
+        while notice is None:
+            line = json.loads(log.readline())
+            notice = line.get("lines_lost")
+            seen += [int(line["message"].split("/")[2])] if "/none/" in line["message"] else []
+        assert seen == list(range(len(seen)))
+        assert len(seen) < 2500
+        assert notice >= lost
+        threading.Thread(target=log.read, daemon=True).start()
+        httpx.get(f"{worker.url}/none/again")
+        assert lines_lost(worker) == notice
+        assert worker.stop() == 0
+
+
+def test_a_worker_whose_log_nobody_reads_drains_and_ends(tiny: Path) -> None:
+    with unread(tiny, "--log-level", "debug", "--shutdown-grace", "30") as worker:
+        ask_often(worker, 1500)
+        stream = RawConnection(worker.address, "POST", INFER, LONG, Accept="text/event-stream")
+        stream.read_until(b'"event":"token"')
+        worker.process.send_signal(signal.SIGTERM)
+        assert events_of(stream.finish().body)[-1]["event"] == "end"
+        assert worker.process.wait(60) == 0
+
+
+def test_a_second_signal_ends_a_worker_whose_log_nobody_reads(tiny: Path) -> None:
+    with unread(tiny, "--shutdown-grace", "60") as worker:
+        ask_often(worker, 1500)
+        stream = RawConnection(worker.address, "POST", INFER, LONG, Accept="text/event-stream")
+        stream.read_until(b'"event":"token"')
+        worker.process.send_signal(signal.SIGINT)
+        eventually(lambda: httpx.get(f"{worker.url}/readyz").status_code == 503)
+        assert worker.stop(signal.SIGINT) == 130
+        stream.close()
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_worker_without_a_stderr_to_write_to_serves(tiny: Path, stderr: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f'exec "$0" serve --addr 127.0.0.1:{port} --model "$1" {stderr}'
+    with subprocess.Popen(["sh", "-c", line, PROGRAM, str(tiny)], env=environment()) as process:
+        try:
+            worker = Served(process, f"http://127.0.0.1:{port}", [])
+            eventually(lambda: ready(worker))
+            assert worker.infer(prompt="x", max_tokens=3, ignore_eos=True)[-1]["tokens_out"] == 3
+            assert lines_lost(worker) > 0
+            assert worker.stop() == 0
+        finally:
+            process.kill()
+
+
+def ready(worker: Served) -> bool:
+    try:
+        return httpx.get(f"{worker.url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
