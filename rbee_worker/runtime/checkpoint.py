@@ -17,10 +17,32 @@ from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit on a header; index files are held to it too."""
+MAX_HEADER_BYTES = 2**25
+"""Bytes of a header, and of an index file. The format allows 100 MB; an index of 281,000 tensors, those of 384 experts
+in 61 layers in four parts each, takes 28 MB."""
+
+MAX_JSON_VALUES = 2**20
+"""Values in a piece of JSON. Python's parser lets no other thread run while it works, and a million values take it
+half a second. As many tensors as a header may name, each with its three fields, are fewer."""
+
+MAX_TENSORS = 2**17
+"""Tensors in one file: 131,072. The largest models have more, in dozens of files."""
+
+MAX_DIMENSIONS = 8
+"""Dimensions of a tensor. The format names no limit; weights have two, and five at most (convolutions of video)."""
+
+MAX_METADATA = 2**12
+"""Entries of ``__metadata__``; usual are one to a hundred."""
+
+MAX_FILES = 10_000
+"""Files that an index may name; the largest models have some hundred."""
 
 MAX_ELEMENTS = 2**63 - 1
+
+_MAX_DIGITS = 100
+"""Digits of an integer in JSON: the time to read one grows with the square of them. Known files have up to 31."""
+
+_SHOWN = 120
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {
@@ -102,21 +124,26 @@ class Checkpoint:
 
 def quoted(text: object) -> str:
     """Untrusted text for a message: control characters escaped, cut at 120 characters."""
-    shown = repr(text)
-    return shown if len(shown) <= 120 else shown[:117] + "..."  # noqa: PLR2004 (the docstring's figure)
+    # Of what may be megabytes only the beginning is spelled out.
+    shown = repr(text[: _SHOWN + 1] if isinstance(text, str | bytes | list | tuple) else text)
+    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
 
 
-def parse_json_object(data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN) -> dict[str, Any]:
-    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity.
+def parse_json_object(
+    data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN, most_values: int = MAX_JSON_VALUES
+) -> dict[str, Any]:
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no endless integers.
 
     Args:
         data: the text.
         what: how a message names it, such as ``config.json`` or ``model.safetensors: the header``.
         hint: of the errors.
+        most_values: that it may hold. Commas are counted before it is parsed, those inside of texts too.
 
     Raises:
         ModelMalformed: it is not that.
     """
+    _check_values(data, most_values, what, hint)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -129,8 +156,15 @@ def parse_json_object(data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN) ->
     def constant(name: str) -> Any:
         raise ModelMalformed(f"{what} holds {name}, which is not JSON.", hint=hint)
 
+    def integer(digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            raise ModelMalformed(
+                f"{what} holds an integer of {len(digits)} digits; {_MAX_DIGITS} are allowed.", hint=hint
+            )
+        return int(digits)
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
     except UnicodeDecodeError as error:
         raise ModelMalformed(f"{what} is not UTF-8 (byte {error.start}).", hint=hint) from error
     except json.JSONDecodeError as error:
@@ -139,11 +173,17 @@ def parse_json_object(data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN) ->
         ) from error
     except RecursionError as error:
         raise ModelMalformed(f"{what} is nested too deeply.", hint=hint) from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise ModelMalformed(f"{what} is not JSON: {error}.", hint=hint) from error
     if not isinstance(value, dict):
         raise ModelMalformed(f"{what} is not a JSON object but of type {type(value).__name__}.", hint=hint)
     return value
+
+
+def _check_values(data: bytes, most: int, what: str, hint: str) -> None:
+    commas = data.count(b",")  # there is one between any two values
+    if commas >= most:
+        raise ModelMalformed(
+            f"{what} holds {commas} commas; less than {most} are allowed, for each parts two values.", hint=hint
+        )
 
 
 def read_json_object(path: Path, *, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
@@ -210,6 +250,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     start = 8 + len(header)
     entries = parse_json_object(header, what=f"{path.name}: the header")
     metadata = _metadata(path.name, entries.pop("__metadata__", None))
+    if len(entries) > MAX_TENSORS:
+        raise ModelMalformed(
+            f"{path.name}: the header names {len(entries)} tensors; {MAX_TENSORS} are allowed.", hint=_DOWNLOAD_AGAIN
+        )
     infos = [_tensor(path, name, entry, start, size) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.offset + info.nbytes))
     _check_layout(path.name, infos, start, size)
@@ -243,6 +287,10 @@ def _metadata(name: str, value: object) -> dict[str, str]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ModelMalformed(f"{name}: __metadata__ does not map names to strings.", hint=_DOWNLOAD_AGAIN)
+    if len(value) > MAX_METADATA:
+        raise ModelMalformed(
+            f"{name}: __metadata__ has {len(value)} entries; {MAX_METADATA} are allowed.", hint=_DOWNLOAD_AGAIN
+        )
     return value
 
 
@@ -260,8 +308,9 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tens
     if dtype not in DTYPE_BYTES:
         raise malformed(f"has the unknown dtype {quoted(dtype)}.")
     begin, end = offsets
-    elements = math.prod(shape)
-    if elements > MAX_ELEMENTS or any(dim > MAX_ELEMENTS for dim in shape):
+    # Each size before their product: the work of multiplying grows with the digits.
+    elements = math.prod(shape) if all(dim <= MAX_ELEMENTS for dim in shape) else MAX_ELEMENTS + 1
+    if elements > MAX_ELEMENTS:
         raise malformed(f"has the shape {quoted(shape)}, more elements than 63 bits count.")
     if begin > end:
         raise malformed(f"begins at byte {start + begin}, after its end at byte {start + end}.")
@@ -283,6 +332,8 @@ def _fields(entry: object, malformed: Callable[[str], ModelMalformed]) -> tuple[
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise malformed(f"has the unknown dtype {quoted(dtype)}.")
+    if isinstance(shape, list) and len(shape) > MAX_DIMENSIONS:
+        raise malformed(f"has {len(shape)} dimensions; {MAX_DIMENSIONS} are allowed.")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
         raise malformed(f"has the shape {quoted(shape)}; sizes are whole numbers from 0.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):  # noqa: PLR2004
@@ -357,6 +408,8 @@ def _weight_map(index: Path) -> dict[str, set[str]]:
                 hint="Do not use this model: its index points outside its folder or at a file of another kind.",
             )
         shards.setdefault(shard, set()).add(name)
+        if len(shards) > MAX_FILES:
+            raise ModelMalformed(f"{index.name}: it names more than {MAX_FILES} files.", hint=_DOWNLOAD_AGAIN)
     return shards
 
 

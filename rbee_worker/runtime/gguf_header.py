@@ -18,7 +18,7 @@ from typing import Any, Final
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.checkpoint import MAX_ELEMENTS, MAX_HEADER_BYTES, quoted
+from rbee_worker.runtime.checkpoint import MAX_ELEMENTS, MAX_TENSORS, quoted
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -28,6 +28,14 @@ _MAX_ALIGNMENT: Final = 2**20
 _MAX_DIMENSIONS: Final = 4
 _STRING: Final = 8
 _ARRAY: Final = 9
+_LENGTH_BYTES: Final = 8
+"""Of a string's length: what an empty one takes."""
+
+_MAX_HEADER_BYTES: Final = 2**26
+"""Bytes of a header: four times what the largest vocabularies take with their merges."""
+
+_MAX_PAIRS: Final = 2**12
+"""Pairs of metadata; usual are 20 to 60."""
 
 MAX_ELEMENTS_OF_ARRAYS: Final = 2**23
 """Elements of all arrays of a header together: several times the largest vocabulary with its merges. A number takes a
@@ -101,13 +109,16 @@ class _Parser:
     def malformed(self, problem: str) -> ModelMalformed:
         return ModelMalformed(f"{self.name}: {problem}", hint=_DOWNLOAD_AGAIN)
 
-    def read(self, count: int, what: str) -> bytes:
+    def check_room(self, count: int, what: str) -> None:
         if count > self.size - self.position:
             raise self.malformed(
                 f"{what} at byte {self.position} takes {count} bytes, beyond the file's {self.size} bytes."
             )
-        if self.position + count > MAX_HEADER_BYTES:
-            raise self.malformed(f"{what} at byte {self.position} takes the header past {MAX_HEADER_BYTES} bytes.")
+
+    def read(self, count: int, what: str) -> bytes:
+        self.check_room(count, what)
+        if self.position + count > _MAX_HEADER_BYTES:
+            raise self.malformed(f"{what} at byte {self.position} takes the header past {_MAX_HEADER_BYTES} bytes.")
         data = self.stream.read(count)
         if len(data) != count:
             raise self.malformed(f"{what} at byte {self.position} ended after {len(data)} of {count} bytes.")
@@ -130,8 +141,10 @@ class _Parser:
     def header(self) -> GGUFHeader:
         self._version()
         tensor_count, pair_count = self.u64("the tensor count"), self.u64("the metadata count")
+        for count, most, what in ((tensor_count, MAX_TENSORS, "tensors"), (pair_count, _MAX_PAIRS, "metadata pairs")):
+            if count > most:
+                raise self.malformed(f"the header claims {count} {what}; {most} are allowed.")
         metadata: dict[str, Any] = {}
-        # A loop bound is only believed as far as the bytes reach: read() ends it.
         for index in range(pair_count):
             key = self.string(f"metadata key {index} of {pair_count}")
             if key in metadata:
@@ -140,7 +153,7 @@ class _Parser:
         parts = metadata.get("split.count", 1)
         if parts != 1:
             raise ModelUnsupported(
-                f"{self.name} is one of {parts} files of a split model.",
+                f"{self.name} is one of {quoted(parts)} files of a split model.",
                 hint="Merge them with llama.cpp's llama-gguf-split --merge.",
             )
         raw = [self._tensor_info(index, tensor_count) for index in range(tensor_count)]
@@ -168,15 +181,15 @@ class _Parser:
         if kind != _ARRAY:
             raise self.malformed(f"{what} has the unknown type {kind}.")
         item, count = self.u32(what), self.u64(what)
+        if item != _STRING and item not in _SCALARS:
+            raise self.malformed(f"{what} is an array of the type {item}; arrays of numbers and strings are read.")
+        width = _LENGTH_BYTES if item == _STRING else struct.calcsize(_SCALARS[item])
+        self.check_room(count * width, what)
         self.elements += count
-        # A count beyond the file ends below, where the bytes do.
-        if self.elements > MAX_ELEMENTS_OF_ARRAYS and count <= self.size:
+        if self.elements > MAX_ELEMENTS_OF_ARRAYS:
             raise self.malformed(f"{what} takes the arrays past {MAX_ELEMENTS_OF_ARRAYS} elements.")
         if item == _STRING:
             return [self.string(what) for _ in range(count)]
-        if item not in _SCALARS:
-            raise self.malformed(f"{what} is an array of the type {item}; arrays of numbers and strings are read.")
-        width = struct.calcsize(_SCALARS[item])
         data = self.read(count * width, what)
         return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", data))
 

@@ -22,6 +22,8 @@ from rbee_worker.runtime.gguf_tokenizer import PRE_TOKENIZERS, PreTokenizer
 _HINT: Final = "Download the file again."
 _OTHER_FILE: Final = "Put a tokenizer.json of this model into the folder: transformers' save_pretrained writes one."
 _LONGEST_TOKEN: Final = 1024
+_TEKKEN_VALUES: Final = 2**21
+"""Each token has three; the known vocabularies have 150,000 tokens."""
 _LINE: Final = re.compile(rb"([A-Za-z0-9+/=]+) (\d{1,9})")
 
 RANK_FAMILIES: Mapping[str, PreTokenizer] = MappingProxyType(
@@ -123,7 +125,7 @@ def build_tekken(data: bytes, *, file: str = "tekken.json") -> Tokenizer:
     Raises:
         ModelMalformed: it is damaged.
     """
-    content = parse_json_object(data, what=file)
+    content = parse_json_object(data, what=file, most_values=_TEKKEN_VALUES)
     try:
         config = content["config"]
         count, pattern = int(config["default_num_special_tokens"]), str(config["pattern"])

@@ -16,7 +16,12 @@ from safetensors.numpy import save_file
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.runtime.checkpoint import (
     DTYPE_BYTES,
+    MAX_DIMENSIONS,
+    MAX_FILES,
     MAX_HEADER_BYTES,
+    MAX_JSON_VALUES,
+    MAX_METADATA,
+    MAX_TENSORS,
     parse_json_object,
     quoted,
     read_header,
@@ -70,7 +75,7 @@ HEADERS: list[tuple[str, object, int, str]] = [
     ("a list", b"[]", 0, "the header is not a JSON object but of type list."),
     ("NaN", b'{"x":NaN}', 0, "the header holds NaN, which is not JSON."),
     ("deep", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 0, "the header is nested too deeply."),
-    ("thousands of digits", b'{"x":' + b"9" * 5000 + b"}", 0, "the header is not JSON: Exceeds the limit"),
+    ("thousands of digits", b'{"x":' + b"9" * 5000 + b"}", 0, "the header holds an integer of 5000 digits; 100 are"),
     ("duplicate keys", b'{"x":1,"y":2,"x":3}', 0, "the header names 'x' twice."),
     ("duplicate fields", b'{"x":{"dtype":"F32","dtype":"F16"}}', 0, "the header names 'dtype' twice."),
     ("no tensors", {}, 0, "the header names no tensor."),
@@ -94,6 +99,36 @@ HEADERS: list[tuple[str, object, int, str]] = [
         {"x": entry(shape=[2**64, 0], offsets=[0, 0])},
         0,
         "tensor 'x' has the shape [18446744073709551616, 0], more elements than 63 bits count.",
+    ),
+    (
+        "nine dimensions",
+        {"x": entry(shape=[1] * 9, offsets=[0, 4])},
+        4,
+        "tensor 'x' has 9 dimensions; 8 are allowed.",
+    ),
+    (
+        "much metadata",
+        {"__metadata__": dict.fromkeys(map(str, range(MAX_METADATA + 1)), "")},
+        0,
+        f"__metadata__ has {MAX_METADATA + 1} entries; {MAX_METADATA} are allowed.",
+    ),
+    (
+        "many tensors",
+        dict.fromkeys(map(str, range(MAX_TENSORS + 1)), 0),
+        0,
+        f"the header names {MAX_TENSORS + 1} tensors; {MAX_TENSORS} are allowed.",
+    ),
+    (
+        "many values",
+        b'{"x":{"dtype":"F32","shape":[' + b"1," * MAX_JSON_VALUES + b'1],"data_offsets":[0,4]}}',
+        4,
+        f"the header holds {MAX_JSON_VALUES + 3} commas; less than {MAX_JSON_VALUES} are allowed,",
+    ),
+    (
+        "a size of thousands of digits",
+        b'{"x":{"dtype":"F32","shape":[' + b"9" * 101 + b'],"data_offsets":[0,4]}}',
+        4,
+        "the header holds an integer of 101 digits; 100 are allowed.",
     ),
     ("one offset", {"x": entry(offsets=[0])}, 8, "tensor 'x' has the data_offsets [0]; they are two whole numbers"),
     ("negative offset", {"x": entry(offsets=[-8, 0])}, 8, "tensor 'x' has the data_offsets [-8, 0]; they are two"),
@@ -138,8 +173,11 @@ def test_refuses_a_wrong_header(
         (b"", "the file is 0 bytes, shorter than the 8 bytes of a header length."),
         (b"1234567", "the file is 7 bytes, shorter than the 8 bytes of a header length."),
         ((99).to_bytes(8, "little") + b"{}", "the header claims 99 bytes, but only 2 follow its length."),
-        (b"\xff" * 8, f"the header claims {2**64 - 1} bytes; 100000000 are allowed."),
-        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "the header claims 100000001 bytes; 100000000 are allowed."),
+        (b"\xff" * 8, f"the header claims {2**64 - 1} bytes; {MAX_HEADER_BYTES} are allowed."),
+        (
+            (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
+            f"the header claims {MAX_HEADER_BYTES + 1} bytes; {MAX_HEADER_BYTES} are allowed.",
+        ),
     ],
 )
 def test_refuses_a_wrong_length(tmp_path: Path, raw: bytes, message: str) -> None:
@@ -291,6 +329,25 @@ def test_refuses_an_index_without_a_weight_map(sharded: Shards, weight_map: obje
         read_safetensors(sharded(weight_map))
 
 
+def test_refuses_an_index_of_endless_files(sharded: Shards) -> None:
+    folder = sharded({str(i): f"{i}.safetensors" for i in range(MAX_FILES + 1)})
+    with pytest.raises(ModelMalformed, match=rf"model\.safetensors\.index\.json: it names more than {MAX_FILES} files"):
+        read_safetensors(folder)
+
+
+def test_a_tensor_of_as_many_dimensions_as_are_allowed_is_read(tmp_path: Path, files: SimpleNamespace) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files.safetensors_bytes({"x": ("F32", [1] * MAX_DIMENSIONS, b"\0" * 4)}))
+    assert read_safetensors(path).tensors["x"].shape == (1,) * MAX_DIMENSIONS
+
+
+def test_a_header_of_as_many_tensors_as_are_allowed_is_read(tmp_path: Path, files: SimpleNamespace) -> None:
+    header = {f"t{i}": {"dtype": "F32", "shape": [0, 1, 1], "data_offsets": [0, 0]} for i in range(MAX_TENSORS)}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files.raw_safetensors(header, b""))
+    assert len(read_safetensors(path).tensors) == MAX_TENSORS
+
+
 def test_several_files_without_an_index(sharded: Shards, files: SimpleNamespace) -> None:
     folder = sharded()
     (folder / "model.safetensors.index.json").unlink()
@@ -361,3 +418,5 @@ def test_any_bytes_are_a_json_object_or_refused(raw: bytes) -> None:
 def test_quoted_is_short_and_printable() -> None:
     assert quoted("a\x1b[31m") == r"'a\x1b[31m'"
     assert len(quoted("x" * 1000)) == 120
+    for value in ("x" * 118, "x" * 119, [1] * 40, [1] * 41, [""] * 300, (b"y" * 130,)):
+        assert quoted(value) == (repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "...")

@@ -90,7 +90,9 @@ BROKEN = [
     ("empty", b"", f"the magic at byte 0 takes 4 bytes, {END} 0 bytes."),
     ("magic", b"GGML" + b"\0" * 20, "begins with b'GGML', not b'GGUF': no GGUF file."),
     ("counts cut", header_bytes()[:17], f"the metadata count at byte 16 takes 8 bytes, {END} 17 bytes."),
-    ("pairs missing", header_bytes(pair_count=2**60), f"metadata key 0 of {2**60} at byte 24 takes 8 bytes,"),
+    ("pairs missing", header_bytes(pair_count=9), f"metadata key 0 of 9 at byte 24 takes 8 bytes, {END} 24 bytes."),
+    ("endless pairs", header_bytes(pair_count=4097), "the header claims 4097 metadata pairs; 4096 are allowed."),
+    ("endless tensors", header_bytes(count=2**60), f"the header claims {2**60} tensors; 131072 are allowed."),
     (
         "key too long",
         header_bytes(pair_count=1, pairs=struct.pack("<Q", 2**63)),
@@ -100,7 +102,11 @@ BROKEN = [
     ("key twice", header_bytes(pair_count=2, pairs=ONE + ONE), "metadata key 'k' occurs twice."),
     ("unknown type", pair(b"k", 13), "metadata 'k' has the unknown type 13."),
     ("huge array", pair(b"k", 9, struct.pack("<IQ", 0, 2**60)), f"metadata 'k' at byte 49 takes {2**60} bytes, {END}"),
-    ("huge string array", pair(b"k", 9, struct.pack("<IQ", 8, 2**60)), "metadata 'k' at byte 49 takes 8 bytes,"),
+    (
+        "huge strings",
+        pair(b"k", 9, struct.pack("<IQ", 8, 2**60)),
+        f"metadata 'k' at byte 49 takes {2**63} bytes, {END}",
+    ),
     ("nested array", pair(b"k", 9, struct.pack("<IQ", 9, 1)), "metadata 'k' is an array of the type 9;"),
     ("alignment", pair(b"general.alignment", 4, struct.pack("<I", 48)), "general.alignment is 48, not a power of two."),
     ("dimensions", one((1,) * 5), "tensor 't' has 5 dimensions; 4 are allowed."),
@@ -152,6 +158,21 @@ def test_arrays_that_would_take_many_times_their_bytes_are_refused(path: Path) -
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
         file.truncate(2**25)
     with pytest.raises(ModelMalformed, match="past 8388608 elements"):
+        read_header(path)
+
+
+def test_strings_beyond_the_end_are_refused_before_one_is_read(path: Path) -> None:
+    data = pair(b"k", 9, struct.pack("<IQ", 8, 1001)) + b"\0" * 8000
+    path.write_bytes(data)
+    with pytest.raises(ModelMalformed, match="metadata 'k' at byte 49 takes 8008 bytes, beyond the file's 8049 bytes"):
+        read_header(path)
+
+
+def test_a_header_longer_than_is_allowed_is_refused(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(pair(b"k", 8, struct.pack("<Q", 2**26)))
+        file.truncate(2**27)
+    with pytest.raises(ModelMalformed, match="metadata 'k' at byte 45 takes the header past 67108864 bytes"):
         read_header(path)
 
 
