@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.checkpoint import TensorInfo, quoted
+from rbee_worker.runtime.finite import check_finite
 from rbee_worker.runtime.quantized import WORD_BITS, Codebook, Grouped, QuantizedTensor
 
 _WEIGHTS = 2**20
@@ -35,16 +36,18 @@ Decode = Callable[[Tensor, int, int], Tensor]
 """float32 [end - begin, inputs]: rows ``begin`` to ``end`` of the whole matrix, from their packed values."""
 
 
-def read_dequantized(info: QuantizedTensor, target: Tensor, read: ReadBytes) -> None:
+def read_dequantized(info: QuantizedTensor, target: Tensor, held: torch.dtype, read: ReadBytes) -> None:
     """Fill ``target``, of ``info.shape``, with the values of a quantised tensor.
 
     Args:
         info: the tensor, or a range of its rows.
         target: of any floating dtype, on any device.
+        held: the dtype that the values will be kept in.
         read: reads from the files.
 
     Raises:
-        ModelMalformed: what was read contradicts the headers.
+        ModelMalformed: what was read contradicts the headers, or a value is not finite.
+        ModelUnsupported: a value is too large for ``held``.
     """
     small = {  # of each range of rows they are read again, but counted once
         role: _whole(part, read, counted=info.first == 0) for role, part in info.parts.items() if role != "weight"
@@ -58,6 +61,7 @@ def read_dequantized(info: QuantizedTensor, target: Tensor, read: ReadBytes) -> 
     for begin in range(info.first // unit * unit, last, step):
         end = min(begin + step, -(-last // unit) * unit)
         values = decode(fetch(begin, end), begin, end)
+        check_finite(info, values, held)
         low, high = max(begin, info.first), min(end, last)
         target[low - info.first : high - info.first].copy_(values[low - begin : high - begin])
 

@@ -326,7 +326,10 @@ class GGUFModel:
             data = stream.read(tensor.nbytes)
         if len(data) != tensor.nbytes:
             raise self._malformed(f"the file ended while {tensor.name} was read.")
-        return np.frombuffer(data, dtype="<f4")
+        divisors = np.frombuffer(data, dtype="<f4")
+        if not np.isfinite(divisors).all():
+            raise self._malformed(f"tensor {quoted(tensor.name)} holds numbers that are not finite.")
+        return divisors
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float) -> npt.NDArray[np.float64]:

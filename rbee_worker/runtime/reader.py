@@ -21,6 +21,7 @@ from torch import Tensor
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.checkpoint import TensorInfo
 from rbee_worker.runtime.dequantize import read_dequantized
+from rbee_worker.runtime.finite import all_finite, check_finite
 from rbee_worker.runtime.gguf import dequantize
 from rbee_worker.runtime.linear import LinearFormat
 from rbee_worker.runtime.memory import trim_host_memory
@@ -38,7 +39,7 @@ _DECODE_WEIGHTS = 2**20
 """Quantised GGUF weights decoded at once: decoding takes several float32 copies of them."""
 
 _CONVERT_BYTES = 2**20
-"""What is converted at once: small enough that it is still in the cache when it is read again."""
+"""What is checked and converted at once: small enough that it is still in the cache when it is read again."""
 
 
 class RawFile(Protocol):
@@ -131,39 +132,58 @@ class TensorReader:
         for file in self._files.values():
             file.close()
 
-    def read(self, info: TensorInfo, target: Tensor) -> None:
+    def read(self, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
         """Fill ``target``, contiguous and of ``info.shape``, with a stored tensor's values.
 
+        Args:
+            info: the stored tensor.
+            target: what is filled.
+            held: the dtype that the values will be kept in, once they are packed.
+
         Raises:
-            ModelMalformed: the file ends early, cannot be read, or has changed.
+            ModelMalformed: the file ends early, cannot be read, or has changed; a value is not finite.
+            ModelUnsupported: a value is too large for ``held``.
             Stopped: the reading was closed.
         """
         if isinstance(info, QuantizedTensor):
-            read_dequantized(info, target, self._read_part)
+            read_dequantized(info, target, held, self._read_part)
             for path in files_of(info):
                 self._state.check_unchanged(path, self._files[path].fileno())
             return
         file = self._file(info)
         stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
         if stored is None or info.rope_heads or info.shift:
-            self._read_quantised(file, info, target)
-        elif stored == target.dtype and target.device.type == "cpu":
-            self._read_bytes(file, info, target.view(-1).view(torch.uint8))
+            self._read_quantised(file, info, target, held)
         else:
-            flat, begin = target.view(-1), 0
-            while begin < flat.numel():
-                count = min(self._copier.nbytes // stored.itemsize, flat.numel() - begin)
-                raw = self._copier.buffer(count * stored.itemsize)
-                self._read_bytes(file, info, raw, begin * stored.itemsize)
-                self._copier.copy(raw.view(stored), flat[begin : begin + count])
-                begin += count
-            self._copier.finish()
+            # A GPU looks at what has arrived there faster than the host does; only the host can name what is wrong.
+            on_gpu = target.device.type == "cuda"
+            self._read_plain(file, info, target, stored, None if on_gpu else held)
+            if on_gpu and target.is_floating_point() and not all_finite(target):
+                self._read_plain(file, info, target, stored, held)
         self._state.check_unchanged(info.file, file.fileno())
+
+    def _read_plain(
+        self, file: RawFile, info: TensorInfo, target: Tensor, stored: torch.dtype, held: torch.dtype | None
+    ) -> None:
+        """Read, check and convert piece by piece, so that each piece is in the cache for all three; None: no check."""
+        flat, begin = target.view(-1), 0
+        in_place = stored == target.dtype and target.device.type == "cpu"
+        while begin < flat.numel():
+            count = min(self._copier.nbytes // stored.itemsize, flat.numel() - begin)
+            piece = flat[begin : begin + count]
+            raw = piece.view(torch.uint8) if in_place else self._copier.buffer(count * stored.itemsize)
+            self._read_bytes(file, info, raw, begin * stored.itemsize)
+            if held is not None:
+                check_finite(info, raw.view(stored), held)
+            if not in_place:
+                self._copier.copy(raw.view(stored), piece)
+            begin += count
+        self._copier.finish()
 
     def _read_part(self, part: TensorInfo, raw: Tensor, start: int, counted: bool) -> None:
         self._read_bytes(self._file(part), part, raw, start, counted=counted)
 
-    def _read_quantised(self, file: RawFile, info: TensorInfo, target: Tensor) -> None:
+    def _read_quantised(self, file: RawFile, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
         rows, step = info.shape[0], info.shape[0]
         if len(info.shape) > 1:
             unit = rows // info.rope_heads if info.rope_heads else 1  # a head's rows are permuted among themselves
@@ -172,7 +192,9 @@ class TensorReader:
             part = rows_of(info, begin, min(begin + step, rows))
             raw = torch.empty(part.nbytes, dtype=torch.uint8)
             self._read_bytes(file, part, raw)
-            target[begin : begin + step].copy_(torch.from_numpy(dequantize(part, raw.numpy())))
+            values = torch.from_numpy(dequantize(part, raw.numpy()))
+            check_finite(info, values, held)
+            target[begin : begin + step].copy_(values)
 
     def _read_bytes(
         self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0, *, counted: bool = True

@@ -13,14 +13,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rbee_worker.runtime.checkpoint import TensorInfo
+from rbee_worker.errors import ModelMalformed
+from rbee_worker.runtime.checkpoint import TensorInfo, quoted
+from rbee_worker.runtime.finite import check_finite
 from rbee_worker.runtime.model_config import ExpertsConfig
 
 BLOCK = 32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EXPONENT_BIAS = 127
+_NO_SCALE = 255
+"""What a scale that is NaN is stored as."""
 
-Read = Callable[[TensorInfo, Tensor], None]
+Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
 
 
 def stacked_shapes(config: ExpertsConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -38,7 +42,13 @@ def stacked_shapes(config: ExpertsConfig, hidden_size: int) -> dict[str, tuple[i
 
 
 def read_expert(
-    tensors: Mapping[str, TensorInfo], role: str, number: int, read: Read, device: torch.device
+    tensors: Mapping[str, TensorInfo],
+    role: str,
+    number: int,
+    read: Read,
+    *,
+    device: torch.device,
+    held: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """One matrix of one expert, float32 [outputs, inputs], and its bias [outputs]; gate comes before up.
 
@@ -48,19 +58,32 @@ def read_expert(
         number: the expert's.
         read: fills a tensor from the file.
         device: where they are to be.
+        held: the dtype that the matrix will be kept in.
+
+    Raises:
+        ModelMalformed: a value is not finite.
+        ModelUnsupported: a value is too large for ``held``.
     """
 
-    def part(name: str, dtype: torch.dtype) -> Tensor:
+    def part(name: str, dtype: torch.dtype, held: torch.dtype) -> Tensor:
         info = _slice(tensors[f"experts.{name}"], number)
         target = torch.empty(info.shape, dtype=dtype, device=device)
-        read(info, target)
+        read(info, target, held)
         return target
 
     if f"experts.{role}" in tensors:
-        weight = part(role, torch.float32).T
+        weight = part(role, torch.float32, held).T
     else:
-        weight = decode_mxfp4(part(f"{role}_blocks", torch.uint8), part(f"{role}_scales", torch.uint8))
-    bias = part(f"{role}_bias", torch.float32)
+        blocks, scales = (part(f"{role}_{what}", torch.uint8, torch.uint8) for what in ("blocks", "scales"))
+        stored = tensors[f"experts.{role}_scales"]
+        if bool((scales == _NO_SCALE).any()):
+            raise ModelMalformed(
+                f"{stored.file.name}: tensor {quoted(stored.name)} holds a scale of {_NO_SCALE}, which is no number.",
+                hint="Download the file again.",
+            )
+        weight = decode_mxfp4(blocks, scales)
+        check_finite(stored, weight, held)
+    bias = part(f"{role}_bias", torch.float32, torch.float32)
     if role == "gate_up":
         weight, bias = (torch.cat((whole[0::2], whole[1::2])) for whole in (weight, bias))
     return weight.contiguous(), bias

@@ -59,8 +59,9 @@ _TOGETHER = 8
 
 _MMAP_BYTES = 2**20
 
-Read = Callable[[TensorInfo, Tensor], None]
-"""Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file."""
+Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
+"""Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file; the last is the
+dtype that the values will be kept in, which may be a smaller one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,8 @@ class PartBuilder:
     def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, read: Read) -> None:
         self._config, self._form, self._device, self._read = config, form, device, read
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        # int8 weights have scales, which hold what float32 holds.
+        self._held = form.weight_dtype if form.quantize == "none" else torch.float32
 
     def build(self, group: WeightGroup, *, last: bool = False) -> Part:
         """The part that a group of tensors becomes, resident on its device.
@@ -197,12 +200,12 @@ class PartBuilder:
     def _plain(self, infos: Sequence[TensorInfo], dtype: torch.dtype) -> Tensor:
         """Tensors in memory of their own, stacked along their first dimension."""
         rows = sum(info.shape[0] for info in infos)
-        return self._filled(infos, empty_on(self._device, (rows, *infos[0].shape[1:]), dtype))
+        return self._filled(infos, empty_on(self._device, (rows, *infos[0].shape[1:]), dtype), dtype)
 
-    def _filled(self, infos: Sequence[TensorInfo], target: Tensor) -> Tensor:
+    def _filled(self, infos: Sequence[TensorInfo], target: Tensor, held: torch.dtype) -> Tensor:
         begin = 0
         for info in infos:
-            self._read(info, target[begin : begin + info.shape[0]])
+            self._read(info, target[begin : begin + info.shape[0]], held)
             begin += info.shape[0]
         return target
 
@@ -225,13 +228,13 @@ class PartBuilder:
         if not self._form.packed:
             return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
         staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
-        return make_linear(self._filled(matrices, staged), bias, self._form)
+        return make_linear(self._filled(matrices, staged, self._held), bias, self._form)
 
     def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
         """An expert's linear layers, from tensors that hold all experts'."""
         made = {}
         for role in MLP_LINEARS:
-            weight, bias = read_expert(tensors, role, number, self._read, self._device)
+            weight, bias = read_expert(tensors, role, number, self._read, device=self._device, held=self._held)
             made[role] = make_linear(weight, bias.to(self._form.activation_dtype), self._form)
         return made
 
@@ -253,7 +256,7 @@ class PartBuilder:
             return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
 
         def fill(begin: int, block: Tensor) -> None:
-            self._read(rows_of(info, begin, begin + len(block)), block)
+            self._read(rows_of(info, begin, begin + len(block)), block, self._held)
 
         return self._packed(info.shape, fill)
 

@@ -114,7 +114,7 @@ def read_part(part: TensorInfo, raw: Tensor, start: int, _counted: bool) -> None
 
 def values_of(info: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     target = torch.full(info.shape, torch.nan, dtype=dtype)
-    read_dequantized(info, target, read_part)
+    read_dequantized(info, target, dtype, read_part)
     return target
 
 

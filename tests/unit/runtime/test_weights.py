@@ -121,7 +121,7 @@ def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.
         # A copy, as packing makes one: the staging that it came from is used again.
         return make_linear(weight.clone(), bias, LinearFormat("dense", torch.float32, form.activation_dtype))
 
-    def read(info: TensorInfo, target: torch.Tensor) -> None:
+    def read(info: TensorInfo, target: torch.Tensor, _held: torch.dtype) -> None:
         begin = (info.offset - whole[info.name].offset) // (info.nbytes // info.shape[0])
         target.copy_(stored[info.name][begin : begin + info.shape[0]])
 
