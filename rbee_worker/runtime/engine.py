@@ -21,7 +21,7 @@ from rbee_worker.runtime.decide import Guess, decide
 from rbee_worker.runtime.kv_cache import SequenceCache
 from rbee_worker.runtime.loading import LoadedModel, load_model, release_memory
 from rbee_worker.runtime.prepare import prepare
-from rbee_worker.runtime.sampler import likelihoods
+from rbee_worker.runtime.sampler import check_logits, likelihoods
 from rbee_worker.runtime.scheduler import Scheduled, Scheduler
 from rbee_worker.runtime.sequence import Sequence
 from rbee_worker.runtime.stats import EngineStats
@@ -341,6 +341,11 @@ def _advance(share: Scheduled, logits: Tensor) -> Iterator[InferenceEvent]:
     told = []
     if targets:
         wanted = sequence.params.prompt_logprobs or 0
+        try:
+            check_logits(logits[: len(targets)])
+        except InferenceError as error:  # its own fault: the others of the batch go on
+            yield sequence.fail(error.code, str(error))
+            return
         told = likelihoods(logits[: len(targets)].log_softmax(-1), targets, [wanted] * len(targets))
     yield from sequence.take_prompt_likelihoods(told)
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from rbee_worker.config import SamplingParams
 from rbee_worker.errors import InferenceError
+from rbee_worker.runtime.finite import all_finite
 from rbee_worker.runtime.grammar import GrammarMatcher
 from rbee_worker.runtime.grammar_mask import apply_masks
 
@@ -130,12 +131,13 @@ def sample(
     Raises:
         InferenceError: a row has logits that are not finite numbers, or none that is allowed.
     """
+    check_logits(logits)  # before a grammar hides some of them
     likelihoods = _Likelihoods.of(logits, samplers)
     adjust(logits, samplers)
     if masks:
         apply_masks(logits, list(masks), list(masks.values()))
-    if not logits.amax(-1).isfinite().all():  # one that is no number comes out as the highest
-        raise InferenceError("The model's logits are not finite numbers, or no token is allowed to follow.")
+    if not logits.amax(-1).isfinite().all():
+        raise InferenceError("No token is allowed to follow.")
     tokens = [0] * len(samplers)
     greedy = [row for row, sampler in enumerate(samplers) if sampler.greedy]
     if greedy:
@@ -146,6 +148,16 @@ def sample(
         for row, token in zip(drawn, _draw(_rows(logits, drawn), [samplers[row] for row in drawn]), strict=True):
             tokens[row] = token
     return likelihoods.with_tokens(tokens)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Check logits, float32 [rows, vocab_size].
+
+    Raises:
+        InferenceError: one is not finite.
+    """
+    if not all_finite(logits):
+        raise InferenceError("The model's logits are not finite numbers.")
 
 
 def adjust(logits: Tensor, samplers: Sequence[Sampler]) -> None:

@@ -259,7 +259,8 @@ class Transformer:
         if config.logit_multiplier != 1.0:
             logits = logits * config.logit_multiplier
         if config.final_softcap is not None:
-            logits = torch.tanh(logits / config.final_softcap) * config.final_softcap
+            # The last term is 0; without it tanh would make a finite logit of an infinite one.
+            logits = torch.tanh(logits / config.final_softcap) * config.final_softcap + logits * 0
         return logits
 
     def _hidden(self, batch: Batch) -> Tensor:
