@@ -2,7 +2,7 @@
 # make test     everything that CI runs
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
-# make docs     regenerate completions/ and docs/cli.md
+# make docs     regenerate completions/, docs/cli.md, docs/files.md and the table of docs/models.md
 # make clean    remove the environment and the prepared model
 
 PYTHON ?= python3
@@ -44,6 +44,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m rbee_worker.cli.reference
+	$(BIN)/python -m tests.files
 	$(BIN)/python -m tests.reference.families
 
 # The marker is made last, so that an interrupted installation is taken up again.

@@ -25,6 +25,7 @@ from rbee_worker.server.openai.responses_schemas import ResponsesBody
 from rbee_worker.server.openai.schemas import CompletionBody, OpenAIBody
 from rbee_worker.server.openapi import Described
 from rbee_worker.server.schemas import InferenceBody, LoadingBody
+from tests import files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,14 +64,15 @@ def rows(text: str) -> dict[str, list[str]]:
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in lines}
 
 
-def test_the_readme_names_every_file_and_no_other():
-    named = rows(read("README.md").partition("## Every file")[2])
-    assert named
-    patterns = ("rbee_worker/**/*.py", "tests/**/*.py", "docs/**/*", "completions/*")
-    found = (path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
-    present = {path.relative_to(ROOT).as_posix() for path in found}
-    assert present - named.keys() == set(), "not in README's tables"
-    assert {name for name in named if not (ROOT / name).is_file()} == set(), "in README's tables, but not there"
+def test_the_page_of_files_is_made_from_the_docstrings():
+    assert read("docs/files.md") == files.page(), "run make docs"
+
+
+def test_the_readme_names_every_folder():
+    named = {name.rstrip("/") for name in rows(section(read("README.md"), "Folders"))}
+    assert all((ROOT / name).is_dir() for name in named)
+    tests = {f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert named >= {"rbee_worker", "docs", "completions", *tests}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
