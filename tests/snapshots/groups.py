@@ -1,0 +1,15 @@
+"""Every group of snapshots: the folder's name, and what takes its files."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.snapshots import commands, errors, loading, openapi, served
+
+GROUPS: Mapping[str, Callable[[Path], dict[str, str]]] = {
+    "commands": commands.take,
+    "errors": errors.take,
+    "loading": loading.take,
+    "openapi": openapi.take,
+    "served": served.take,
+}
+"""Each function is given an empty folder for models and returns file name -> text."""
