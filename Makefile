@@ -3,6 +3,7 @@
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
 # make docs     regenerate completions/, docs/cli.md, docs/files.md and the table of docs/models.md
+# make snapshots  write tests/snapshots anew: what users rely on
 # make clean    remove the environment and the prepared model
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # the linear layers too.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-all test-avx2 lint docs clean
+.PHONY: demo test test-all test-avx2 lint docs snapshots clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
@@ -46,6 +47,9 @@ docs: $(READY)
 	$(BIN)/python -m rbee_worker.cli.reference
 	$(BIN)/python -m tests.files
 	$(BIN)/python -m tests.reference.families
+
+snapshots: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.snapshots.update
 
 # The marker is made last, so that an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt
