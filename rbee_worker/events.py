@@ -42,7 +42,7 @@ class LoadReport:
             With ``quantize``: the embedding's.
         quantize: ``none``, or ``int8`` when the matrices were quantised as they were loaded.
         saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
-        kernel: the form the linear layers run in (see ``runtime/linear.py``).
+        kernel: the form the linear layers run in (see ``runtime/model/linear/linear.py``).
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.

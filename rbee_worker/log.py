@@ -105,7 +105,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``2026-11-22T06:00:00.000Z INFO rbee_worker.worker: message key=value``."""
+    """``2026-11-22T06:00:00.000Z INFO rbee_worker.worker.worker: message key=value``."""
 
     def __init__(self, level: LogLevel) -> None:
         super().__init__()

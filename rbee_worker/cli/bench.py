@@ -177,8 +177,8 @@ def _child(model: str | None, config: EngineConfig) -> None:
     """Load, stopping before and after; the figures go to stdout as one line of JSON."""
     from rbee_worker.errors import RbeeError  # noqa: PLC0415
     from rbee_worker.events import LoadingEvent, LoadingToVram, Ready, to_json  # noqa: PLC0415
-    from rbee_worker.runtime.engine import Engine  # noqa: PLC0415
-    from rbee_worker.runtime.memory import resolve_device  # noqa: PLC0415
+    from rbee_worker.runtime.engine.engine import Engine  # noqa: PLC0415
+    from rbee_worker.runtime.machine.devices import resolve_device  # noqa: PLC0415
 
     resolve_device(config.device)  # imports torch, and wakes the device
     sys.stdout.write("imported\n")

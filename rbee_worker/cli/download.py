@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rbee_worker.display import PlainProgress
-    from rbee_worker.runtime.hub import Step
+    from rbee_worker.runtime.hub.download import Step
     from rbee_worker.runtime.source import ModelSource
 
 

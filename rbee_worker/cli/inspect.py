@@ -54,7 +54,7 @@ def devices(
     Example: rbee-worker devices --json
     """
     log.configure(log_level, log_format)
-    from rbee_worker.runtime.memory import list_devices  # noqa: PLC0415 - torch
+    from rbee_worker.runtime.machine.devices import list_devices  # noqa: PLC0415 - torch
 
     found = list_devices()
     if json:

@@ -16,7 +16,7 @@ from rbee_worker.events import Event, LoadCancelled, LoadingEvent
 if TYPE_CHECKING:
     from rbee_worker.client import WorkerClient
     from rbee_worker.display import EventSink
-    from rbee_worker.runtime.engine import Engine
+    from rbee_worker.runtime.engine.engine import Engine
 
 
 def load(
@@ -77,7 +77,7 @@ def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "En
     cancel = threading.Event()
     with interrupts(cancel.set) as received:
         with sink:
-            from rbee_worker.runtime.engine import Engine  # noqa: PLC0415 - torch, seconds of it
+            from rbee_worker.runtime.engine.engine import Engine  # noqa: PLC0415 - torch, seconds of it
 
             engine = Engine(config)
             last = show(engine.load(model, cancel), sink)

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError
-from rbee_worker.runtime.checkpoint import DTYPE_BYTES, SINGLE_NAME, TensorInfo, quoted, read_header
-from rbee_worker.runtime.gguf import dequantize, undo_rope_permutation
+from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
+from rbee_worker.runtime.formats.safetensors import DTYPE_BYTES, SINGLE_NAME, TensorInfo, quoted, read_header
 from rbee_worker.runtime.source import ModelSource
 
 PARTIAL_NAME: Final = f"{SINGLE_NAME}.partial"

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rbee_worker.errors import InvalidRequest
-from rbee_worker.runtime.architectures import ARCHITECTURES, parse_config
-from rbee_worker.runtime.layer_weights import is_matrix, kinds_of_layers, layer_shapes, parameters
-from rbee_worker.runtime.model_config import ModelConfig
-from rbee_worker.runtime.quantization import read_checkpoint
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes, parameters
+from rbee_worker.runtime.architecture.table import ARCHITECTURES, parse_config
+from rbee_worker.runtime.formats.quantized.methods import read_checkpoint
 from rbee_worker.runtime.source import ModelSource
 
 _CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
-from rbee_worker.runtime.checkpoint import Checkpoint, quoted, read_json_object, read_safetensors
-from rbee_worker.runtime.gguf import GGUFModel, read_gguf
-from rbee_worker.runtime.hub import Step, download
-from rbee_worker.runtime.hub_client import HubModel
-from rbee_worker.runtime.tokenizer_files import (
+from rbee_worker.runtime.formats.gguf.model import GGUFModel, read_gguf
+from rbee_worker.runtime.formats.safetensors import Checkpoint, quoted, read_json_object, read_safetensors
+from rbee_worker.runtime.hub.client import HubModel
+from rbee_worker.runtime.hub.download import Step, download
+from rbee_worker.runtime.tokenizer.files import (
     FolderTokenizer,
     find_tokenizer,
     load_tokenizer,
@@ -195,7 +195,7 @@ def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> Mo
 def fetch(
     model: HubModel, *, stall_seconds: float, cancel: threading.Event | None = None
 ) -> Generator[Step, None, ModelSource | None]:
-    """Bring a hub model onto this machine; see :func:`rbee_worker.runtime.hub.download`.
+    """Bring a hub model onto this machine; see :func:`rbee_worker.runtime.hub.download.download`.
 
     Returns:
         The model; None when cancelled.

@@ -14,16 +14,16 @@ from starlette.routing import Match, Route
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import MethodNotAllowed, NotFound, RbeeError
-from rbee_worker.server.access import Access, cors, cors_origins, host_patterns
-from rbee_worker.server.keys import ApiKeys
-from rbee_worker.server.metrics import WorkerMetrics
-from rbee_worker.server.middleware import BODY_SECONDS, BodyLimit, Errors, RequestLog
-from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.http.access import Access, cors, cors_origins, host_patterns
+from rbee_worker.server.http.envelope import error_response
+from rbee_worker.server.http.keys import ApiKeys
+from rbee_worker.server.http.middleware import BODY_SECONDS, BodyLimit, Errors, RequestLog
+from rbee_worker.server.native.routes import AllowedModels, Native
+from rbee_worker.server.observe.metrics import WorkerMetrics
+from rbee_worker.server.observe.tracing import Tracing, shut_down
 from rbee_worker.server.openai import OpenAI
 from rbee_worker.server.openapi import Described
-from rbee_worker.server.responses import error_response
-from rbee_worker.server.tracing import Tracing, shut_down
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import QueueFull
-from rbee_worker.server.responses import off_loop
-from rbee_worker.worker import Worker
+from rbee_worker.server.http.envelope import off_loop
+from rbee_worker.worker.worker import Worker
 
 
 class Cancellable(Protocol):
@@ -44,7 +44,7 @@ class Holding:
         """What ``submit()`` gives once the load has ended.
 
         Args:
-            size: of the request; see :func:`~rbee_worker.server.responses.off_loop`.
+            size: of the request; see :func:`~rbee_worker.server.http.envelope.off_loop`.
             submit: submits the request.
         """
         self._held += 1

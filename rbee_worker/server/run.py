@@ -20,16 +20,16 @@ from rbee_worker.config import EngineConfig, ServerConfig
 from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed
 from rbee_worker.log import say
-from rbee_worker.server.access import MAX_HEAD_BYTES
 from rbee_worker.server.app import create_app
-from rbee_worker.server.keys import ApiKeys
-from rbee_worker.server.listen import BACKLOG, listen, url
-from rbee_worker.server.middleware import CorrelationFilter
-from rbee_worker.server.protocol import SPARE_CONNECTIONS, ConnectionLimits, limited
+from rbee_worker.server.http.access import MAX_HEAD_BYTES
+from rbee_worker.server.http.keys import ApiKeys
+from rbee_worker.server.http.listen import BACKLOG, listen, url
+from rbee_worker.server.http.middleware import CorrelationFilter
+from rbee_worker.server.http.protocol import SPARE_CONNECTIONS, ConnectionLimits, limited
+from rbee_worker.server.http.tls import Certificate, certificate
+from rbee_worker.server.observe.tracing import provider_from_environment
 from rbee_worker.server.sse import EventStream
-from rbee_worker.server.tls import Certificate, certificate
-from rbee_worker.server.tracing import provider_from_environment
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 FLUSH_SECONDS = 5.0
 """How long the last frames may take to reach their clients once the worker is drained."""

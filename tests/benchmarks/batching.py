@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 
 PROMPT = "Question {0}: tell a story about the number {0} and what it did on its holidays by the sea last year."
 

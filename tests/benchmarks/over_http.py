@@ -120,7 +120,7 @@ def alone(engine: Any, count: int, tokens: int, salt: int) -> float:
 
 def throughput(options: argparse.Namespace) -> None:
     from rbee_worker.config import EngineConfig
-    from rbee_worker.runtime.engine import Engine
+    from rbee_worker.runtime.engine.engine import Engine
 
     engine = Engine(EngineConfig(dtype=options.dtype, max_batch_size=8, prefix_cache=False))
     for _ in engine.load(options.model):

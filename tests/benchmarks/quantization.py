@@ -22,11 +22,12 @@ from torch.nn import functional
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import End, LoadReport, Ready
-from rbee_worker.runtime import linear, linear_int8
-from rbee_worker.runtime.cpu import cpu_features
-from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.linear import LinearFormat, choose_format, make_linear
-from rbee_worker.runtime.transformer import Batch
+from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.model.decoder import Batch
+from rbee_worker.runtime.model.linear import int8 as linear_int8
+from rbee_worker.runtime.model.linear import linear
+from rbee_worker.runtime.model.linear.cpu import cpu_features
+from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, make_linear
 
 PARAGRAPH = (
     "The old lighthouse on the northern cape had not been lit for eleven years when Marta bought it from the harbour "

@@ -31,7 +31,7 @@ WARM_UP_TOKENS = 8
 
 def measure_rbee(model: str, dtype: str, prompt_tokens: int, tokens: int) -> Iterator[float]:
     from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-    from rbee_worker.runtime.engine import Engine
+    from rbee_worker.runtime.engine.engine import Engine
 
     began = time.perf_counter()
     engine = Engine(EngineConfig(dtype=dtype, prefill_chunk=prompt_tokens, prefix_cache=False))

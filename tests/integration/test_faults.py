@@ -101,7 +101,7 @@ def test_loads_that_fail_or_are_cancelled_leave_no_descriptor_and_no_thread(
 OUT_OF_MEMORY = """
 import resource, sys
 from rbee_worker.config import EngineConfig
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 
 engine = Engine(EngineConfig(device="cpu", dtype="float32", max_context=256))
 for event in engine.load(sys.argv[1]):

@@ -78,7 +78,7 @@ def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
             folder.chmod(0o755)
     program = (
         "import sys, os\n"
-        "from rbee_worker.runtime.engine import Engine\n"  # read as root: the installation may be root's alone
+        "from rbee_worker.runtime.engine.engine import Engine\n"  # read as root: the installation may be root's alone
         "from rbee_worker.errors import RbeeError\n"
         f"os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         "try:\n    [None for _ in Engine().load(sys.argv[1])]\n"
@@ -97,7 +97,7 @@ import torch
 from pathlib import Path
 from rbee_worker.config import EngineConfig
 from rbee_worker.events import LoadCancelled, LoadingToVram
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 
 def resident():
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
@@ -143,8 +143,8 @@ STUCK = """
 import os, sys, threading
 from rbee_worker.config import EngineConfig
 from rbee_worker.events import LoadCancelled, Stalled
-from rbee_worker.runtime import reader
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.loading import reader
+from rbee_worker.runtime.engine.engine import Engine
 
 never, _ = os.pipe()
 

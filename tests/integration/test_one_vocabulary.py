@@ -8,7 +8,7 @@ import httpx
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import to_dict
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 
 from .conftest import Served, events_of, run, serving
 

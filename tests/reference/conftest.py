@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rbee_worker.config import EngineConfig
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 from tests.tiny import byte_tokenizer
 
 TINY: dict[str, Any] = {

@@ -11,9 +11,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rbee_worker.runtime import gguf_families
-from rbee_worker.runtime.architectures import ARCHITECTURES
-from rbee_worker.runtime.model_config import ROPE_KINDS
+from rbee_worker.runtime.architecture.config import ROPE_KINDS
+from rbee_worker.runtime.architecture.table import ARCHITECTURES
+from rbee_worker.runtime.formats.gguf import families as gguf_families
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN = "<!-- proven: written by python -m tests.reference.families -->"

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rbee_worker.config import GenerationRequest, SamplingParams
-from rbee_worker.runtime.architectures import ARCHITECTURES, parse_config
-from rbee_worker.runtime.cpu import cpu_features
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.architecture.table import ARCHITECTURES, parse_config
+from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.inspection import inspect_model
-from rbee_worker.runtime.preflight import weights_bytes
-from rbee_worker.runtime.sequence import Sequence
+from rbee_worker.runtime.loading.fit import weights_bytes
+from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.source import resolve
 from tests.tiny import byte_tokenizer
 

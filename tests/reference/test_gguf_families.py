@@ -1,7 +1,7 @@
 """GGUF files of each family against the model that they were made from.
 
 The files are made here by llama.cpp's conventions: the names of the package gguf, Gemma's norms stored as they are
-multiplied, no permutation but Llama's, which ``tests/unit/runtime/test_gguf.py`` covers.
+multiplied, no permutation but Llama's, which ``tests/unit/runtime/formats/gguf/test_model.py`` covers.
 """
 
 import math
@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from rbee_worker.runtime.convert import convert
-from rbee_worker.runtime.gguf_families import ARCHITECTURES
+from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES
 from rbee_worker.runtime.source import resolve
 
 from .conftest import load

@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import End, LoadReport, Ready, Token
-from rbee_worker.runtime import linear, linear_int8
-from rbee_worker.runtime.cpu import cpu_features
-from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.linear import DenseLinear
-from rbee_worker.runtime.linear_int8 import hadamard, quantize_weight, rotate
-from rbee_worker.runtime.transformer import Transformer
+from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.model.decoder import Transformer
+from rbee_worker.runtime.model.linear import int8 as linear_int8
+from rbee_worker.runtime.model.linear import linear
+from rbee_worker.runtime.model.linear.cpu import cpu_features
+from rbee_worker.runtime.model.linear.int8 import hadamard, quantize_weight, rotate
+from rbee_worker.runtime.model.linear.linear import DenseLinear
 
 from .conftest import load
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of

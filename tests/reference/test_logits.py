@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rbee_worker.config import GenerationRequest, SamplingParams
-from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.transformer import Batch, Transformer
+from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.model.decoder import Batch, Transformer
 
 from .conftest import load
 

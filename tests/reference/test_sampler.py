@@ -18,7 +18,7 @@ from transformers import (
 
 from rbee_worker.config import SamplingParams
 from rbee_worker.errors import InferenceError
-from rbee_worker.runtime.sampler import Sampler, adjust, candidates, sample
+from rbee_worker.runtime.engine.sampler import Sampler, adjust, candidates, sample
 
 VOCABULARY = 5000
 PROMPT = [3, 17, 3, 999, 4321]

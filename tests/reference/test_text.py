@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rbee_worker.runtime.source import resolve
-from rbee_worker.runtime.tokenizer import StreamingDetokenizer, Tokenizer
+from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokenizer
 
 HARD = [
     "The capital of France is Paris.",

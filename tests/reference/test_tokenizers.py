@@ -21,11 +21,11 @@ from transformers.convert_slow_tokenizer import GemmaConverter, LlamaConverter, 
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from rbee_worker.errors import InvalidRequest
-from rbee_worker.runtime.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
-from rbee_worker.runtime.sentencepiece_model import read_sentencepiece
-from rbee_worker.runtime.sentencepiece_tokenizer import build_sentencepiece
 from rbee_worker.runtime.source import ModelSource
-from rbee_worker.runtime.tokenizer import StreamingDetokenizer, Tokenizer
+from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS, build_tokenizer
+from rbee_worker.runtime.tokenizer.sentencepiece import build_sentencepiece
+from rbee_worker.runtime.tokenizer.sentencepiece_model import read_sentencepiece
+from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokenizer
 
 HARD = [
     "",

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import to_json
-from rbee_worker.runtime.engine import Engine
+from rbee_worker.runtime.engine.engine import Engine
 from tests.hub_server import HubServer, tiny_repo
 from tests.snapshots.plain import transcript
 from tests.tiny import write_tiny_model

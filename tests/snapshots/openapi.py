@@ -10,7 +10,7 @@ import httpx
 from rbee_worker import __version__
 from rbee_worker.config import EngineConfig, ServerConfig
 from rbee_worker.server.app import create_app
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 
 def take(_folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from rbee_worker.config import ServerConfig
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 from tests.snapshots.loading import ENGINE, cut
 from tests.snapshots.plain import line, masked, once, plain, pretty
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, write_tiny_model

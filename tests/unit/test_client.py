@@ -28,7 +28,7 @@ from rbee_worker.errors import (
     WorkerUnreachable,
 )
 from rbee_worker.events import Event, InferenceFailed, LoadFailed, Started
-from rbee_worker.server.schemas import InferenceBody
+from rbee_worker.server.native.bodies import InferenceBody
 from tests.unit.fake_worker import DONE, FakeWorker, answer, frames, refused, running, stream
 from tests.unit.samples import JOB, LOAD, STARTED, layers
 

@@ -17,14 +17,14 @@ from rbee_worker.config import (
     ServerConfig,
 )
 from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
-from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server.native.bodies import InferenceBody, LoadingBody
+from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.openai import OpenAI
-from rbee_worker.server.openai.chat_schemas import ChatBody
+from rbee_worker.server.openai.bodies import CompletionBody, OpenAIBody
+from rbee_worker.server.openai.chat.body import ChatBody
 from rbee_worker.server.openai.refusals import OF_RESPONSES
-from rbee_worker.server.openai.responses_schemas import ResponsesBody
-from rbee_worker.server.openai.schemas import CompletionBody, OpenAIBody
+from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openapi import Described
-from rbee_worker.server.schemas import InferenceBody, LoadingBody
 from tests import files
 
 ROOT = Path(__file__).parents[2]

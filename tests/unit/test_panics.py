@@ -12,14 +12,14 @@ from rbee_worker.config import EngineConfig, GrammarSpec
 from rbee_worker.errors import Conflict, InferenceError, ModelMalformed
 from rbee_worker.events import End, InferenceFailed, LoadFailed, Ready
 from rbee_worker.panics import Panic, one_line, panics_as_errors
-from rbee_worker.runtime.detokenizer import _WindowStream
-from rbee_worker.runtime.engine import Engine
-from rbee_worker.runtime.grammar import GrammarMatcher, _Vocabulary
+from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.grammar.compiler import GrammarMatcher, _Vocabulary
 from rbee_worker.runtime.source import resolve
-from rbee_worker.runtime.tokenizer import Tokenizer
-from rbee_worker.worker import Worker
+from rbee_worker.runtime.tokenizer.detokenizer import _WindowStream
+from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
+from rbee_worker.worker.worker import Worker
 from tests.tiny import damage_normalizer, panic, write_tiny_model
-from tests.unit.test_worker import events_of, load, request, with_worker
+from tests.unit.worker.test_worker import events_of, load, request, with_worker
 
 
 class Odd(BaseException):
@@ -70,7 +70,7 @@ def test_a_panic_while_a_text_is_encoded_is_an_error_without_the_text(tmp_path: 
 
 def test_a_load_that_panics_is_told_and_raised(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(EngineConfig(device="cpu"))
-    monkeypatch.setattr("rbee_worker.runtime.loading._warm_up", panic)
+    monkeypatch.setattr("rbee_worker.runtime.loading.load._warm_up", panic)
     loading = engine.load(tiny)
     events = [next(loading)]
     while not events[-1].terminal:
@@ -144,7 +144,7 @@ def test_a_panic_while_a_grammar_is_followed_fails_its_job_alone(tiny: str, monk
         # The matcher stands in for one that panics: which grammars make llguidance panic depends on its version.
         matcher: Any = SimpleNamespace(compute_bitmask=panic, is_stopped=lambda: False, is_error=lambda: False)
         grammar = GrammarMatcher(matcher, _Vocabulary(None, 320, (), None))  # type: ignore[arg-type]
-        monkeypatch.setattr("rbee_worker.runtime.grammar.GrammarCompiler.compile", lambda *_: grammar)
+        monkeypatch.setattr("rbee_worker.runtime.grammar.compiler.GrammarCompiler.compile", lambda *_: grammar)
         jobs = worker.submit_all([request("with", grammar=GrammarSpec("regex", "a+")), request("without")])
         with_grammar, without = [(await events_of(job.events()))[-1] for job in jobs]
         assert isinstance(with_grammar, InferenceFailed)

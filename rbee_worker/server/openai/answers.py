@@ -14,8 +14,8 @@ from rbee_worker.errors import (
     Unavailable,
 )
 from rbee_worker.events import End, InferenceEvent, InferenceFailed, StopReason
-from rbee_worker.job import Job
-from rbee_worker.worker import Worker
+from rbee_worker.worker.job import Job
+from rbee_worker.worker.worker import Worker
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Arrival = tuple[int, InferenceEvent]

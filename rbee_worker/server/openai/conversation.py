@@ -11,10 +11,10 @@ from rbee_worker.chat.tools import read_tools, tools_as_text
 from rbee_worker.config import JSON_LAYOUT, GenerationRequest, GrammarSpec, Message, SamplingParams
 from rbee_worker.errors import FieldError, InvalidRequest, Unavailable
 from rbee_worker.events import End, InferenceEvent, Token, TokenLogprob
-from rbee_worker.runtime.tokenizer import ChatPrompt, Tokenizer
+from rbee_worker.runtime.tokenizer.tokenizer import ChatPrompt, Tokenizer
 from rbee_worker.server.openai.answers import Answers, FinishReason, Usage, finish_reason
 from rbee_worker.server.openai.requests import choice_ids, choice_seed
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 _TESTS_FOR_NONE: Final = re.compile(r"""\bcontent(?:['"]\])?\s+is\s+none""")
 """Templates that know a tool call by the absence of content."""
@@ -146,7 +146,7 @@ def begin_conversation(worker: Worker, conversation: Conversation, response_id: 
 
     Raises:
         InvalidRequest: the template refuses the messages, or there is none; a tool is wrong.
-        RbeeError: else as :meth:`~rbee_worker.worker.Worker.submit`.
+        RbeeError: else as :meth:`~rbee_worker.worker.worker.Worker.submit`.
     """
     tokenizer = worker.tokenizer()
     turn = _Turn(conversation, tokenizer)

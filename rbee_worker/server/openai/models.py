@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rbee_worker.errors import ModelError, ModelNotFound
 from rbee_worker.events import Ready
 from rbee_worker.runtime.source import locate
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 Status = Literal["ready", "loading", "failed"]
 

@@ -15,11 +15,13 @@ from rbee_worker.config import ServerConfig
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import Event
 from rbee_worker.server import sse
-from rbee_worker.server.access import client_of
 from rbee_worker.server.holding import Cancellable, Holding
-from rbee_worker.server.openai.chat import ChatChunks, to_conversation, whole_chat
-from rbee_worker.server.openai.chat_schemas import ChatBody
-from rbee_worker.server.openai.completions import (
+from rbee_worker.server.http.access import client_of
+from rbee_worker.server.http.envelope import ALWAYS, off_loop, read_object
+from rbee_worker.server.openai.bodies import CompletionBody
+from rbee_worker.server.openai.chat.body import ChatBody
+from rbee_worker.server.openai.chat.chat import ChatChunks, to_conversation, whole_chat
+from rbee_worker.server.openai.completions.completions import (
     CompletionChunks,
     CompletionReply,
     CompletionStep,
@@ -29,13 +31,12 @@ from rbee_worker.server.openai.completions import (
 from rbee_worker.server.openai.conversation import ChatStep, ConversationReply, begin_conversation
 from rbee_worker.server.openai.models import Models
 from rbee_worker.server.openai.requests import new_id
-from rbee_worker.server.openai.responses import begin_response, response_events, whole_response
-from rbee_worker.server.openai.responses import to_conversation as to_response_conversation
-from rbee_worker.server.openai.responses_events import encode_events
-from rbee_worker.server.openai.responses_events import failed as response_failed
-from rbee_worker.server.openai.responses_object import ResponseObject
-from rbee_worker.server.openai.responses_schemas import ResponsesBody
-from rbee_worker.server.openai.schemas import CompletionBody
+from rbee_worker.server.openai.responses.body import ResponsesBody
+from rbee_worker.server.openai.responses.events import encode_events
+from rbee_worker.server.openai.responses.events import failed as response_failed
+from rbee_worker.server.openai.responses.object import ResponseObject
+from rbee_worker.server.openai.responses.responses import begin_response, response_events, whole_response
+from rbee_worker.server.openai.responses.responses import to_conversation as to_response_conversation
 from rbee_worker.server.openai.streams import (
     Ahead,
     Chunks,
@@ -46,8 +47,7 @@ from rbee_worker.server.openai.streams import (
     encode_chunks,
     unless_left,
 )
-from rbee_worker.server.responses import ALWAYS, off_loop, read_object
-from rbee_worker.worker import Worker
+from rbee_worker.worker.worker import Worker
 
 S = TypeVar("S", bound=Step)
 R = TypeVar("R", bound=Cancellable)

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import Event, InferenceEvent, Started
-from rbee_worker.server.responses import OPENAI_CODES, envelope
+from rbee_worker.server.http.envelope import OPENAI_CODES, envelope
 
 T = TypeVar("T")
 C_co = TypeVar("C_co", covariant=True)

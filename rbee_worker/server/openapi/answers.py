@@ -6,8 +6,8 @@ A field whose default is None is left out of an answer rather than sent as null;
 from dataclasses import dataclass
 from typing import Literal
 
-from rbee_worker.runtime.memory import DeviceInfo
-from rbee_worker.worker import State
+from rbee_worker.runtime.machine.devices import DeviceInfo
+from rbee_worker.worker.worker import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rbee_worker.server.openai.responses_items import ItemStatus
-from rbee_worker.server.openai.responses_object import Status
+from rbee_worker.server.openai.responses.items import ItemStatus
+from rbee_worker.server.openai.responses.object import Status
 from rbee_worker.server.openapi.answers import ErrorDetail
 from rbee_worker.server.openapi.answers_openai import ChatTokenLogprob
 

@@ -19,7 +19,7 @@ from rbee_worker.errors import (
     Unauthorized,
     Unavailable,
 )
-from rbee_worker.server.access import OPEN_PATHS
+from rbee_worker.server.http.access import OPEN_PATHS
 from rbee_worker.server.openapi import answers, answers_openai, answers_responses
 from rbee_worker.server.openapi.operations import EVENT_STREAM, JSON, OPERATIONS, Answer, Errors, Operation
 from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, record_schemas, ref

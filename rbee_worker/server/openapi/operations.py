@@ -21,15 +21,15 @@ from rbee_worker.errors import (
     RbeeError,
     Unavailable,
 )
-from rbee_worker.server.fields import Body
-from rbee_worker.server.metrics import CONTENT_TYPE
-from rbee_worker.server.native import PROGRESS_PATH
-from rbee_worker.server.openai.chat_schemas import ChatBody
-from rbee_worker.server.openai.responses_schemas import ResponsesBody
-from rbee_worker.server.openai.schemas import CompletionBody
+from rbee_worker.server.http.envelope import INFERENCE_PATH
+from rbee_worker.server.http.fields import Body
+from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
+from rbee_worker.server.native.routes import PROGRESS_PATH
+from rbee_worker.server.observe.metrics import CONTENT_TYPE
+from rbee_worker.server.openai.bodies import CompletionBody
+from rbee_worker.server.openai.chat.body import ChatBody
+from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openapi import answers, answers_openai, answers_responses
-from rbee_worker.server.responses import INFERENCE_PATH
-from rbee_worker.server.schemas import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 
 JSON: Final = "application/json"
 EVENT_STREAM: Final = "text/event-stream"

@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from rbee_worker.server.http.envelope import ALWAYS, off_loop
 from rbee_worker.server.openapi.document import build
 from rbee_worker.server.openapi.page import POLICY, render
-from rbee_worker.server.responses import ALWAYS, off_loop
 
 
 class Described:

@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from rbee_worker import events
 from rbee_worker.events import InferenceEvent, LoadingEvent
-from rbee_worker.server.fields import Body
+from rbee_worker.server.http.fields import Body
 from rbee_worker.server.openapi.texts import FIELDS
 
 Schema = dict[str, Any]

@@ -48,9 +48,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Script:
             assert job_id == script.requests[-1].job_id
             script.cancelled.set()
 
-    module = ModuleType("rbee_worker.runtime.engine")
+    module = ModuleType("rbee_worker.runtime.engine.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rbee_worker.runtime.engine", module)
+    monkeypatch.setitem(sys.modules, "rbee_worker.runtime.engine.engine", module)
     return script
 
 

@@ -227,7 +227,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path):
         "    def load(self, model, cancel): return iter(())\n"
         "    def cancel(self, job_id): pass\n"
         "    def generate(self, request): return (Token(t='word ' * 999, i=i) for i in range(10**6))\n"
-        "module = sys.modules['rbee_worker.runtime.engine'] = ModuleType('rbee_worker.runtime.engine')\n"
+        "module = sys.modules['rbee_worker.runtime.engine.engine'] = ModuleType('rbee_worker.runtime.engine.engine')\n"
         "module.Engine = Engine\n"
         "from rbee_worker.cli import main\n"
         "main()\n"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rbee_worker.runtime.source import ModelSource, resolve
-from tests.unit.runtime.hub_case import hub, repos  # noqa: F401 (fixtures)
+from tests.unit.runtime.hub.case import hub, repos  # noqa: F401 (fixtures)
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD = 64, 4, 2, 96
 

@@ -18,14 +18,14 @@ from safetensors.numpy import save_file
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import ModelUnsupported
 from rbee_worker.runtime import convert as convert_module
-from rbee_worker.runtime.checkpoint import read_header
 from rbee_worker.runtime.convert import (
     ConvertProgress,
     bfloat16_to_float32,
     convert,
     float32_to_bfloat16,
 )
-from rbee_worker.runtime.gguf import dequantize
+from rbee_worker.runtime.formats.gguf.model import dequantize
+from rbee_worker.runtime.formats.safetensors import read_header
 from rbee_worker.runtime.source import ModelSource, resolve
 
 Folder = Callable[..., Path]

@@ -13,8 +13,8 @@ import pytest
 
 import rbee_worker.runtime.source as source_module
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.hub import DownloadProgress, Step
-from rbee_worker.runtime.hub_client import HubModel
+from rbee_worker.runtime.hub.client import HubModel
+from rbee_worker.runtime.hub.download import DownloadProgress, Step
 from rbee_worker.runtime.source import ModelSource, locate, resolve
 
 Folder = Callable[..., Path]

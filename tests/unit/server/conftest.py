@@ -15,10 +15,10 @@ import pytest
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import Unavailable
 from rbee_worker.events import End, InferenceEvent, LoadCancelled, LoadingEvent, Started, Token
-from rbee_worker.runtime.memory import DeviceInfo
-from rbee_worker.runtime.stats import EngineStats
+from rbee_worker.runtime.engine.stats import EngineStats
+from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server.app import create_app
-from rbee_worker.server.listen import listen
+from rbee_worker.server.http.listen import listen
 from rbee_worker.server.run import Server, http_config
 
 SECONDS = 10.0
@@ -62,7 +62,7 @@ class StandInTokenizer:
 
 
 class StandInWorker:
-    """Stands in for ``rbee_worker.worker.Worker``: plays scripts instead of running a model.
+    """Stands in for ``rbee_worker.worker.worker.Worker``: plays scripts instead of running a model.
 
     A script is a list of events, of numbers (seconds to wait), of exceptions (raised), and of ``HANG`` (waits for the
     cancellation, then ends with ``cancelled``).

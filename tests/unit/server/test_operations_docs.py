@@ -11,13 +11,14 @@ import typer
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from rbee_worker.broadcast import LoadingBroadcast
 from rbee_worker.cli.app import app
 from rbee_worker.config import MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, EngineConfig, ServerConfig
-from rbee_worker.server import access, protocol, run
-from rbee_worker.server.metrics import WorkerMetrics
-from rbee_worker.server.middleware import BODY_SECONDS
-from rbee_worker.server.native import AllowedModels, Native
+from rbee_worker.server import run
+from rbee_worker.server.http import access, protocol
+from rbee_worker.server.http.middleware import BODY_SECONDS
+from rbee_worker.server.native.routes import AllowedModels, Native
+from rbee_worker.server.observe.metrics import WorkerMetrics
+from rbee_worker.worker.broadcast import LoadingBroadcast
 from tests.unit.samples import LOAD
 
 ROOT = Path(__file__).parents[3]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from rbee_worker.events import End, Started, Token, TokenLogprob
-from rbee_worker.job import Job
-from rbee_worker.runtime.chat_template import ChatTemplate
-from rbee_worker.runtime.tokenizer import Tokenizer
+from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
+from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
+from rbee_worker.worker.job import Job
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 

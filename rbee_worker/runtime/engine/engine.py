@@ -1,0 +1,358 @@
+"""Engine: a model, the sequences running on it, and the loop that moves them one step.
+
+Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from rbee_worker.config import EngineConfig, GenerationRequest
+from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
+from rbee_worker.events import InferenceEvent, LoadingEvent, Ready
+from rbee_worker.panics import panics_as_errors
+from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, PoolUse
+from rbee_worker.runtime.cache.kv_cache import SequenceCache
+from rbee_worker.runtime.engine.decide import Guess, decide
+from rbee_worker.runtime.engine.prepare import prepare
+from rbee_worker.runtime.engine.sampler import check_logits, likelihoods
+from rbee_worker.runtime.engine.scheduler import Scheduled, Scheduler
+from rbee_worker.runtime.engine.sequence import Sequence
+from rbee_worker.runtime.engine.stats import EngineStats
+from rbee_worker.runtime.loading.load import LoadedModel, load_model, release_memory
+from rbee_worker.runtime.model.decoder import Batch
+
+logger = logging.getLogger(__name__)
+
+JobEvents = list[tuple[str, InferenceEvent]]
+"""Events of one step, each with the id of its job, in order."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What the engine counts itself; see :class:`EngineStats`."""
+
+    steps: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class Engine:
+    """Loads a model and generates text.
+
+    Attributes:
+        config: device, dtype, context and batch limits.
+        model: the loaded model; None before the first load and after :meth:`unload`.
+    """
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.model: LoadedModel | None = None
+        self._scheduler = Scheduler(
+            self.config.max_batch_size, self.config.prefill_chunk, prefix_cache=self.config.prefix_cache
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._followed: dict[str, deque[InferenceEvent]] = {}
+        self._undelivered: JobEvents = []
+        self._counts = _Counts()
+        self._batch_sizes: list[int] = []
+
+    def load(self, model: str | None, cancel: threading.Event | None = None) -> Iterator[LoadingEvent]:
+        """Load a model and make it the one that runs; see :func:`rbee_worker.runtime.loading.load.load_model`.
+
+        A model loaded before is replaced once the new one is ready, and stays when the load fails or is cancelled.
+
+        Raises:
+            Conflict: at the call, while jobs run.
+            RbeeError: after the terminal ``error`` event.
+        """
+        self._refuse_while_busy()
+        loading = load_model(model, self.config, cancel or threading.Event())
+        return self._install_when_done(loading)
+
+    def install(self, model: LoadedModel) -> None:
+        """Make a loaded model the one that runs.
+
+        Raises:
+            Conflict: jobs still run on the one before.
+        """
+        self._refuse_while_busy()
+        self.model = model
+
+    def unload(self) -> int:
+        """Drop the model; what still runs on it ends with an ``error`` event.
+
+        Returns:
+            Bytes of weights freed.
+        """
+        for sequence in self._sequences.values():
+            self._deliver([(sequence.job_id, sequence.fail(InferenceError.code, "The model was unloaded."))])
+        self._retire()
+        model, self.model = self.model, None
+        if model is None:
+            return 0
+        freed = model.nbytes
+        del model
+        release_memory()
+        return freed
+
+    def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
+        """Run one job to its end; closing the iterator cancels it. Several may be iterated in turn.
+
+        Raises:
+            InvalidRequest, ContextTooLong, ModelNotLoaded: at the call, before anything is generated.
+            Conflict: at the first event, when the job id runs already.
+        """
+        return self._follow(prepare(self.model, request, self.config))
+
+    def submit(self, request: GenerationRequest) -> Sequence:
+        """Queue a job for :meth:`step`.
+
+        Raises:
+            InvalidRequest: no prompt, or the chat template refuses the messages.
+            ContextTooLong: the prompt leaves no room for a token.
+            ModelNotLoaded: there is no model.
+            Conflict: the job id runs already.
+        """
+        sequence = prepare(self.model, request, self.config)
+        self.add(sequence)
+        return sequence
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence prepared for the model that runs.
+
+        Raises:
+            Conflict: its job id runs already.
+        """
+        if sequence.job_id in self._sequences:
+            raise Conflict(f"Job {sequence.job_id} is running already.")
+        self._sequences[sequence.job_id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, job_id: str) -> None:
+        """End a job at the next step; unknown and finished jobs are ignored. Any thread may call this."""
+        sequence = self._sequences.get(job_id)
+        if sequence is not None:
+            sequence.cancelled = True
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a place in the batch."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for one."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+        return bool(self._sequences or self._undelivered)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What has been done and what is held; any thread may read it."""
+        model = self.model
+        pool = model.transformer.cache.pool if model is not None else None
+        use = pool.use if pool is not None else PoolUse(0, 0, 0)
+        return EngineStats(
+            **asdict(self._counts),
+            batch_sizes=tuple(self._batch_sizes),
+            preemptions=self._scheduler.preemptions,
+            kv_blocks_total=pool.blocks if pool is not None else 0,
+            kv_blocks_used=use.used,
+            kv_blocks_cached=use.cached,
+            block_tokens=BLOCK_TOKENS,
+        )
+
+    def step(self) -> JobEvents:
+        """Move the running sequences: admit, one forward pass, sample, and tell.
+
+        A failing forward pass ends every running sequence with an ``error`` event, a failing sampler its own; the
+        engine goes on. Events of jobs that :meth:`generate` iterates go there.
+        """
+        events = self._begin()
+        try:
+            with panics_as_errors():
+                self._run(events)
+        except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
+            self._fail(error, events)
+        self._retire()
+        return [item for item in events if not self._is_followed(*item)]
+
+    def admit(self) -> JobEvents:
+        """What :meth:`step` begins with, alone: end what was cancelled, give places, and tell.
+
+        For those who want to hear of it before the forward pass, which may take long.
+        """
+        events = self._begin()
+        self._retire()
+        return [item for item in events if not self._is_followed(*item)]
+
+    def _begin(self) -> JobEvents:
+        self._undelivered, events = [], self._undelivered
+        for sequence in self._scheduler.take_ended(time.monotonic()):
+            events.extend((sequence.job_id, event) for event in _end(sequence))
+        try:
+            with panics_as_errors():
+                self._admit(events)
+        except Exception as error:  # noqa: BLE001  (as in a step)
+            self._fail(error, events)
+        return events
+
+    def _refuse_while_busy(self) -> None:
+        if self._sequences:
+            raise Conflict(f"{len(self._sequences)} jobs still run on the model before.")
+
+    def _admit(self, events: JobEvents) -> None:
+        model = self.model
+        if model is None:
+            raise ModelNotLoaded("Model not loaded")
+        pool = model.transformer.cache.pool
+
+        def new_cache(sequence: Sequence) -> SequenceCache:
+            # The last token is always computed: its logits are what comes next.
+            prefix = sequence.tokens[:-1] if sequence.shares_prefix else ()
+            rotation = model.transformer.rotation_for(len(sequence.tokens))
+            return SequenceCache(pool, prefix, headroom=sequence.tokens_left, rotation=rotation)
+
+        for sequence, cache in self._scheduler.admit(new_cache):
+            self._counts.prefix_query_tokens += len(sequence.tokens) if self.config.prefix_cache else 0
+            self._counts.prefix_hit_tokens += cache.reused
+            events.extend((sequence.job_id, event) for event in sequence.admit(model.name, cache))
+
+    def _run(self, events: JobEvents) -> None:
+        shares = self._scheduler.schedule()
+        if not shares or self.model is None:
+            return
+        transformer = self.model.transformer
+        outputs = [
+            share.sequence.prompt_outputs(share.count) if share.count > 1 else 1 + len(share.drafts) for share in shares
+        ]
+        batch = Batch.of(map(_passed, shares, outputs), transformer.device)
+        logits = transformer.forward(batch)
+        self._count(shares)
+        sampling = []
+        row = 0
+        for share, count in zip(shares, outputs, strict=True):
+            sequence = share.sequence
+            events.extend((sequence.job_id, event) for event in _advance(share, logits[row : row + count]))
+            if not sequence.pending:
+                sampling.append(Guess(sequence, row + count - 1 - len(share.drafts), share.drafts))
+            row += count
+        before = sum(len(guess.sequence.tokens) for guess in sampling)
+        events.extend(decide(logits, sampling))
+        self._counts.generated_tokens += sum(len(guess.sequence.tokens) for guess in sampling) - before
+
+    def _count(self, shares: list[Scheduled]) -> None:
+        counts = self._counts
+        counts.steps += 1
+        for share in shares:
+            of_prompt = share.sequence.prompt_tokens - share.sequence.computed
+            counts.prefilled_tokens += min(share.count, max(of_prompt, 0))
+        self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
+        self._batch_sizes[len(shares)] += 1
+
+    def _fail(self, error: Exception, events: JobEvents) -> None:
+        failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
+        if self.model is None:
+            failed.extend(self._scheduler.waiting)
+        if failed and not isinstance(error, InferenceError):
+            logger.error("a step failed", exc_info=error)
+        message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"
+        events.extend((sequence.job_id, sequence.fail(InferenceError.code, message)) for sequence in failed)
+
+    def _retire(self) -> None:
+        for sequence in [sequence for sequence in self._sequences.values() if sequence.finished]:
+            self._scheduler.remove(sequence)
+            del self._sequences[sequence.job_id]
+
+    def _is_followed(self, job_id: str, event: InferenceEvent) -> bool:
+        """Give the event to the iterator of its job, when it has one."""
+        inbox = self._followed.get(job_id)
+        if inbox is not None:
+            inbox.append(event)
+        return inbox is not None
+
+    def _deliver(self, events: JobEvents) -> None:
+        """Keep for the next :meth:`step` what no iterator of :meth:`generate` takes."""
+        self._undelivered.extend(item for item in events if not self._is_followed(*item))
+
+    def _follow(self, sequence: Sequence) -> Iterator[InferenceEvent]:
+        self.add(sequence)
+        inbox = self._followed[sequence.job_id] = deque()
+        try:
+            while True:
+                while inbox:
+                    event = inbox.popleft()
+                    yield event
+                    if event.terminal:
+                        return
+                self._undelivered = self.step()
+        finally:
+            del self._followed[sequence.job_id]
+            if not sequence.finished:
+                sequence.cancelled = True
+                self._undelivered = [item for item in self.step() if item[0] != sequence.job_id]
+
+    def _install_when_done(
+        self, loading: Generator[LoadingEvent, None, LoadedModel | None]
+    ) -> Generator[LoadingEvent, None, None]:
+        """The events of a load, with the model in its place before ``ready`` is told."""
+        ready: Ready | None = None
+        try:
+            while True:
+                event = next(loading)
+                if isinstance(event, Ready):
+                    ready = event
+                else:
+                    yield event
+        except StopIteration as stop:
+            if stop.value is not None and ready is not None:
+                self.install(stop.value)
+                yield ready
+        finally:
+            loading.close()
+
+
+def _passed(share: Scheduled, outputs: int) -> tuple[SequenceCache, list[int], int]:
+    """What a share brings into the batch."""
+    tokens, begin = share.sequence.tokens, share.cache.length
+    return share.cache, [*tokens[begin : begin + share.count], *share.drafts], outputs
+
+
+def _advance(share: Scheduled, logits: Tensor) -> Iterator[InferenceEvent]:
+    """Count a share as computed, and tell what the logits of its tokens say of the prompt."""
+    sequence = share.sequence
+    targets = sequence.prompt_targets(share.count)
+    of_prompt = sequence.computed < sequence.prompt_tokens
+    share.cache.advance(sequence.tokens, share.cache.length + share.count)
+    if not of_prompt:
+        return
+    yield from sequence.progress()
+    told = []
+    if targets:
+        wanted = sequence.params.prompt_logprobs or 0
+        try:
+            check_logits(logits[: len(targets)])
+        except InferenceError as error:  # its own fault: the others of the batch go on
+            yield sequence.fail(error.code, str(error))
+            return
+        told = likelihoods(logits[: len(targets)].log_softmax(-1), targets, [wanted] * len(targets))
+    yield from sequence.take_prompt_likelihoods(told)
+
+
+def _end(sequence: Sequence) -> Iterator[InferenceEvent]:
+    """The end of a sequence that was cancelled, or has run out of time."""
+    if sequence.cancelled:
+        yield from sequence.cancel()
+    else:
+        yield sequence.fail(DeadlineExceeded.code, "The job took longer than its timeout.")

@@ -1,0 +1,256 @@
+"""Sequence: one job on its way through the engine."""
+
+import math
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from enum import Enum, auto
+
+from rbee_worker.config import GenerationRequest
+from rbee_worker.events import (
+    End,
+    InferenceEvent,
+    InferenceFailed,
+    PromptLogprobs,
+    PromptProgress,
+    Started,
+    StopReason,
+    Token,
+    TokenLogprob,
+)
+from rbee_worker.runtime.cache.kv_cache import SequenceCache
+from rbee_worker.runtime.engine.prompt_lookup import PromptLookup
+from rbee_worker.runtime.engine.sampler import Likelihood, Sampled, Sampler
+from rbee_worker.runtime.engine.stop import StopMatcher
+from rbee_worker.runtime.grammar.compiler import GrammarMatcher
+from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokenizer
+
+
+class State(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """Tokens, text and timing of one job, and the events that tell of them.
+
+    Attributes:
+        job_id: unique among running jobs.
+        tokens: prompt and generated token ids.
+        prompt_tokens: how many of them are the prompt.
+        cache: None while waiting and when finished.
+        arrival: counts up from one sequence to the next.
+        client: who asked.
+        deadline: on the monotonic clock, when it must have ended.
+        cancelled: set from any thread; taken up before the next step.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        prompt: list[int],
+        request: GenerationRequest,
+        seed: int,
+        tokenizer: Tokenizer,
+        *,
+        context_length: int,
+        grammar: GrammarMatcher | None = None,
+        speculate: int = 0,
+    ) -> None:
+        params = request.sampling
+        self.job_id = job_id
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.params = params
+        self.seed = seed
+        self.state = State.WAITING
+        self.cache: SequenceCache | None = None
+        self.arrival = 0
+        self.client = request.client
+        self.deadline = math.inf if request.timeout_seconds is None else time.monotonic() + request.timeout_seconds
+        self.cancelled = False
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        # Behind the end of what a grammar allows nothing can come but the end.
+        endless = params.ignore_eos and grammar is None
+        self._eos_ids = frozenset() if endless else tokenizer.eos_ids
+        self.sampler = Sampler(params, seed, prompt, grammar)
+        self._lookup = PromptLookup(speculate) if speculate else None
+        self._detokenizer = StreamingDetokenizer(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
+        self._stop = StopMatcher(params.stop)
+        self._tells_progress = request.prompt_progress
+        self._prompt_logprobs: list[TokenLogprob] | None = [] if params.prompt_logprobs is not None else None
+        self._logprobs: list[TokenLogprob] = []
+        self._texts = 0
+        self._tokens_out = 0
+        self._cached_tokens = 0
+        self._admitted_at = self._first_at = self._last_at = 0.0
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are cached."""
+        return self.cache.length if self.cache is not None else 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has yet to see before it can predict the next one."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def finished(self) -> bool:
+        """Whether its terminal event has been made."""
+        return self.state is State.FINISHED
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what is cached of its prompt will do; not where the logits of all of it are wanted."""
+        return self._prompt_logprobs is None
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may yet generate."""
+        left = self._context_length - len(self.tokens)
+        return left if self.params.max_tokens is None else min(left, self.params.max_tokens - self._tokens_out)
+
+    def prompt_outputs(self, count: int) -> int:
+        """Of how many of its next ``count`` tokens the logits are wanted."""
+        inside = self._prompt_logprobs is not None and self.computed < self.prompt_tokens
+        return count if inside else 1
+
+    def draft(self) -> tuple[int, ...]:
+        """Guesses at the next tokens."""
+        if self._lookup is None:
+            return ()
+        return self._lookup.guess(self.tokens)[: max(self.tokens_left - 1, 0)]
+
+    def admit(self, model: str, cache: SequenceCache) -> Iterator[Started]:
+        """Take its place in the batch; the first time, that is told."""
+        self.state = State.RUNNING
+        self.cache = cache
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs.clear()
+        if self._admitted_at:
+            return
+        self._admitted_at = time.monotonic()
+        self._cached_tokens = cache.reused
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        yield Started(job_id=self.job_id, model=model, started_at=now, prompt_tokens=self.prompt_tokens, seed=self.seed)
+
+    def preempt(self) -> None:
+        """Give its place and its cache up; it begins again with what it has generated."""
+        self._release()
+        self.state = State.WAITING
+
+    def progress(self) -> Iterator[InferenceEvent]:
+        """How much of the prompt is done, after a step that took some of it."""
+        if self._tells_progress and not self._tokens_out:
+            yield PromptProgress(
+                total=self.prompt_tokens,
+                cached=self._cached_tokens,
+                processed=min(self.computed, self.prompt_tokens),
+                elapsed_ms=round((time.monotonic() - self._admitted_at) * 1000),
+            )
+
+    def prompt_targets(self, count: int) -> list[int]:
+        """The prompt's tokens that the logits of the next ``count`` tokens predict, where that is to be told."""
+        if self._prompt_logprobs is None:
+            return []
+        return self.tokens[self.computed + 1 : min(self.computed + count + 1, self.prompt_tokens)]
+
+    def take_prompt_likelihoods(self, likelihoods: list[Likelihood]) -> Iterator[PromptLogprobs]:
+        """Take the likelihoods of the prompt's next tokens; they are told once all are there."""
+        told = self._prompt_logprobs
+        if told is None:
+            return
+        # Spelled out as they come: all at once, behind a long prompt, it would hold the others up for seconds.
+        if not told:
+            told.append(self._logprob(self.tokens[0], None))
+        told += map(self._logprob, self.tokens[len(told) : len(told) + len(likelihoods)], likelihoods)
+        if len(told) < self.prompt_tokens:
+            return
+        yield PromptLogprobs(logprobs=tuple(told))
+        self._prompt_logprobs = None
+
+    def append(self, sampled: Sampled) -> Iterator[InferenceEvent]:
+        """Take a generated token: the text it completes, and the end when it is one."""
+        token = sampled.token
+        self.sampler.accept(token)
+        self._last_at = time.monotonic()
+        if not self._first_at:
+            self._first_at = self._last_at
+        if token in self._eos_ids:
+            yield from self._finish("eos")
+            return
+        self.tokens.append(token)
+        self._tokens_out += 1
+        if sampled.likelihood is not None:
+            self._logprobs.append(self._logprob(token, sampled.likelihood))
+        yield from self._text(self._stop.push(self._detokenizer.push(token)))
+        if self._stop.matched is not None:
+            yield self._end("stop_sequence")
+        elif self.sampler.grammar is not None and self.sampler.grammar.finished:
+            yield from self._finish("eos")
+        elif self._tokens_out == self.params.max_tokens:
+            yield from self._finish("max_tokens")
+        elif len(self.tokens) >= self._context_length:
+            yield from self._finish("context_full")
+
+    def cancel(self) -> Iterator[InferenceEvent]:
+        """End it here; what was held back still belongs to the text."""
+        yield from self._finish("cancelled")
+
+    def fail(self, code: str, message: str) -> InferenceFailed:
+        """End it with an error."""
+        self._close()
+        return InferenceFailed(code=code, message=message)
+
+    def _finish(self, reason: StopReason) -> Iterator[InferenceEvent]:
+        yield from self._text(self._stop.push(self._detokenizer.flush()))
+        if self._stop.matched is not None:
+            yield self._end("stop_sequence")
+            return
+        yield from self._text(self._stop.flush(), last=True)
+        yield self._end(reason)
+
+    def _text(self, text: str, *, last: bool = False) -> Iterator[Token]:
+        # The last tokens may make no text, and yet have been asked for.
+        if text or (last and self._logprobs):
+            told = self.params.logprobs is not None
+            yield Token(t=text, i=self._texts, logprobs=tuple(self._logprobs) if told else None)
+            self._logprobs.clear()
+            self._texts += 1
+
+    def _logprob(self, token: int, likelihood: Likelihood | None) -> TokenLogprob:
+        text, data = self._tokenizer.token_text(token), tuple(self._tokenizer.token_bytes(token))
+        if likelihood is None:
+            return TokenLogprob(id=token, token=text, bytes=data, logprob=None)
+        top = tuple(self._logprob(other, Likelihood(logprob)) for other, logprob in likelihood.top)
+        return TokenLogprob(id=token, token=text, bytes=data, logprob=likelihood.logprob, top=top)
+
+    def _end(self, reason: StopReason) -> End:
+        self._close()
+        decode = self._last_at - self._first_at
+        later_tokens = max(self._tokens_out - 1, 0)
+        prefill = self._first_at - self._admitted_at if self._first_at else 0.0
+        return End(
+            tokens_out=self._tokens_out,
+            decode_time_ms=round(decode * 1000),
+            stop_reason=reason,
+            stop_sequence_matched=self._stop.matched if reason == "stop_sequence" else None,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            prefill_time_ms=round(prefill * 1000),
+            tokens_per_second=round(later_tokens / decode, 2) if decode > 0 else 0.0,
+        )
+
+    def _close(self) -> None:
+        self._release()
+        self.state = State.FINISHED
+
+    def _release(self) -> None:
+        cache, self.cache = self.cache, None
+        if cache is not None:
+            cache.release()

@@ -1,0 +1,123 @@
+"""Numbers that are not finite: found in weights while they are read, and in logits before a token is chosen.
+
+The bits of a positive number, read as an integer, grow with the number, and those of infinity and NaN are above all
+others. Two maxima therefore tell whether all numbers are finite, or within any bound: that of the bits as signed
+integers is the largest positive number's, that of the bits as unsigned ones the largest negative number's. On weights
+that are in the processor's cache both together take 25 microseconds a MiB; ``torch.isfinite`` takes 1000.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rbee_worker.errors import ModelError, ModelMalformed, ModelUnsupported
+from rbee_worker.runtime.formats.safetensors import TensorInfo, quoted
+
+_NOT_FINITE: Mapping[torch.dtype, int] = MappingProxyType(
+    {
+        torch.float64: 0x7FF0_0000_0000_0000,
+        torch.float32: 0x7F80_0000,
+        torch.float16: 0x7C00,
+        torch.bfloat16: 0x7F80,
+        torch.float8_e5m2: 0x7C,
+        torch.float8_e4m3fn: 0x7F,
+    }
+)
+"""The lowest bits that are no finite number's: infinity's, or NaN's where there is no infinity."""
+
+_TOO_LARGE: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119, torch.float32: 2.0**128 - 2.0**103}
+)
+"""The smallest number that is rounded to infinity."""
+
+_DEVICE_NUMBERS = 2**24
+"""Numbers that are looked at together on a device: it takes a few bytes for each."""
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all numbers of a contiguous floating tensor, on any device, are finite."""
+    if values.device.type == "cpu":
+        return _all_below(values, _NOT_FINITE[values.dtype])
+    pieces = [piece.isfinite().all() for piece in torch.split(values.view(-1), _DEVICE_NUMBERS)]
+    return bool(torch.stack(pieces).all())
+
+
+def check_finite(info: TensorInfo, values: Tensor, held: torch.dtype) -> None:
+    """Check weights that have just been read.
+
+    Args:
+        info: the tensor that they are of, or are part of.
+        values: contiguous, on any device; integers pass.
+        held: the dtype that they will be kept in.
+
+    Raises:
+        ModelMalformed: one is not finite.
+        ModelUnsupported: one is too large for ``held``.
+    """
+    if not values.is_floating_point():
+        return
+    if values.device.type != "cpu":
+        if all_finite(values.to(held)):
+            return
+        values = values.cpu()
+    bound = _bound(values.dtype, held)
+    if not _all_below(values, bound):
+        raise _problem(info, values.view(-1), held, bound)
+
+
+def _all_below(values: Tensor, bound: int) -> bool:
+    """Whether no number's bits without the sign reach ``bound``."""
+    if not values.numel():
+        return True
+    signed, unsigned = _bits(values)
+    return bool(signed.max() < bound and unsigned.max() < bound + _sign(values))
+
+
+def _bits(values: Tensor) -> tuple[npt.NDArray[np.signedinteger[Any]], npt.NDArray[np.unsignedinteger[Any]]]:
+    raw = values.view(-1).view(torch.uint8).numpy()
+    return raw.view(f"i{values.itemsize}"), raw.view(f"u{values.itemsize}")
+
+
+def _sign(values: Tensor) -> int:
+    return 1 << (8 * values.itemsize - 1)
+
+
+@functools.cache
+def _bound(stored: torch.dtype, held: torch.dtype) -> int:
+    """The lowest bits, in a stored dtype, of what cannot be held in another."""
+    largest = _TOO_LARGE.get(held)
+    if largest is None or torch.finfo(stored).max < largest:
+        return _NOT_FINITE[stored]
+    signed, _ = _bits(torch.tensor([largest], dtype=torch.float64).to(stored))
+    return int(signed[0])
+
+
+def _problem(info: TensorInfo, values: Tensor, held: torch.dtype, bound: int) -> ModelError:
+    where = f"{info.file.name}: tensor {quoted(info.name)}"
+    _, unsigned = _bits(values)
+    magnitudes = unsigned & unsigned.dtype.type(_sign(values) - 1)
+    infinite = np.flatnonzero(magnitudes >= _NOT_FINITE[values.dtype])
+    if len(infinite):
+        first = values[int(infinite[0])].item()
+        return ModelMalformed(
+            f"{where} holds numbers that are not finite: {len(infinite)} of the {values.numel()} that were read "
+            f"together, the first of them {first}.",
+            hint="Download the file again; if it is as its maker wrote it, the model was damaged when it was made.",
+        )
+    worst = values[int(magnitudes.argmax())].item()
+    fits = [_name(dtype) for dtype in (torch.bfloat16, torch.float32) if abs(worst) < _TOO_LARGE[dtype]]
+    return ModelUnsupported(
+        f"{where} holds {worst:g}, too large for {_name(held)} (at most {torch.finfo(held).max:g}; "
+        f"{int((magnitudes >= bound).sum())} of the {values.numel()} numbers that were read together).",
+        hint=f"Load the model in {' or '.join(fits)}." if fits else None,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,122 @@
+"""bitsandbytes: 4 bits that index a table of 16 values (nf4, fp4), or int8 with a scale for each row.
+
+As transformers saves them: ``weight`` holds two values a byte, the first in the upper half; ``weight.absmax`` a scale
+for each block of them, itself quantised with ``bnb_4bit_use_double_quant``; ``weight.quant_map`` the table; and
+``weight.quant_state.bitsandbytes__nf4`` the bytes of a JSON object with the true shape. Of int8, ``SCB`` holds the
+largest magnitude of each row, which 127 stands for. Layout: https://github.com/bitsandbytes-foundation/bitsandbytes
+(``functional.py``: ``QuantState``, ``int8_vectorwise_dequant``).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rbee_worker.errors import ModelMalformed
+from rbee_worker.runtime.formats.quantized.options import QuantizationReader
+from rbee_worker.runtime.formats.quantized.tensor import Codebook, Grouped, Stored, read_now
+from rbee_worker.runtime.formats.safetensors import TensorInfo, parse_json_object, quoted
+
+KINDS = ("nf4", "fp4")
+_LEVELS = 16
+_INT8_LEVELS = 127.0
+_MAX_STATE_BYTES = 65536
+_STATE = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitFormat:
+    """Method ``bitsandbytes`` with ``load_in_4bit``."""
+
+    def present(self, stored: Stored) -> None:
+        """See :class:`Format`."""
+        for kind in KINDS:
+            for module in stored.modules(f"{_STATE}{kind}"):
+                _gather(stored, module, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class EightBitFormat:
+    """Method ``bitsandbytes`` with ``load_in_8bit``."""
+
+    def present(self, stored: Stored) -> None:
+        """See :class:`Format`."""
+        for module in stored.modules("SCB"):
+            weight = stored.take(module, "weight", ("I8",), check=lambda shape: len(shape) == 2 and all(shape))  # noqa: PLR2004
+            rows, columns = weight.shape
+            parts = {"weight": weight, "scale": stored.take(module, "SCB", ("F32",), (rows,))}
+            if stored.has(module, "weight_format"):  # 0: by rows, the only one that is saved
+                parts["row_format"] = stored.take(module, "weight_format", ("U8",), ())
+            what = "bitsandbytes int8, a scale for each row"
+            scheme = Grouped(what=what, packing="plain", block=(1, columns), divisor=_INT8_LEVELS)
+            stored.put(module, (rows, columns), scheme, parts)
+
+
+def read_bitsandbytes(options: QuantizationReader) -> tuple[FourBitFormat | EightBitFormat, tuple[str, ...]]:
+    """Options of ``bitsandbytes``, and the modules that are not quantised.
+
+    Raises:
+        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+    """
+    # transformers says each twice; all are read, so that none is left over.
+    keys = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+    said = [options.boolean(key, default=False) for key in keys]
+    four, eight = any(said[:2]), any(said[2:])
+    if four == eight:
+        raise ModelMalformed(
+            f"{options.file}: {options.where} sets {'both' if four else 'neither'} of load_in_4bit and load_in_8bit."
+        )
+    if four:
+        options.one_of("bnb_4bit_quant_type", "fp4", KINDS)
+    ignored = options.names("llm_int8_skip_modules")
+    harmless = {
+        *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_use_double_quant"),
+        # how activations are rounded: they are not, here
+        *("llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"),
+    }
+    options.refuse_others(harmless)
+    return (FourBitFormat() if four else EightBitFormat()), ignored
+
+
+def _gather(stored: Stored, module: str, kind: str) -> None:
+    info = stored.take(module, f"{_STATE}{kind}", ("U8",), check=lambda shape: len(shape) == 1)
+    shape, block, nested_block, nested_offset = _state(info, kind)
+    values = math.prod(shape)
+    # The bytes may be kept in a wider dtype; how many they are is what counts.
+    weight = stored.take(module, "weight", None)
+    if weight.nbytes != (values + 1) // 2:
+        raise Stored.malformed(weight, f"has {weight.nbytes} bytes; {list(shape)} in 4 bits takes {(values + 1) // 2}")
+    blocks = -(-values // block)
+    parts = {"weight": weight, "map": stored.take(module, "weight.quant_map", ("F32",), (_LEVELS,))}
+    if nested_block:
+        parts["absmax"] = stored.take(module, "weight.absmax", ("U8",), (blocks,))
+        parts["nested_absmax"] = stored.take(module, "weight.nested_absmax", ("F32",), (-(-blocks // nested_block),))
+        parts["nested_map"] = stored.take(module, "weight.nested_quant_map", ("F32",), (256,))
+    else:
+        parts["absmax"] = stored.take(module, "weight.absmax", ("F32",), (blocks,))
+    what = f"bitsandbytes {kind}, blocks of {block}{', scales quantised' if nested_block else ''}"
+    scheme = Codebook(what=what, block=block, nested_block=nested_block, nested_offset=nested_offset)
+    stored.put(module, shape, scheme, parts)
+
+
+def _state(info: TensorInfo, kind: str) -> tuple[tuple[int, int], int, int, float]:
+    """Shape, block size, block size of nested scales (0: not nested) and their offset, from the JSON in a tensor."""
+    what = f"{info.file.name}: tensor {quoted(info.name)}"
+    state = parse_json_object(read_now(info, limit=_MAX_STATE_BYTES), what=what)
+    options = QuantizationReader(state, what, where="quant_state")
+    options.one_of("quant_type", kind, (kind,))
+    block = options.integer("blocksize")
+    rows, columns = (options.count(size, "shape") for size in options.items("shape", 2))
+    if columns % 2:
+        raise ModelMalformed(
+            f"{what}: shape is {[rows, columns]}; rows of an odd length share bytes, which is not read."
+        )
+    nested = options.integer("nested_blocksize") if options.has("nested_blocksize") else 0
+    offset = _number(state.get("nested_offset"), what) if nested else 0.0
+    options.refuse_others(("dtype", "nested_dtype", "nested_offset"))
+    return (rows, columns), block, nested, offset
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ModelMalformed(f"{what}: nested_offset is {value!r:.80}; it must be a number.")
+    return float(value)

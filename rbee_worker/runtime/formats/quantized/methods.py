@@ -1,0 +1,96 @@
+"""Which quantisation a checkpoint has, and the checkpoint as the model sees it: true shapes, no formats.
+
+Never imports torch: ``dequantize.py`` has the arithmetic.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from rbee_worker.errors import ModelUnsupported
+from rbee_worker.runtime.formats.quantized.bitsandbytes import read_bitsandbytes
+from rbee_worker.runtime.formats.quantized.compressed import read_compressed
+from rbee_worker.runtime.formats.quantized.fp8 import read_fp8
+from rbee_worker.runtime.formats.quantized.gptq import read_awq, read_gptq
+from rbee_worker.runtime.formats.quantized.options import QuantizationReader
+from rbee_worker.runtime.formats.quantized.tensor import Format, QuantizedTensor, Stored
+from rbee_worker.runtime.formats.safetensors import Checkpoint
+from rbee_worker.runtime.source import ModelSource
+from rbee_worker.runtime.untrusted import ConfigReader
+
+_KEYS = ("quantization_config", "compression_config")
+_MXFP4, _MXFP4_ARCHITECTURE = "mxfp4", "GptOssForCausalLM"
+
+Read = Callable[[QuantizationReader], tuple[Format, tuple[str, ...]]]
+
+METHODS: Mapping[str, Read] = MappingProxyType(
+    {
+        "fp8": read_fp8,
+        "fbgemm_fp8": read_fp8,
+        "gptq": lambda options: (read_gptq(options), ()),
+        "awq": read_awq,
+        "compressed-tensors": read_compressed,
+        "bitsandbytes": read_bitsandbytes,
+    }
+)
+"""By ``quant_method``."""
+
+
+def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | None:
+    """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantised.
+
+    gpt-oss's own ``mxfp4`` is part of its family, and none here.
+
+    Raises:
+        ModelUnsupported: another method, or an option that is not handled, by name.
+        ModelMalformed: an option of the wrong type.
+    """
+    section, key = None, _KEYS[0]
+    for name in _KEYS:
+        found = reader.section(name)
+        section, key = (found, name) if found is not None else (section, key)
+    if section is None:
+        return None
+    options = QuantizationReader(section.values, reader.file, where=key)
+    method = options.text("quant_method", "unnamed")
+    if method == _MXFP4 and _MXFP4_ARCHITECTURE in (reader.values.get("architectures") or ()):
+        return None
+    if method not in METHODS:
+        raise ModelUnsupported(
+            f"{reader.file}: the checkpoint is quantized ({method:.80}), which this worker does not read.",
+            hint=f"Read are {', '.join(METHODS)}; or use the original checkpoint.",
+        )
+    return METHODS[method](options)
+
+
+def read_checkpoint(source: ModelSource) -> tuple[Checkpoint, str]:
+    """A model's tensors with their true shapes, and how they are stored.
+
+    Returns:
+        The checkpoint, quantised modules as one :class:`QuantizedTensor` each; and for people ``BF16``, ``Q4_1, F32``,
+        or ``gptq 4-bit, groups of 128, dequantised``.
+
+    Raises:
+        ModelError: the files are malformed or unsupported.
+    """
+    checkpoint = source.checkpoint()
+    return present(checkpoint, source.config()) if source.format == "safetensors" else (checkpoint, _plain(checkpoint))
+
+
+def present(checkpoint: Checkpoint, config: Mapping[str, Any], *, file: str = "config.json") -> tuple[Checkpoint, str]:
+    """As :func:`read_checkpoint`, of a checkpoint and its ``config.json``."""
+    found = read_quantization(ConfigReader(config, file))
+    if found is None:
+        return checkpoint, _plain(checkpoint)
+    format_, ignored = found
+    stored = Stored(checkpoint, ignored)
+    format_.present(stored)
+    whole = stored.checkpoint()
+    schemes = dict.fromkeys(info.scheme.what for info in whole.tensors.values() if isinstance(info, QuantizedTensor))
+    return whole, f"{'; '.join(schemes)}, dequantised" if schemes else _plain(checkpoint)
+
+
+def _plain(checkpoint: Checkpoint) -> str:
+    if any(name.endswith("_blocks") for name in checkpoint.tensors):
+        return f"{_MXFP4}, blocks of 32, dequantised"
+    return ", ".join(checkpoint.dtypes)

@@ -1,0 +1,79 @@
+"""Strict reading of ``quantization_config``: an option that nobody has read may change what the weights are."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.runtime.untrusted import ConfigReader
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationReader(ConfigReader):
+    """The object, or one inside it."""
+
+    where: str = "quantization_config"
+
+    def one_of(self, key: str, default: str, allowed: Sequence[str]) -> str:
+        """A word, in small letters.
+
+        Raises:
+            ModelUnsupported: it is none of those allowed.
+            ModelMalformed: it is no string.
+        """
+        value = self.text(key, default).lower()
+        if value not in allowed:
+            raise self.unsupported(key, value, f"Supported: {', '.join(allowed)}.")
+        return value
+
+    def bits(self, key: str, allowed: Sequence[int]) -> int:
+        """A number of bits. Raises as :meth:`one_of` does."""
+        value = self.integer(key)
+        if value not in allowed:
+            raise self.unsupported(key, value, f"Supported: {', '.join(map(str, allowed))}.")
+        return value
+
+    def group_size(self, key: str) -> int:
+        """Inputs that share a scale; -1: all of a row. Raises as :meth:`integer` does."""
+        if self.values.get(key) == -1:
+            self.read.add(key)
+            return -1
+        return self.integer(key)
+
+    def count(self, value: object, key: str) -> int:
+        """A positive integer inside the value of a key. Raises as :meth:`integer` does."""
+        return ConfigReader({key: value}, self.file).integer(key)
+
+    def names(self, *keys: str) -> tuple[str, ...]:
+        """The strings of the lists under these keys, any of which may be missing.
+
+        Raises:
+            ModelMalformed: one is no list of strings.
+        """
+        found: list[Any] = []
+        for key in keys:
+            found += self.items(key) if self.has(key) else []
+        if not all(isinstance(name, str) for name in found):
+            raise ModelMalformed(f"{self.file}: {self.where}.{keys[0]} is not a list of names.")
+        return tuple(found)
+
+    def inside(self, key: str) -> "QuantizationReader | None":
+        """An object inside this one; None where it is null, empty or missing."""
+        section = self.section(key)
+        return None if section is None else QuantizationReader(section.values, self.file, where=f"{self.where}.{key}")
+
+    def refuse_others(self, harmless: Collection[str] = ()) -> None:
+        """Refuse options that were not read, unless they are harmless or off.
+
+        Raises:
+            ModelUnsupported: naming the option.
+        """
+        for key, value in self.values.items():
+            if value and key not in self.read and key not in harmless:
+                raise self.unsupported(key, value, "It may change what the weights are, so the model is not run.")
+
+    def unsupported(self, key: str, value: object, hint: str) -> ModelUnsupported:
+        """An error about an option's value."""
+        return ModelUnsupported(
+            f"{self.file}: {self.where}.{key} is {value!r:.80}, which this worker does not read.", hint=hint
+        )

@@ -1,0 +1,262 @@
+"""Quantised tensors seen as plain ones: a module's stored parts become one ``weight`` of its true shape.
+
+A checkpoint that GPTQ, AWQ, compressed-tensors or bitsandbytes has quantised holds several tensors for each matrix:
+packed values, scales, zero points. Here they are gathered under the name and shape that the model knows, and checked
+against each other, from headers alone; ``dequantize.py`` computes the values while they are read.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from rbee_worker.errors import ModelMalformed
+from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo, quoted
+
+WORD_BITS = 32
+_MAX_BIAS_BYTES = 2**24
+FLOATS = ("F32", "F16", "BF16")
+"""Dtypes that scales are stored in."""
+
+Packing = Literal["plain", "rows", "columns", "awq"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped:
+    """``(value - zero) * scale``, a scale for each block of weights; parts ``weight``, ``scale``, ``zero``, ``order``.
+
+    Attributes:
+        what: the format, for people.
+        packing: ``plain``: [outputs, inputs], an element each. ``rows``: int32 [outputs, inputs * bits / 32], values of
+            a row side by side in a word, the lowest bits first. ``columns``: int32 [inputs * bits / 32, outputs].
+            ``awq``: int32 [inputs, outputs / 8], the outputs of a word in AWQ's order.
+        bits: of a value.
+        centre: what values, and packed zero points, are stored with on top.
+        zeros: how zero points are packed, where there are any: ``rows`` along the outputs of [groups, outputs] (GPTQ),
+            ``columns`` along those of [outputs, groups] (compressed-tensors), ``plain`` as the scales are.
+        zero_offset: added to a stored zero point, within its bits: 1 in GPTQ's first version.
+        block: outputs and inputs that share a scale.
+        transposed: scales are [groups, outputs] instead of [outputs, groups].
+        divisor: of the scales.
+    """
+
+    what: str
+    packing: Packing
+    bits: int = 8
+    centre: int = 0
+    zeros: Packing = "plain"
+    zero_offset: int = 0
+    block: tuple[int, int]
+    transposed: bool = False
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codebook:
+    """``map[value] * absmax``, values of 4 bits, the first in the upper half of a byte, in blocks along the rows.
+
+    Parts are ``weight``, ``absmax``, ``map``, and where absmax itself is quantised, ``nested_absmax`` and
+    ``nested_map``: ``absmax = nested_map[value] * nested_absmax + offset``.
+    """
+
+    what: str
+    block: int
+    nested_block: int = 0
+    nested_offset: float = 0.0
+
+
+Scheme = Grouped | Codebook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTensor(TensorInfo):
+    """A matrix that is stored in parts. ``dtype`` and ``offset`` are the packed values', ``nbytes`` of all parts.
+
+    Attributes:
+        scheme: what the values are.
+        parts: the stored tensors by their role in the scheme.
+        outputs: rows of the whole matrix; ``shape`` has fewer where this is a range of them.
+        first: the first row of the range.
+    """
+
+    scheme: Scheme
+    parts: Mapping[str, TensorInfo] = field(hash=False)
+    outputs: int
+    first: int = 0
+
+    def rows(self, begin: int, end: int) -> "QuantizedTensor":
+        """Rows ``begin`` to ``end``, as a tensor of their own."""
+        nbytes = self.nbytes * (end - begin) // self.shape[0]
+        return replace(self, shape=(end - begin, self.shape[1]), nbytes=nbytes, first=self.first + begin)
+
+
+def files_of(info: TensorInfo) -> Iterable[Path]:
+    """The files that hold a tensor, or the parts of one."""
+    return (part.file for part in info.parts.values()) if isinstance(info, QuantizedTensor) else (info.file,)
+
+
+def is_idle_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a quantised module's bias of nothing but zeros: AutoGPTQ gives one to every module.
+
+    Raises:
+        ModelMalformed: it cannot be read.
+    """
+    info = checkpoint.tensors[name]
+    module, _, part = name.rpartition(".")
+    if part != "bias" or not isinstance(checkpoint.tensors.get(f"{module}.weight"), QuantizedTensor):
+        return False
+    return not any(read_now(info, limit=_MAX_BIAS_BYTES))
+
+
+def read_now(info: TensorInfo, *, limit: int) -> bytes:
+    """The bytes of a small tensor.
+
+    Raises:
+        ModelMalformed: it is not small, or cannot be read.
+    """
+    where = f"{info.file.name}: tensor {quoted(info.name)}"
+    if info.nbytes > limit:
+        raise ModelMalformed(f"{where} is {info.nbytes} bytes, too many for what it should hold.")
+    try:
+        with info.file.open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.nbytes)
+    except OSError as error:
+        raise ModelMalformed(f"{info.file}: cannot be read: {error.strerror or error}.") from error
+
+
+class Format(Protocol):
+    """A quantisation method with its options, as ``config.json`` gives them."""
+
+    def present(self, stored: "Stored") -> None:
+        """Replace the parts of every quantised module by its weight.
+
+        Raises:
+            ModelMalformed: a part is missing, or of another shape or dtype than the others imply.
+            ModelUnsupported: a layout that is not read.
+        """
+
+
+class Stored:
+    """The tensors of a checkpoint, while a format gathers its own among them."""
+
+    def __init__(self, checkpoint: Checkpoint, ignored: Sequence[str] = ()) -> None:
+        self._tensors = dict(checkpoint.tensors)
+        self._files = checkpoint.files
+        self._ignored = ignored
+
+    def modules(self, part: str, dtypes: Sequence[str] | None = None) -> list[str]:
+        """Names of the modules that have such a part (of one of these dtypes).
+
+        Raises:
+            ModelMalformed: of a module that the config says is not quantised.
+        """
+        found = [
+            name.removesuffix(f".{part}")
+            for name, info in self._tensors.items()
+            if name.endswith(f".{part}") and (dtypes is None or info.dtype in dtypes)
+        ]
+        for module in found:
+            if any(names(pattern, module) for pattern in self._ignored):
+                raise ModelMalformed(
+                    f"{self._tensors[f'{module}.{part}'].file.name}: tensor {quoted(f'{module}.{part}')} is quantised, "
+                    "though config.json lists its module among those that are not."
+                )
+        return found
+
+    def has(self, module: str, part: str) -> bool:
+        """Whether a module has such a part."""
+        return f"{module}.{part}" in self._tensors
+
+    def take(
+        self,
+        module: str,
+        part: str,
+        dtypes: Sequence[str] | None,
+        *shapes: tuple[int, ...],
+        check: Callable[[tuple[int, ...]], bool] | None = None,
+    ) -> TensorInfo:
+        """A part, which no other may claim.
+
+        Args:
+            module: its module.
+            part: its name in there.
+            dtypes: that it may have; None: any.
+            shapes: that it may have; none: any that ``check`` passes.
+            check: whether a shape will do.
+
+        Raises:
+            ModelMalformed: it is missing, or has another dtype or shape.
+        """
+        name = f"{module}.{part}"
+        info = self._tensors.get(name)
+        if info is None:
+            raise ModelMalformed(
+                f"{self._where()}: tensor {quoted(name)} is missing, a part of the quantised {quoted(module)}.",
+                hint="Is the checkpoint complete, and config.json its own?",
+            )
+        if dtypes is not None and info.dtype not in dtypes:
+            raise self.malformed(info, f"is {info.dtype}; this quantisation stores it as {' or '.join(dtypes)}")
+        if (shapes and info.shape not in shapes) or (check is not None and not check(info.shape)):
+            expected = (
+                f"; the module's other tensors imply {' or '.join(str(list(s)) for s in shapes)}" if shapes else ""
+            )
+            raise self.malformed(info, f"has the shape {quoted(list(info.shape))}{expected}")
+        return self._tensors.pop(name)
+
+    def drop(self, *parts: str) -> None:
+        """Forget tensors that concern activations only, which are not quantised here."""
+        for name in [name for name in self._tensors if name.endswith(tuple(f".{part}" for part in parts))]:
+            del self._tensors[name]
+
+    def put(self, module: str, shape: tuple[int, int], scheme: Scheme, parts: Mapping[str, TensorInfo]) -> None:
+        """Add a module's weight of ``shape``, outputs first.
+
+        Raises:
+            ModelMalformed: it is there already, or empty.
+        """
+        name, packed = f"{module}.weight", parts["weight"]
+        if name in self._tensors:
+            raise self.malformed(self._tensors[name], f"is stored beside {quoted(packed.name)}, which is quantised")
+        if not all(shape):
+            raise self.malformed(packed, f"has the shape {list(packed.shape)}: it holds no weights")
+        self._tensors[name] = QuantizedTensor(
+            name=name,
+            shape=shape,
+            dtype=packed.dtype,
+            file=packed.file,
+            offset=packed.offset,
+            nbytes=sum(part.nbytes for part in parts.values()),
+            scheme=scheme,
+            parts=MappingProxyType(dict(parts)),
+            outputs=shape[0],
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """What is there now."""
+        return Checkpoint(MappingProxyType(self._tensors), self._files)
+
+    @staticmethod
+    def malformed(info: TensorInfo, problem: str) -> ModelMalformed:
+        """An error about a stored tensor."""
+        return ModelMalformed(
+            f"{info.file.name}: tensor {quoted(info.name)} {problem}.",
+            hint="Does config.json belong to this checkpoint?",
+        )
+
+    def _where(self) -> str:
+        return self._files[0].name if len(self._files) == 1 else str(self._files[0].parent)
+
+
+def names(pattern: str, module: str) -> bool:
+    """Whether an entry of a list means this module: its path, whole components of it, or ``re:`` and an expression."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return f".{pattern}." in f".{module}."
+
+
+def groups_of(size: int) -> str:
+    """A group size for people."""
+    return f"groups of {size}" if size > 0 else "one group a row"

@@ -1,0 +1,224 @@
+"""Does it fit? Answered from headers and configs, before any memory is taken, with the remedies that would work.
+
+What is needed, in bytes:
+
+- weights: every matrix in the form it runs in, every other tensor in its dtype;
+- cache: keys and values of one sequence as long as the context, or ``--kv-cache-memory`` (without it the cache of all
+  sequences is sized later, from what is left);
+- workspace: the rotary tables, and the larger of what running takes (the activations of one prefill chunk, float32
+  logits of a full batch) and what loading takes on a CPU that packs weights (a float32 copy of the largest fused matrix
+  for each reader).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rbee_worker.config import EngineConfig
+from rbee_worker.errors import OutOfMemory
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes
+from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
+from rbee_worker.runtime.cache.kv_cache import blocks_for
+from rbee_worker.runtime.loading.weights import WeightGroup
+from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
+from rbee_worker.runtime.machine.storage import LOCAL_READERS
+from rbee_worker.runtime.model.linear.linear import LinearFormat
+
+_HOST_SHARE, _DEVICE_SHARE = 0.5, 0.9
+"""Shares of the free memory that the KV cache may take: a host has other uses for it."""
+
+_CONTEXT_STEP = 256
+"""Contexts are proposed in multiples of this many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that a model takes on its device."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        parts = (("weights", self.weights), ("cache", self.cache), ("workspace", self.workspace))
+        return ", ".join(f"{name} {_mib(size)}" for name, size in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to run the model: what to say on the command line, and what it needs then."""
+
+    flags: str
+    needs: Needs
+
+    def __str__(self) -> str:
+        return f"{self.flags} ({_mib(self.needs.total)})"
+
+
+def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig) -> Needs:
+    """What a model takes in a form at a context length."""
+    itemsize = form.activation_dtype.itemsize
+    cache = engine.kv_cache_memory or context * config.kv_bytes_per_token(itemsize)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    widths = 4 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
+    running = min(engine.prefill_chunk, context) * widths * itemsize
+    running += engine.max_batch_size * config.vocab_size * 4
+    fused = config.hidden_size * max(heads * config.head_dim, 2 * config.intermediate_size)
+    loading = LOCAL_READERS * fused * 4 if form.packed else 0
+    rotary = (2 + 2 * (config.local_rope is not None)) * context * config.rotary_dim * 4
+    return Needs(weights_bytes(config, form), cache, max(running, loading) + rotary)
+
+
+def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig) -> int:
+    """The context that ``--kv-cache-memory`` has room for, of the one asked for.
+
+    Raises:
+        OutOfMemory: less than ``--max-context`` asks for, or than one block.
+    """
+    if engine.kv_cache_memory is None:
+        return context
+    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    positions = engine.kv_cache_memory // per_token // BLOCK_TOKENS * BLOCK_TOKENS
+    if positions < (engine.max_context or BLOCK_TOKENS):
+        wanted = engine.max_context or context
+        raise OutOfMemory(
+            f"A KV cache of {_mib(engine.kv_cache_memory)} holds {positions:,} tokens of this model, "
+            f"fewer than the {wanted:,} of its context.",
+            hint=f"Use --kv-cache-memory {-(-blocks_for(wanted) * BLOCK_TOKENS * per_token // MIB)}MiB, "
+            "or a smaller --max-context.",
+        )
+    return min(context, positions)
+
+
+def cache_positions(
+    config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig, free: int, device: str
+) -> int:
+    """Tokens that the KV cache is to hold: ``--kv-cache-memory``, else a whole context for each place in the batch.
+
+    Without an option it takes a share of the ``free`` bytes of its ``device`` at most, but one whole context at least.
+    """
+    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    if engine.kv_cache_memory is not None:
+        return engine.kv_cache_memory // per_token
+    share = int(free * (_HOST_SHARE if device == "cpu" else _DEVICE_SHARE)) // per_token
+    return min(engine.max_batch_size * context, max(context, share))
+
+
+def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
+    """Bytes of all weights where they are used; a packed head tied to the embedding is a second copy."""
+    table = config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
+    own_head = form.packed or not config.tie_word_embeddings
+    head = form.linear_bytes(config.vocab_size, config.hidden_size) if own_head else 0
+    total = sum(count * _layer_bytes(config, form, index) for index, count in kinds_of_layers(config))
+    return total + table + head + config.hidden_size * form.activation_dtype.itemsize
+
+
+def _layer_bytes(config: ModelConfig, form: LinearFormat, index: int) -> int:
+    matrices, others = 0, 0
+    for role, shape in layer_shapes(config, index).items():
+        if is_matrix(role):
+            matrices += form.linear_bytes(shape[0], shape[1])
+        else:
+            others += math.prod(shape)
+    return matrices + others * form.activation_dtype.itemsize
+
+
+def check_fit(
+    name: str,
+    config: ModelConfig,
+    form: LinearFormat,
+    *,
+    context: int,
+    engine: EngineConfig,
+    device: DeviceInfo,
+    alternatives: Callable[[], Sequence[tuple[str, LinearFormat, DeviceInfo]]],
+) -> Needs:
+    """Refuse what cannot fit.
+
+    Args:
+        name: the model, for the message.
+        config: its shapes.
+        form: how its weights are to be held.
+        context: tokens to serve.
+        engine: prefill chunk and batch size.
+        device: where it is to go, with its free memory now.
+        alternatives: other ways to run it, asked for only when needed: flags, form and device of each.
+
+    Returns:
+        What it will take.
+
+    Raises:
+        OutOfMemory: with the figures, and in the hint each remedy that would work.
+    """
+    needed = needs(config, form, context, engine)
+    if needed.total <= device.free_bytes:
+        return needed
+    remedies = list(_remedies(config, context, engine, [("", form, device), *alternatives()]))
+    hint = (
+        f"What would fit: {'; '.join(map(str, remedies))}."
+        if remedies
+        else "No option makes it fit on this machine as it is: free memory, or use a smaller model."
+    )
+    raise OutOfMemory(
+        f"{name} needs {_mib(needed.total)} on {device.name} ({needed}, at a context of {context:,} tokens); "
+        f"{_mib(device.free_bytes)} of {_mib(device.total_bytes)} are free.",
+        hint=hint,
+    )
+
+
+def check_host(name: str, groups: Sequence[WeightGroup], host: DeviceInfo) -> None:
+    """Refuse what could not pass through the host's memory on its way to another device: two groups at a time.
+
+    Raises:
+        OutOfMemory: with the figures.
+    """
+    sizes = sorted(sum(info.nbytes for info in group.tensors.values()) for group in groups)
+    passing = sum(sizes[-2:])
+    if passing > host.free_bytes:
+        raise OutOfMemory(
+            f"{name} passes through {_mib(passing)} of host memory on its way; "
+            f"{_mib(host.free_bytes)} of {_mib(host.total_bytes)} are free.",
+            hint="Free memory on the host.",
+        )
+
+
+def _remedies(
+    config: ModelConfig, context: int, engine: EngineConfig, ways: Sequence[tuple[str, LinearFormat, DeviceInfo]]
+) -> Iterator[Option]:
+    """Each way as it is where that fits, else with the longest context that does."""
+    for flags, form, device in ways:
+        whole = needs(config, form, context, engine)
+        if whole.total <= device.free_bytes:
+            yield Option(flags, whole)
+            continue
+        shorter = _longest_context(config, form, context, engine, device.free_bytes)
+        if shorter:
+            option = f"{flags} --max-context {shorter}".strip()
+            yield Option(option, needs(config, form, shorter, engine))
+        elif engine.kv_cache_memory is not None:
+            smaller = needs(config, form, context, replace(engine, kv_cache_memory=None))
+            if smaller.total <= device.free_bytes:
+                size = smaller.cache + device.free_bytes - smaller.total
+                yield Option(f"{flags} --kv-cache-memory {size // MIB}MiB".strip(), smaller)
+
+
+def _longest_context(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig, free: int) -> int:
+    """The longest context, in steps, that fits into ``free`` bytes; 0: none does."""
+    low, high = 0, context // _CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needs(config, form, middle * _CONTEXT_STEP, engine).total <= free:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _CONTEXT_STEP
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"

@@ -1,0 +1,405 @@
+"""Loading a model: the phases, in the order in which their events come."""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
+from rbee_worker.errors import OutOfMemory, RbeeError
+from rbee_worker.events import (
+    LoadCancelled,
+    LoadFailed,
+    LoadingEvent,
+    LoadingToVram,
+    LoadReport,
+    Ready,
+    Resolving,
+    Stalled,
+    WarmingUp,
+)
+from rbee_worker.panics import one_line, panics_as_errors
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.architecture.roles import parameters
+from rbee_worker.runtime.architecture.table import ARCHITECTURES
+from rbee_worker.runtime.formats.quantized.methods import read_checkpoint
+from rbee_worker.runtime.grammar.compiler import GrammarCompiler
+from rbee_worker.runtime.hub.download import DownloadProgress
+from rbee_worker.runtime.inspection import context_length, read_config
+from rbee_worker.runtime.loading.fit import cache_positions, check_fit, check_host, limit_context, weights_bytes
+from rbee_worker.runtime.loading.reader import ReadState, WeightReader
+from rbee_worker.runtime.loading.weights import WeightGroup, plan_weights
+from rbee_worker.runtime.machine.devices import (
+    MIB,
+    DeviceInfo,
+    device_info,
+    host_info,
+    list_devices,
+    peak_host_bytes,
+    resolve_device,
+    trim_host_memory,
+)
+from rbee_worker.runtime.machine.storage import Storage, storage_of
+from rbee_worker.runtime.model.decoder import Batch, Transformer
+from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
+from rbee_worker.runtime.source import ModelSource, fetch, locate
+from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
+
+_POLL_SECONDS = 0.1
+_EVENT_SECONDS = 0.5
+_WARM_UP_TOKENS = 16
+
+EventT = TypeVar("EventT", bound=LoadingEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can run.
+
+    Attributes:
+        name: as shown to users.
+        grammars: compiles what generated text must match.
+        context_length: tokens of prompt and output together at most.
+    """
+
+    name: str
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    grammars: GrammarCompiler
+    transformer: Transformer
+    context_length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the weights take."""
+        return self.transformer.nbytes
+
+
+class _Timeline:
+    """Stamps events with ``seq`` and ``elapsed_seconds``, and keeps the seconds of each phase."""
+
+    def __init__(self) -> None:
+        self._started = self._phase_started = time.monotonic()
+        self._next = 0
+        self._phase = "resolving"
+        self.phases: dict[str, float] = {}
+
+    def event(self, cls: Callable[..., EventT], **values: object) -> EventT:
+        seq, self._next = self._next, self._next + 1
+        return cls(seq=seq, elapsed_seconds=round(time.monotonic() - self._started, 3), **values)
+
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin another; an empty name only ends."""
+        now = time.monotonic()
+        spent = self.phases.get(self._phase, 0.0) + now - self._phase_started
+        self.phases[self._phase] = round(spent, 3)
+        self._phase, self._phase_started = phase, now
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that is known, and checked, before any memory is taken."""
+
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    groups: list[WeightGroup]
+    device: torch.device
+    form: LinearFormat
+    context_length: int
+    storage: Storage
+    stored_as: str
+
+
+def load_model(
+    model: str | None, config: EngineConfig, cancel: threading.Event
+) -> Generator[LoadingEvent, None, LoadedModel | None]:
+    """Load a model, yielding what happens.
+
+    ``resolving`` comes first; then everything that headers and configs tell is checked before memory is taken. The
+    last event is terminal. Closing the generator, at any point, stops reading and frees what was taken.
+
+    Args:
+        model: what MODEL means on the command line; None: the embedded default.
+        config: device, dtype, context.
+        cancel: set it, from any thread, to end the load with ``cancelled``.
+
+    Returns:
+        The model, or None when the load was cancelled.
+
+    Raises:
+        RbeeError: after the ``error`` event with the same code and message.
+    """
+    timeline = _Timeline()
+    yield timeline.event(Resolving, model=model or DEFAULT_MODEL)
+    try:
+        with panics_as_errors():
+            return (yield from _load(model, config, timeline, cancel))
+    except RbeeError as error:
+        yield timeline.event(LoadFailed, code=error.code, message=str(error))
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            failure = OutOfMemory(
+                f"Memory ran out while loading: {_first_line(error)}",
+                hint="Something else may have taken it; `rbee-worker devices` shows what is free.",
+            )
+            yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
+            raise failure from error
+        # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
+        yield timeline.event(LoadFailed, code=RbeeError.code, message=failure_message(error))
+        raise
+
+
+def _load(
+    model: str | None, config: EngineConfig, timeline: _Timeline, cancel: threading.Event
+) -> Generator[LoadingEvent, None, LoadedModel | None]:
+    """What follows ``resolving``, but for the event of a failure."""
+    if cancel.is_set():
+        yield timeline.event(LoadCancelled, vram_mb_freed=0)
+        return None
+    source = yield from _find(model, timeline, config.stall_seconds, cancel)
+    if source is None:
+        yield timeline.event(LoadCancelled, vram_mb_freed=0)
+        return None
+    plan = _prepare(source, config)
+    transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
+    timeline.enter("loading_to_vram")
+    finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
+    if finished:
+        timeline.enter("warming_up")
+        yield timeline.event(WarmingUp)
+        _allocate_cache(plan, transformer, config)
+        _warm_up(transformer)
+        timeline.enter("")
+    if not finished or cancel.is_set():
+        freed = transformer.nbytes // MIB
+        del transformer
+        release_memory()
+        yield timeline.event(LoadCancelled, vram_mb_freed=freed)
+        return None
+    grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
+    loaded = LoadedModel(
+        plan.source.name, plan.source, plan.config, plan.tokenizer, grammars, transformer, plan.context_length
+    )
+    yield timeline.event(Ready, report=_report(plan, transformer, timeline.phases))
+    return loaded
+
+
+def fits(model: str | None, config: EngineConfig) -> bool:
+    """Whether a model would fit into what is free now, beside whatever is loaded.
+
+    True also where that cannot be told, of a model that must be downloaded first or is wrong: its load will tell.
+    """
+    try:
+        located = locate(model)
+        if isinstance(located, ModelSource):
+            _prepare(located, config)
+    except OutOfMemory:
+        return False
+    except RbeeError:
+        return True
+    return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; on CPUs torch says so with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def failure_message(error: BaseException) -> str:
+    """What a load says of an error that nobody expected."""
+    return f"Loading failed: {one_line(str(error)) or type(error).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def release_memory() -> None:
+    """Give memory that nothing refers to any more back to the devices and the host."""
+    trim_host_memory()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _find(
+    model: str | None, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+) -> Generator[LoadingEvent, None, ModelSource | None]:
+    """The model's files, downloaded when they are the hub's; None when cancelled."""
+    located = locate(model)
+    if isinstance(located, ModelSource):
+        return located
+    steps = fetch(located, stall_seconds=stall_seconds, cancel=cancel)
+    downloading = False
+    try:
+        while True:
+            step = next(steps)
+            if isinstance(step, DownloadProgress) and not downloading:
+                downloading = True
+                timeline.enter("downloading")
+            yield timeline.event(step.event)
+    except StopIteration as end:
+        if downloading:
+            timeline.enter("resolving")
+        found: ModelSource | None = end.value
+        return found
+    finally:
+        steps.close()
+
+
+def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
+    parsed = read_config(source)
+    checkpoint, stored_as = read_checkpoint(source)
+    groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
+    tokenizer = Tokenizer.from_files(source)
+    device = resolve_device(config.device)
+    form = choose_format(device, config.dtype, config.quantize)
+    length = limit_context(parsed, form, context=context_length(parsed, config.max_context), engine=config)
+    place = device_info(device)
+    ways = functools.partial(_alternatives, config, place)
+    check_fit(source.name, parsed, form, context=length, engine=config, device=place, alternatives=ways)
+    if device.type != "cpu":
+        check_host(source.name, groups, host_info())
+    return _Plan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
+
+
+def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, LinearFormat, DeviceInfo]]:
+    """Other ways to run a model that does not fit: int8 in the same place, and every other device."""
+    ways = []
+    for info in list_devices():
+        device = resolve_device(info.name)
+        flags = [] if info.name == place.name else [f"--device {info.name}"]
+        if flags:
+            ways.append((flags[0], choose_format(device, config.dtype, config.quantize), info))
+        if config.quantize == "none" and device.type != "mps":
+            options = " ".join([*flags, "--quantize int8"])
+            ways.append((options, choose_format(device, config.dtype, "int8"), info))
+    return ways
+
+
+def _read_weights(
+    plan: _Plan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+) -> Generator[LoadingEvent, None, bool]:
+    """Place every part; False when cancelled on the way."""
+    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage)
+    state = reader.state
+    progress = _Progress(plan, transformer, state, timeline, device_info(plan.device).total_bytes // MIB)
+    waiting = len(plan.groups)
+    stalled_at = event_at = time.monotonic()
+    try:
+        yield progress.event()
+        while waiting:
+            part = reader.next_part(_POLL_SECONDS)
+            if cancel.is_set():
+                return False
+            now = time.monotonic()
+            if part is not None:
+                transformer.place(part)
+                waiting -= 1
+            if part is not None or now - event_at >= _EVENT_SECONDS:
+                event_at = now
+                yield progress.event()
+            silent = now - max(state.last_byte_at, stalled_at)
+            if silent >= stall_seconds and state.bytes_read < state.bytes_total:
+                stalled_at = now
+                yield timeline.event(Stalled, seconds=round(now - state.last_byte_at, 1), where=state.reading)
+        return True
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    plan: _Plan
+    transformer: Transformer
+    state: ReadState
+    timeline: _Timeline
+    device_mb: int
+
+    def event(self) -> LoadingToVram:
+        state = self.state
+        read, seconds = state.bytes_read, time.monotonic() - state.started_at
+        rate = int(read / seconds) if seconds > 0 else 0
+        return self.timeline.event(
+            LoadingToVram,
+            layers_loaded=len(self.transformer.layers),
+            layers_total=self.plan.config.num_hidden_layers,
+            vram_mb=self.transformer.nbytes // MIB,
+            vram_total_mb=self.device_mb,
+            device=str(self.plan.device),
+            bytes_loaded=read,
+            bytes_total=state.bytes_total,
+            bytes_per_second=rate,
+            # Of a hundredth no rate can be told: the first bytes wait for threads and buffers.
+            eta_seconds=round((state.bytes_total - read) / rate, 1)
+            if rate and read * 100 >= state.bytes_total
+            else None,
+        )
+
+
+def _allocate_cache(plan: _Plan, transformer: Transformer, config: EngineConfig) -> None:
+    """Take the KV cache's memory, of what is free now that the weights are there."""
+    free = device_info(plan.device).free_bytes
+    positions = cache_positions(
+        plan.config, plan.form, context=plan.context_length, engine=config, free=free, device=plan.device.type
+    )
+    transformer.allocate_cache(positions, prefix_cache=config.prefix_cache)
+
+
+def _warm_up(transformer: Transformer) -> None:
+    """Run one short prompt and one decode step, so that the first request pays for nothing of the kind."""
+    device, cache = transformer.device, transformer.new_cache()
+    length = min(_WARM_UP_TOKENS, transformer.context_length - 1)
+    cache.reserve(length + 1)
+    for tokens in (length, 1) if length else (1,):
+        transformer.forward(Batch.of([(cache, [0] * tokens, 1)], device))
+        cache.length += tokens
+    cache.release()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
+    tensors = [info for group in plan.groups for info in group.tensors.values()]
+    read, seconds = sum(info.nbytes for info in tensors), phases["loading_to_vram"]
+    return LoadReport(
+        model=plan.source.name,
+        architecture=plan.config.architecture,
+        parameters=parameters(plan.config),
+        dtype=plan.form.dtype_name,
+        kernel=plan.form.kernel,
+        quantize=plan.form.quantize,
+        saved_mb=_saved_bytes(plan) // MIB,
+        phases=dict(phases),
+        storage=str(plan.storage),
+        stored_as=plan.stored_as,
+        bytes_read=read,
+        bytes_per_second=int(read / seconds) if seconds else read,
+        device_mb={str(plan.device): transformer.nbytes // MIB},
+        context_length=plan.context_length,
+        kv_cache_tokens=transformer.cache.positions,
+        kv_cache_mb=transformer.cache.nbytes // MIB,
+        peak_host_mb=peak_host_bytes() // MIB,
+    )
+
+
+def _saved_bytes(plan: _Plan) -> int:
+    """Bytes of weights that quantising saves against 16-bit ones on the same device."""
+    if plan.form.quantize == "none":
+        return 0
+    dtype: DTypeName = "bfloat16" if plan.form.weight_dtype == torch.bfloat16 else "float16"
+    sixteen_bit = choose_format(plan.device, dtype)
+    return weights_bytes(plan.config, sixteen_bit) - weights_bytes(plan.config, plan.form)

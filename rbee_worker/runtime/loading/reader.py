@@ -1,0 +1,395 @@
+"""The reading of a model: a few threads, each reading a group of tensors and building its part, side by side.
+
+While one thread packs, another reads; the operating system reads ahead of both. Parts are handed out in order, and
+no thread works further ahead than a few parts. Nothing here waits for a read without a limit: the threads are
+daemons, and one that is stuck in a read (a network disk that is gone) is left behind when the load is closed.
+"""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rbee_worker.errors import ModelMalformed
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.formats.finite import all_finite, check_finite
+from rbee_worker.runtime.formats.gguf.model import dequantize
+from rbee_worker.runtime.formats.quantized.dequantize import read_dequantized
+from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, files_of
+from rbee_worker.runtime.formats.safetensors import TensorInfo
+from rbee_worker.runtime.loading.weights import PLAIN_DTYPES, PartBuilder, WeightGroup, rows_of
+from rbee_worker.runtime.machine.devices import trim_host_memory
+from rbee_worker.runtime.machine.storage import Storage, advise
+from rbee_worker.runtime.model.decoder import Part
+from rbee_worker.runtime.model.linear.linear import LinearFormat
+
+_AHEAD = 2
+"""Parts that may be finished before the one that is waited for, beside those in work."""
+
+_CLOSE_SECONDS = 0.15
+_DECODE_WEIGHTS = 2**20
+"""Quantised GGUF weights decoded at once: decoding takes several float32 copies of them."""
+
+_CONVERT_BYTES = 2**20
+"""What is checked and converted at once: small enough that it is still in the cache when it is read again."""
+
+
+class RawFile(Protocol):
+    """What is asked of an open file."""
+
+    def fileno(self) -> int: ...
+    def seek(self, offset: int, /) -> int: ...
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+    def close(self) -> None: ...
+
+
+def open_raw(path: Path) -> RawFile:
+    """Open a file without Python's buffer."""
+    return path.open("rb", buffering=0)
+
+
+class Stopped(Exception):
+    """The reading was closed."""
+
+
+class ReadState:
+    """What the threads share: how far they are, and whether to go on. Written under a lock, read without one."""
+
+    def __init__(self, groups: Sequence[WeightGroup]) -> None:
+        infos = [info for group in groups for info in group.tensors.values()]
+        self.bytes_total = sum(info.nbytes for info in infos)
+        self.bytes_read = 0
+        self.started_at = self.last_byte_at = time.monotonic()
+        self.reading = ""
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+        self._in_system: set[int] = set()
+        self._identities = {path: _identity(path.stat()) for info in infos for path in files_of(info)}
+
+    @contextmanager
+    def system_call(self, path: Path) -> Iterator[None]:
+        """Around a call that may not return: opening a file, reading from it.
+
+        Raises:
+            Stopped: the reading was closed.
+            ModelMalformed: the system reports an error.
+        """
+        if self.stop.is_set():
+            raise Stopped
+        self.reading = path.name
+        thread = threading.get_ident()
+        self._in_system.add(thread)
+        try:
+            yield
+        except OSError as error:
+            raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
+        finally:
+            self._in_system.discard(thread)
+
+    def in_system(self, thread: threading.Thread) -> bool:
+        """Whether a thread is in such a call."""
+        return thread.ident in self._in_system
+
+    def count(self, nbytes: int) -> None:
+        """Bytes have arrived."""
+        with self._lock:
+            self.bytes_read += nbytes
+            self.last_byte_at = time.monotonic()
+
+    def check_unchanged(self, path: Path, descriptor: int) -> None:
+        """Raise ModelMalformed when a file is not, or no longer, the one that was there when the load began."""
+        if _identity(os.fstat(descriptor)) != self._identities[path]:
+            raise ModelMalformed(
+                f"{path.name}: the file was changed while it was being read.",
+                hint="Load it again once whatever writes it is done.",
+            )
+
+
+class TensorReader:
+    """Reads tensors into memory on any device, in any floating dtype. Belongs to one thread."""
+
+    def __init__(
+        self, state: ReadState, device: torch.device, chunk_bytes: int, open_file: Callable[[Path], RawFile]
+    ) -> None:
+        self._state, self._chunk, self._open_file = state, chunk_bytes, open_file
+        self._copier = PinnedCopier(device, chunk_bytes) if device.type == "cuda" else Copier()
+        self._files: dict[Path, RawFile] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
+        """Fill ``target``, contiguous and of ``info.shape``, with a stored tensor's values.
+
+        Args:
+            info: the stored tensor.
+            target: what is filled.
+            held: the dtype that the values will be kept in, once they are packed.
+
+        Raises:
+            ModelMalformed: the file ends early, cannot be read, or has changed; a value is not finite.
+            ModelUnsupported: a value is too large for ``held``.
+            Stopped: the reading was closed.
+        """
+        if isinstance(info, QuantizedTensor):
+            read_dequantized(info, target, held, self._read_part)
+            for path in files_of(info):
+                self._state.check_unchanged(path, self._files[path].fileno())
+            return
+        file = self._file(info)
+        stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
+        if stored is None or info.rope_heads or info.shift:
+            self._read_quantised(file, info, target, held)
+        else:
+            # A GPU looks at what has arrived there faster than the host does; only the host can name what is wrong.
+            on_gpu = target.device.type == "cuda"
+            self._read_plain(file, info, target, stored, None if on_gpu else held)
+            if on_gpu and target.is_floating_point() and not all_finite(target):
+                self._read_plain(file, info, target, stored, held)
+        self._state.check_unchanged(info.file, file.fileno())
+
+    def _read_plain(
+        self, file: RawFile, info: TensorInfo, target: Tensor, stored: torch.dtype, held: torch.dtype | None
+    ) -> None:
+        """Read, check and convert piece by piece, so that each piece is in the cache for all three; None: no check."""
+        flat, begin = target.view(-1), 0
+        in_place = stored == target.dtype and target.device.type == "cpu"
+        while begin < flat.numel():
+            count = min(self._copier.nbytes // stored.itemsize, flat.numel() - begin)
+            piece = flat[begin : begin + count]
+            raw = piece.view(torch.uint8) if in_place else self._copier.buffer(count * stored.itemsize)
+            self._read_bytes(file, info, raw, begin * stored.itemsize)
+            if held is not None:
+                check_finite(info, raw.view(stored), held)
+            if not in_place:
+                self._copier.copy(raw.view(stored), piece)
+            begin += count
+        self._copier.finish()
+
+    def _read_part(self, part: TensorInfo, raw: Tensor, start: int, counted: bool) -> None:
+        self._read_bytes(self._file(part), part, raw, start, counted=counted)
+
+    def _read_quantised(self, file: RawFile, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
+        rows, step = info.shape[0], info.shape[0]
+        if len(info.shape) > 1:
+            unit = rows // info.rope_heads if info.rope_heads else 1  # a head's rows are permuted among themselves
+            step = max(1, _DECODE_WEIGHTS // (info.shape[1] * unit)) * unit
+        for begin in range(0, rows, step):
+            part = rows_of(info, begin, min(begin + step, rows))
+            raw = torch.empty(part.nbytes, dtype=torch.uint8)
+            self._read_bytes(file, part, raw)
+            values = torch.from_numpy(dequantize(part, raw.numpy()))
+            check_finite(info, values, held)
+            target[begin : begin + step].copy_(values)
+
+    def _read_bytes(
+        self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0, *, counted: bool = True
+    ) -> None:
+        """Fill ``raw``, uint8 on the host, with the tensor's bytes from ``start``."""
+        view, done, state = raw.numpy().data, 0, self._state
+        with state.system_call(info.file):
+            file.seek(info.offset + start)
+        while done < len(view):
+            with state.system_call(info.file):
+                count = file.readinto(view[done : done + self._chunk])
+            if not count:
+                raise ModelMalformed(
+                    f"{info.file.name}: ends inside tensor '{info.name}', {info.nbytes - start - done} bytes short.",
+                    hint="Was the file changed while it was being read?",
+                )
+            done += count
+            state.count(count if counted else 0)
+
+    def _file(self, info: TensorInfo) -> RawFile:
+        file = self._files.get(info.file)
+        if file is None:
+            with self._state.system_call(info.file):
+                file = self._files[info.file] = self._open_file(info.file)
+        with self._state.system_call(info.file):
+            advise(file.fileno(), info.offset, info.nbytes)
+        return file
+
+
+class Copier:
+    """Bytes to their place through a buffer on the host that stays in the processor's cache.
+
+    Attributes:
+        nbytes: the most that is copied at once.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = _CONVERT_BYTES
+        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._floats = torch.empty(self.nbytes // 2, dtype=torch.float32)
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """Host memory to read into, uint8 [nbytes]; after :meth:`copy` it may be asked for again."""
+        return self._buffer[:nbytes]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy what was read, converting it to the target's dtype."""
+        if source.dtype != target.dtype and source.itemsize == target.itemsize:
+            # From one 16-bit type to the other torch goes element by element; by way of float32, three times as fast.
+            source = self._floats[: len(source)].copy_(source)
+        target.copy_(source)
+
+    def finish(self) -> None:
+        """Wait until everything is in place."""
+
+
+class PinnedCopier(Copier):
+    """The same for CUDA: two page-locked buffers, one read into while the other is copied on a stream of its own."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes = nbytes
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """The buffer whose last copy is the longest ago, once that is done."""
+        self._turn ^= 1
+        self._copied[self._turn].synchronize()
+        return self._buffers[self._turn][:nbytes]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Queue the copy: in the stored dtype over the bus, converted on the device."""
+        # The target's memory may have been another tensor's, which work queued on the current stream still uses.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source.to(self._device, non_blocking=True))
+            self._copied[self._turn].record(self._stream)
+
+    def finish(self) -> None:
+        """Wait for the stream: what was copied is where it will be used."""
+        self._stream.synchronize()
+
+
+class WeightReader:
+    """Reads groups and builds parts on a few threads; hands the parts out in order.
+
+    Attributes:
+        state: how far the reading is.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[WeightGroup],
+        config: ModelConfig,
+        form: LinearFormat,
+        device: torch.device,
+        storage: Storage,
+        *,
+        open_file: Callable[[Path], RawFile] | None = None,
+    ) -> None:
+        """Begin to read.
+
+        Raises:
+            ModelMalformed: a file is gone.
+        """
+        try:
+            self.state = ReadState(groups)
+        except OSError as error:
+            raise ModelMalformed(f"{error.filename}: cannot be read: {error.strerror}.") from error
+        self._groups, self._config, self._form, self._device = groups, config, form, device
+        self._chunk, self._open_file = storage.chunk_bytes, open_file or open_raw
+        self._window = storage.readers + _AHEAD
+        self._changed = threading.Condition()
+        self._taken = self._handed_out = 0
+        self._done: dict[int, Part] = {}
+        self._failure: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._run, name=f"weight-reader-{index}", daemon=True)
+            for index in range(min(storage.readers, len(groups)))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def next_part(self, timeout: float) -> Part | None:
+        """The next part, or None when it is not there within ``timeout`` seconds.
+
+        Raises:
+            StopIteration: every part has been handed out.
+            ModelMalformed: a file ended early, could not be read or was changed.
+        """
+        with self._changed:
+            if self._handed_out == len(self._groups):
+                raise StopIteration
+            self._changed.wait_for(lambda: self._failure is not None or self._handed_out in self._done, timeout)
+            if self._failure is not None:
+                raise self._failure
+            part = self._done.pop(self._handed_out, None)
+            if part is not None:
+                self._handed_out += 1
+                self._changed.notify_all()
+            return part
+
+    def close(self) -> None:
+        """Stop the threads at their next chunk and drop what they hold; one that hangs in a read is left behind."""
+        with self._changed:
+            self.state.stop.set()
+            self._done.clear()
+            self._changed.notify_all()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for thread in self._threads:
+            while thread.is_alive() and (time.monotonic() < deadline or not self.state.in_system(thread)):
+                thread.join(0.01)
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the parts are waited for
+            # The frames hold tensors; whoever keeps the error must not keep those.
+            traceback.clear_frames(error.__traceback__)
+            with self._changed:
+                self._failure = self._failure or error
+                self.state.stop.set()
+                self._changed.notify_all()
+        if self.state.stop.is_set():
+            trim_host_memory()  # whoever closed the reader may not have waited for this thread
+
+    def _work(self) -> None:
+        with TensorReader(self.state, self._device, self._chunk, self._open_file) as tensors:
+            builder = PartBuilder(self._config, self._form, self._device, tensors.read)
+            while (index := self._next_group()) is not None:
+                last = index >= len(self._groups) - len(self._threads)
+                self._deliver(index, builder.build(self._groups[index], last=last))
+                if self._form.packed:
+                    trim_host_memory()  # of what packing took and freed, malloc keeps a third of a layer every time
+
+    def _next_group(self) -> int | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.state.stop.is_set() or self._taken < self._handed_out + self._window)
+            if self.state.stop.is_set() or self._taken == len(self._groups):
+                return None
+            self._taken += 1
+            return self._taken - 1
+
+    def _deliver(self, index: int, part: Part) -> None:
+        with self._changed:
+            if not self.state.stop.is_set():
+                self._done[index] = part
+                self._changed.notify_all()
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,320 @@
+"""From tensors in files to the parts of a decoder: which tensor goes where, and in what memory it is put together.
+
+The plan is made from headers alone and is strict both ways: a name the model needs and the files lack, a name the
+files hold and the model does not know, and a shape that disagrees with the config all fail before a byte is read.
+
+Memory: a dense matrix is allocated once, at its final size, and its tensors (q, k and v side by side) are read into
+their rows of it. A packed matrix is put together in a staging buffer, which the thread uses again for the next one;
+a head is packed in blocks of rows that are no larger. The embedding and the output come first, and the largest matrix
+of a layer before the others, so that the staging is fullest while the most of the model is still missing.
+"""
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.architecture.roles import of_linear, stored_shapes, tensor_name
+from rbee_worker.runtime.architecture.table import Architecture
+from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, is_idle_bias
+from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo
+from rbee_worker.runtime.formats.stacked_experts import read_expert
+from rbee_worker.runtime.model.decoder import (
+    ATTENTION_LINEARS,
+    MLP,
+    MLP_LINEARS,
+    DecoderLayer,
+    Embedding,
+    Output,
+    ParallelLayer,
+    Part,
+    SelfAttention,
+)
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, make_linear
+from rbee_worker.runtime.model.moe import Experts
+
+PLAIN_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Stored dtypes that torch has too, by the words of safetensors headers."""
+
+MXFP4_SUFFIXES = ("_blocks", "_scales")
+"""Names of tensors of bytes that are decoded on their way."""
+
+_BLOCK_WEIGHTS = 16 * 2**20
+"""A head is packed in blocks of this many weights, or of the largest matrix of a layer where that is more."""
+
+_TOGETHER = 8
+"""Rows that a quantised head may have packed into one word: blocks end where words do."""
+
+_MMAP_BYTES = 2**20
+
+Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
+"""Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file; the last is the
+dtype that the values will be kept in, which may be a smaller one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroup:
+    """Tensors that become one part of the decoder, by role."""
+
+    kind: Literal["embedding", "layer", "output"]
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    index: int = 0  # of a layer
+
+
+def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Checkpoint) -> list[WeightGroup]:
+    """The groups in loading order: embedding, output, layers by number.
+
+    Raises:
+        ModelMalformed: a tensor is missing, left over, or of another shape than the config says.
+        ModelUnsupported: a tensor's stored dtype is none that weights come in.
+    """
+    left = dict(checkpoint.tensors)
+    table = (config.vocab_size, config.hidden_size)
+
+    def take(name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = left.pop(name, None)
+        if info is None:
+            raise ModelMalformed(
+                f"{_files(checkpoint)}: tensor '{name}' is missing.", hint="Is the checkpoint complete?"
+            )
+        if info.shape != shape:
+            raise ModelMalformed(
+                f"{info.file.name}: tensor '{name}' has shape {list(info.shape)}; config.json says {list(shape)}."
+            )
+        if not (name.endswith(MXFP4_SUFFIXES) and info.dtype == "U8"):
+            _check_dtype(info)
+        return info
+
+    groups = [WeightGroup("embedding", {"embedding": take(architecture.embedding, table)})]
+    output = {"norm.weight": take(f"{architecture.norm}.weight", (config.hidden_size,))}
+    if config.norm_bias:
+        output["norm.bias"] = take(f"{architecture.norm}.bias", (config.hidden_size,))
+    if config.tie_word_embeddings:
+        left.pop(architecture.head, None)
+    else:
+        output["head"] = take(architecture.head, table)
+    groups.append(WeightGroup("output", output))
+    for index in range(config.num_hidden_layers):
+        shapes = stored_shapes(config, index)
+        tensors = {role: take(tensor_name(architecture, index, role), shape) for role, shape in shapes.items()}
+        groups.append(WeightGroup("layer", tensors, index))
+    leftover = [
+        name for name in left if not name.endswith(architecture.ignored_suffixes) and not is_idle_bias(checkpoint, name)
+    ]
+    if leftover:
+        shown = ", ".join(f"'{name}'" for name in sorted(leftover)[:3])
+        raise ModelMalformed(
+            f"{_files(checkpoint)}: {len(leftover)} tensors are not part of {config.architecture} "
+            f"with {config.num_hidden_layers} layers: {shown}{', …' if len(leftover) > len(shown) else ''}.",
+            hint="Does config.json belong to this checkpoint?",
+        )
+    return groups
+
+
+class RowBlocks:
+    """A linear layer in blocks of output features, each a linear layer of its own."""
+
+    __slots__ = ("_blocks", "nbytes")
+
+    def __init__(self, blocks: Sequence[Linear]) -> None:
+        self._blocks = blocks
+        self.nbytes = sum(block.nbytes for block in blocks)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([block(x) for block in self._blocks], dim=-1)
+
+
+class PartBuilder:
+    """Builds parts of a decoder, one at a time, reading each tensor to where it is needed."""
+
+    def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, read: Read) -> None:
+        self._config, self._form, self._device, self._read = config, form, device, read
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+        # int8 weights have scales, which hold what float32 holds.
+        self._held = form.weight_dtype if form.quantize == "none" else torch.float32
+
+    def build(self, group: WeightGroup, *, last: bool = False) -> Part:
+        """The part that a group of tensors becomes, resident on its device.
+
+        Args:
+            group: the tensors.
+            last: hardly anything is left to be loaded after it: the staging is let go after each matrix, since from
+                here on it would come on top of the whole model.
+        """
+        tensors = group.tensors
+        if group.kind == "embedding":
+            return self._embedding(tensors["embedding"])
+        vectors = {
+            role: self._vector(role, info) for role, info in tensors.items() if not of_linear(role) and role != "head"
+        }
+        if group.kind == "output":
+            head = tensors.get("head")
+            return Output(self._config, vectors, None if head is None else self._head(head))
+        return self._layer(group, vectors, last=last)
+
+    def _layer(self, group: WeightGroup, vectors: dict[str, Tensor], *, last: bool) -> DecoderLayer:
+        config = self._config
+        traits, experts = config.layers[group.index], config.experts
+
+        def linears(fused: Mapping[str, tuple[str, ...]], prefix: str = "") -> dict[str, Linear]:
+            made = {}
+            for name, roles in fused.items():
+                made[name] = self._fused(
+                    group.tensors, prefix, (name,) if f"{prefix}{name}.weight" in group.tensors else roles
+                )
+                if last:
+                    self._release()
+            return made
+
+        mlp: MLP | Experts
+        if traits.experts and experts is not None:
+            numbers = range(experts.count)
+            if "experts.down_bias" in group.tensors:
+                matrices = [self._stacked(group.tensors, number) for number in numbers]
+            else:
+                matrices = [linears(MLP_LINEARS, f"experts.{number}.") for number in numbers]
+            mlp = Experts(config.activation, experts, vectors["router.weight"], vectors.get("router.bias"), matrices)
+        else:
+            mlp = MLP(config, linears(MLP_LINEARS))
+        attention = SelfAttention(config, group.index, vectors, linears(ATTENTION_LINEARS))
+        layer = ParallelLayer if config.norm_placement == "shared" else DecoderLayer
+        return layer(config, vectors, attention, mlp)
+
+    def _vector(self, role: str, info: TensorInfo) -> Tensor:
+        # Weights that are added to one, and those that choose experts, are not rounded further than they are stored.
+        exact = self._config.norm == "rms-offset" or role.startswith(("router", "sinks"))
+        return self._plain([info], torch.float32 if exact else self._form.activation_dtype)
+
+    def _plain(self, infos: Sequence[TensorInfo], dtype: torch.dtype) -> Tensor:
+        """Tensors in memory of their own, stacked along their first dimension."""
+        rows = sum(info.shape[0] for info in infos)
+        return self._filled(infos, empty_on(self._device, (rows, *infos[0].shape[1:]), dtype), dtype)
+
+    def _filled(self, infos: Sequence[TensorInfo], target: Tensor, held: torch.dtype) -> Tensor:
+        begin = 0
+        for info in infos:
+            self._read(info, target[begin : begin + info.shape[0]], held)
+            begin += info.shape[0]
+        return target
+
+    def _staged(self, rows: int, columns: int) -> Tensor:
+        """Memory for a matrix that is about to be packed; it holds until the next call."""
+        dtype = self._form.weight_dtype if self._form.kernel == "packed-bf16" else torch.float32
+        nbytes = rows * columns * dtype.itemsize
+        if self._staging.nbytes < nbytes:
+            self._release()
+            self._staging = empty_on(self._device, (nbytes,), torch.uint8)
+        return self._staging[:nbytes].view(dtype).view(rows, columns)
+
+    def _release(self) -> None:
+        self._staging = self._staging.new_empty(0)
+
+    def _fused(self, tensors: dict[str, TensorInfo], prefix: str, roles: tuple[str, ...]) -> Linear:
+        matrices = [tensors[f"{prefix}{role}.weight"] for role in roles]
+        biases = [tensors[f"{prefix}{role}.bias"] for role in roles if f"{prefix}{role}.bias" in tensors]
+        bias = self._plain(biases, self._form.activation_dtype) if biases else None
+        if not self._form.packed:
+            return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
+        staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
+        return make_linear(self._filled(matrices, staged, self._held), bias, self._form)
+
+    def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
+        """An expert's linear layers, from tensors that hold all experts'."""
+        made = {}
+        for role in MLP_LINEARS:
+            weight, bias = read_expert(tensors, role, number, self._read, device=self._device, held=self._held)
+            made[role] = make_linear(weight, bias.to(self._form.activation_dtype), self._form)
+        return made
+
+    def _embedding(self, info: TensorInfo) -> Embedding:
+        table = self._plain([info], self._form.weight_dtype)
+        multiplier = self._config.embedding_multiplier
+        if not self._config.tie_word_embeddings:
+            return Embedding(table, None, multiplier)
+        if not self._form.packed:
+            return Embedding(table, make_linear(table, None, self._form), multiplier)
+
+        def fill(begin: int, block: Tensor) -> None:
+            block.copy_(table[begin : begin + len(block)])
+
+        return Embedding(table, self._packed(info.shape, fill), multiplier)
+
+    def _head(self, info: TensorInfo) -> Linear:
+        if not self._form.packed:
+            return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
+
+        def fill(begin: int, block: Tensor) -> None:
+            self._read(rows_of(info, begin, begin + len(block)), block, self._held)
+
+        return self._packed(info.shape, fill)
+
+    def _packed(self, shape: Sequence[int], fill: Callable[[int, Tensor], None]) -> Linear:
+        """A head in blocks of rows, so that it is never whole in any form but the packed one."""
+        rows, columns = shape
+        largest = max(2 * self._config.intermediate_size, self._config.hidden_size) * self._config.hidden_size
+        step = max(1, max(_BLOCK_WEIGHTS, largest) // (columns * _TOGETHER)) * _TOGETHER
+        blocks = []
+        for begin in range(0, rows, step):
+            staged = self._staged(min(step, rows - begin), columns)
+            fill(begin, staged)
+            blocks.append(make_linear(staged, None, self._form))
+        return blocks[0] if len(blocks) == 1 else RowBlocks(blocks)
+
+
+def rows_of(info: TensorInfo, begin: int, end: int) -> TensorInfo:
+    """Rows ``begin`` to ``end`` of a stored matrix, as a tensor of their own; whole heads where heads are permuted."""
+    if isinstance(info, QuantizedTensor):
+        return info.rows(begin, end)
+    rows = info.shape[0]
+    stride = info.nbytes // rows
+    return replace(
+        info,
+        shape=(end - begin, *info.shape[1:]),
+        offset=info.offset + begin * stride,
+        nbytes=(end - begin) * stride,
+        rope_heads=info.rope_heads * (end - begin) // rows,
+    )
+
+
+def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory.
+
+    On the host a large tensor has a mapping of its own, so that its memory goes back to the system when the tensor
+    goes, whatever malloc would hold on to.
+
+    Raises:
+        MemoryError: there is none left.
+    """
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or nbytes < _MMAP_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes: {error.strerror}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf" and not isinstance(info, QuantizedTensor):
+        raise ModelUnsupported(
+            f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
+            hint=f"Weights may be {', '.join(PLAIN_DTYPES)}.",
+        )
+
+
+def _files(checkpoint: Checkpoint) -> str:
+    files = checkpoint.files
+    return files[0].name if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"

@@ -1,0 +1,123 @@
+"""Devices and their memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from rbee_worker.errors import DeviceUnavailable
+from rbee_worker.runtime.machine.cgroup import memory_limit
+
+if TYPE_CHECKING:
+    import torch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A device and its memory in bytes; ``used`` counts every process."""
+
+    name: str
+    description: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, keys as the fields."""
+        return asdict(self)
+
+
+def list_devices() -> list[DeviceInfo]:
+    """Every device that ``--device`` can name on this machine. Imports torch."""
+    import torch  # noqa: PLC0415  (costs seconds; only some callers need it)
+
+    devices = [_cuda_info(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append(_host_info("mps", "Apple GPU (shares the host's memory)"))
+    return [*devices, host_info()]
+
+
+def host_info() -> DeviceInfo:
+    """The CPU and the host's memory."""
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return _host_info("cpu", f"CPU, {cores} core{'s' if cores > 1 else ''}")
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """Memory of one device."""
+    if device.type == "cuda":
+        return _cuda_info(device.index or 0)
+    return _host_info("mps", "Apple GPU") if device.type == "mps" else host_info()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` means here.
+
+    Raises:
+        DeviceUnavailable: it is not on this machine.
+    """
+    import torch  # noqa: PLC0415
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}.get(kind)
+    known = count is not None and (not index or (kind == "cuda" and index.isdecimal()))
+    if not known:
+        raise DeviceUnavailable(
+            f"'{name}' names no device.", hint="Use auto, cpu, cuda, cuda:N or mps; `rbee-worker devices` lists them."
+        )
+    if not count or int(index or 0) >= count:
+        found = f"{count} CUDA device{'' if count == 1 else 's'}" if kind == "cuda" else "no such device"
+        raise DeviceUnavailable(
+            f"Device {name} is not available: {found} found.", hint="`rbee-worker devices` lists what there is."
+        )
+    return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def peak_host_bytes() -> int:
+    """The process's peak resident memory in bytes, as the operating system counts it."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        # getrusage would report the parent's peak when that was larger: it survives exec.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    import resource  # noqa: PLC0415  (not on Windows)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def trim_host_memory() -> None:
+    """Return what malloc keeps of freed memory to the system, where it can be told to (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _cuda_info(index: int) -> DeviceInfo:
+    import torch  # noqa: PLC0415
+
+    free, total = torch.cuda.mem_get_info(index)
+    return DeviceInfo(f"cuda:{index}", torch.cuda.get_device_name(index), total, total - free, free)
+
+
+def _host_info(name: str, description: str) -> DeviceInfo:
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    # In a container the machine's memory is not this process's.
+    group = memory_limit()
+    if group is not None:
+        total, free = min(total, group.limit_bytes), min(free, group.free_bytes)
+    return DeviceInfo(name, description, total, total - free, free)

@@ -1,0 +1,216 @@
+"""Linear layers and the forms they run in, chosen in one place: :func:`choose_format`.
+
+``packed-fp16`` keeps float16 weights in FBGEMM's blocked layout and multiplies in float32. Batch-1 decode then moves
+two bytes a weight at the memory's speed, and the error against float64 arithmetic on the same float16 weights stays
+below 1e-6; docs/performance.md has the figures that made it the default on CPUs without bfloat16 arithmetic.
+``packed-bf16`` keeps bfloat16 weights in oneDNN's blocked layout, for CPUs on which that runs.
+``widened`` keeps 16-bit weights as they are, for the other CPUs: they multiply 16 bits slowly, so that for many rows
+the weights are made float32, a block at a time.
+``dense`` is ``torch.nn.functional.linear``: GPUs, and float32 elsewhere. The int8 forms are in ``int8.py``, and
+what the CPU can do is asked in ``cpu.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rbee_worker.config import DTypeName, Quantization
+from rbee_worker.errors import ModelUnsupported
+from rbee_worker.runtime.model.linear.cpu import cpu_features
+from rbee_worker.runtime.model.linear.int8 import LEVELS, Int8Linear, int8_bytes
+
+BLOCK_WEIGHTS = 32 * 2**20
+"""A packed matrix is made from blocks of at most this many weights: packing goes through a float32 copy, and
+the copy of a whole output head would be the largest allocation of the load."""
+
+WIDEN_ROWS = 12
+"""From this many rows on float32 arithmetic, with its conversion, beats 16-bit arithmetic on CPUs that lack the latter:
+342 ms to 78 ms for 512 rows of a 5632 x 2048 matrix with AVX2 alone, 6.2 to 6.7 ms for 8 rows."""
+
+_WIDENED_WEIGHTS = 2**20
+"""Weights made float32 at a time."""
+
+_TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """How weights are held and activations flow.
+
+    Attributes:
+        kernel: ``packed-fp16``, ``packed-bf16``, ``widened``, ``dense``, or one of ``int8.py``.
+        weight_dtype: of the stored weights; with int8 kernels, of the embedding alone.
+        activation_dtype: of hidden states, keys and values.
+        levels: with int8 kernels, the largest magnitude of a quantized activation.
+    """
+
+    kernel: str
+    weight_dtype: torch.dtype
+    activation_dtype: torch.dtype
+    levels: int = LEVELS
+
+    @property
+    def dtype_name(self) -> str:
+        """``float16``, ``bfloat16`` or ``float32``."""
+        return str(self.weight_dtype).removeprefix("torch.")
+
+    @property
+    def quantize(self) -> Quantization:
+        """What ``--quantize`` named: ``int8`` or ``none``."""
+        return "int8" if self.kernel.endswith("int8") else "none"
+
+    @property
+    def packed(self) -> bool:
+        """Whether a matrix is made from a copy of the stored one, so that an embedding cannot serve as the head."""
+        return self.kernel not in ("dense", "widened")
+
+    def linear_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a matrix [out_features, in_features] at rest."""
+        if self.quantize == "int8":
+            return int8_bytes(out_features, in_features, self.kernel)
+        return out_features * in_features * self.weight_dtype.itemsize
+
+
+class Linear(Protocol):
+    """``y = x W^T + b`` for x of shape [tokens, in_features]."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [tokens, in_features] to [tokens, out_features] in the activation dtype."""
+        ...
+
+
+class DenseLinear:
+    """Weights [out_features, in_features] as they are."""
+
+    __slots__ = ("bias", "nbytes", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class WidenedLinear(DenseLinear):
+    """16-bit weights as they are; float32 arithmetic where there are many rows."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] < WIDEN_ROWS:
+            return super().__call__(x)
+        wide = x.float()
+        step = max(1, _WIDENED_WEIGHTS // self.weight.shape[1])
+        out = torch.cat([functional.linear(wide, block.float()) for block in torch.split(self.weight, step)], dim=-1)
+        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+
+
+class PackedFp16Linear:
+    """float16 weights in FBGEMM's layout, float32 activations and arithmetic."""
+
+    __slots__ = ("_blocks", "nbytes")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        rows = max(1, BLOCK_WEIGHTS // weight.shape[1])
+        pack = torch.ops.quantized.linear_prepack_fp16
+        float_bias = bias.float() if bias is not None else None
+        self._blocks: list[Any] = [
+            pack(block.float(), float_bias[i * rows : (i + 1) * rows] if float_bias is not None else None)
+            for i, block in enumerate(torch.split(weight, rows))
+        ]
+        self.nbytes = 2 * weight.numel() + (float_bias.nbytes if float_bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        apply = torch.ops.quantized.linear_dynamic_fp16
+        if len(self._blocks) == 1:
+            return apply(x, self._blocks[0])  # type: ignore[no-any-return]
+        return torch.cat([apply(x, block) for block in self._blocks], dim=-1)
+
+
+class PackedBf16Linear:
+    """bfloat16 weights in oneDNN's layout, bfloat16 activations, float32 accumulation."""
+
+    __slots__ = ("_bias", "_weight", "nbytes")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # noqa: SLF001  (no public name)
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001  (no public name)
+        return linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def choose_format(device: torch.device, dtype: DTypeName, quantize: Quantization = "none") -> LinearFormat:
+    """The form for a device, a requested dtype and quantization; ``auto`` takes what is fast and right there.
+
+    Raises:
+        ModelUnsupported: the device has no kernel for the quantization.
+    """
+    if dtype == "auto":
+        # Only the embedding is held in it with int8 on a CPU: float16 rounds it eight times finer than bfloat16.
+        dtype = "float16" if quantize == "int8" and device.type == "cpu" else _auto_dtype(device)
+    weights = _TORCH_DTYPES[dtype]
+    if quantize == "int8":
+        return _int8_format(device, weights)
+    if device.type == "cpu" and dtype != "float32":
+        features = cpu_features()
+        if dtype == "float16" and features.packed_fp16:
+            return LinearFormat("packed-fp16", weights, torch.float32)
+        if dtype == "bfloat16" and features.packed_bf16:
+            return LinearFormat("packed-bf16", weights, weights)
+        return LinearFormat("widened", weights, weights)
+    return LinearFormat("dense", weights, weights)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Linear:
+    """A linear layer in the given form from weights [out_features, in_features] on their device."""
+    if form.kernel == "packed-fp16":
+        return PackedFp16Linear(weight, bias)
+    if form.quantize == "int8":
+        return Int8Linear(weight, bias, form.kernel, form.levels)
+    weight = weight.to(form.weight_dtype)
+    bias = bias.to(form.weight_dtype) if bias is not None else None
+    return _SIMPLE_FORMS[form.kernel](weight, bias)
+
+
+_SIMPLE_FORMS: dict[str, type[DenseLinear | PackedBf16Linear]] = {
+    "dense": DenseLinear,
+    "widened": WidenedLinear,
+    "packed-bf16": PackedBf16Linear,
+}
+"""Forms that are made from weights and bias in the weights' dtype."""
+
+
+def _int8_format(device: torch.device, embedding: torch.dtype) -> LinearFormat:
+    if device.type == "cuda":
+        return LinearFormat("int8", embedding, embedding)
+    if device.type == "cpu":
+        levels = cpu_features().int8_levels
+        return LinearFormat("packed-int8" if levels else "plain-int8", embedding, torch.float32, levels or LEVELS)
+    raise ModelUnsupported(
+        f"--quantize int8 does not run on {device.type}.", hint="Leave --quantize out, or use --device cpu."
+    )
+
+
+def _auto_dtype(device: torch.device) -> DTypeName:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "mps":
+        return "float16"
+    features = cpu_features()
+    if features.bf16_arithmetic and features.packed_bf16:
+        return "bfloat16"
+    return "float16" if features.packed_fp16 else "float32"

@@ -1,0 +1,62 @@
+"""A mixture of experts: each token goes through the few MLPs that a router chooses for it."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rbee_worker.runtime.architecture.config import Activation, ExpertsConfig
+from rbee_worker.runtime.model.layers import gated
+from rbee_worker.runtime.model.linear.linear import Linear
+
+
+class Experts:
+    """The router, and the experts one after the other: each that has tokens runs once, on all of them.
+
+    The router's weights are float32, whatever form the experts' matrices are in.
+    """
+
+    __slots__ = ("_active", "_gated", "_renormalise", "_router", "_router_bias", "experts", "nbytes")
+
+    def __init__(
+        self,
+        activation: Activation,
+        config: ExpertsConfig,
+        router: Tensor,
+        router_bias: Tensor | None,
+        experts: Sequence[Mapping[str, Linear]],
+    ) -> None:
+        """``experts``: of each, ``gate_up`` and ``down``."""
+        self.experts = [(matrices["gate_up"], matrices["down"]) for matrices in experts]
+        self._router, self._router_bias = router, router_bias
+        self._active, self._renormalise = config.active, config.renormalise
+        self._gated: Callable[[Tensor], Tensor] = gated(activation)
+        if config.clamp is not None:
+            self._gated = functools.partial(_clamped, limit=config.clamp, alpha=config.alpha)
+        self.nbytes = sum(gate_up.nbytes + down.nbytes for gate_up, down in self.experts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, hidden_size] as it came."""
+        weights, chosen = self._route(x)
+        out = torch.zeros_like(x)
+        for number in torch.unique(chosen).tolist():
+            rows, places = torch.where(chosen == number)
+            gate_up, down = self.experts[number]
+            part = down(self._gated(gate_up(x[rows])))
+            out.index_add_(0, rows, part * weights[rows, places].unsqueeze(-1).to(part.dtype))
+        return out
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token, the weights of its experts and which they are: float32 and int64 [tokens, active]."""
+        likely = functional.linear(x.float(), self._router, self._router_bias).softmax(-1)
+        weights, chosen = likely.topk(self._active, dim=-1)
+        return weights / weights.sum(-1, keepdim=True) if self._renormalise else weights, chosen
+
+
+def _clamped(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
+    """gpt-oss's activation: ``gate * sigmoid(alpha * gate) * (up + 1)``, gate at most and up within the limit."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)

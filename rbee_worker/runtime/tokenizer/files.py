@@ -1,0 +1,304 @@
+"""A folder's tokenizer, from whichever files it has, and its chat templates.
+
+``tokenizer.json`` is taken as it is. Without one the tokenizer is made of a SentencePiece model or a rank file
+(``tokenizer.model``), Mistral's ``tekken.json``, a ``*.tiktoken`` file, or ``vocab.json`` with ``merges.txt``. What
+the other files say about added and special tokens is then put on top, as transformers does.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from rbee_worker.errors import ModelMalformed, ModelNotFound
+from rbee_worker.panics import Panic, one_line, panics_as_errors
+from rbee_worker.runtime.formats.safetensors import quoted, read_json_object
+from rbee_worker.runtime.tokenizer.ranks import (
+    MERGES_FAMILIES,
+    RANK_FAMILIES,
+    build_from_merges,
+    build_from_ranks,
+    build_tekken,
+    family_of,
+    read_ranks,
+)
+from rbee_worker.runtime.tokenizer.sentencepiece import build_sentencepiece
+from rbee_worker.runtime.tokenizer.sentencepiece_model import is_sentencepiece, read_sentencepiece
+
+SPECIAL_TOKEN_KEYS: Final = (
+    "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+TEMPLATES_FOLDER: Final = "additional_chat_templates"
+
+_CONFIG_LIMIT: Final = 16 * 1024 * 1024
+_TOKENIZER_LIMIT: Final = 256 * 1024 * 1024
+_HIGHEST_ID: Final = 2**22
+_HINT: Final = "Download the file again."
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTokenizer:
+    """A tokenizer read from a folder.
+
+    Attributes:
+        backend: ready to use.
+        json: what tokenizer.json holds, or would hold.
+    """
+
+    backend: Tokenizer
+    json: str
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The file that the tokenizer is read from; None: there is none."""
+    for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model"):
+        if (folder / name).is_file():
+            return folder / name
+    ranks = sorted(folder.glob("*.tiktoken"))
+    if len(ranks) == 1:
+        return ranks[0]
+    pair = (folder / "vocab.json", folder / "merges.txt")
+    return pair[0] if all(path.is_file() for path in pair) else None
+
+
+def load_tokenizer(folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> FolderTokenizer:
+    """Read a folder's tokenizer.
+
+    Args:
+        folder: of the files.
+        config: what config.json holds; its ``model_type`` tells the family where a file does not.
+        tokenizer_config: what tokenizer_config.json and special_tokens_map.json hold.
+
+    Raises:
+        ModelNotFound: there are no files of one.
+        ModelMalformed: a file is damaged, or they disagree.
+        ModelUnsupported: a file that does not say enough, of a family that is not known.
+    """
+    path = find_tokenizer(folder) or folder / "tokenizer.json"
+    with panics_blamed_on(path):
+        return _load(path, config, tokenizer_config)
+
+
+@contextmanager
+def panics_blamed_on(path: Path) -> Iterator[None]:
+    """Read a tokenizer within this: the library panics where it did not check what a file holds.
+
+    Raises:
+        ModelMalformed: it panicked; the message names ``path``.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except Panic as panic:
+        raise ModelMalformed(f"{path}: the tokenizers library cannot use it: {panic}", hint=_HINT) from panic
+
+
+def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> FolderTokenizer:
+    folder = path.parent
+    if path.name == "tokenizer.json":
+        text = read_text(path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder.")
+        backend = _parse(path, text)
+        adds = _asked_for(tokenizer_config)
+        changed = _complete(backend, folder, tokenizer_config)
+    else:
+        text, changed = "", True
+        backend, adds = _convert(path, config, tokenizer_config)
+        _complete(backend, folder, tokenizer_config)
+        adds |= _asked_for(tokenizer_config)
+    changed |= _put_around(backend, adds, tokenizer_config)
+    return FolderTokenizer(backend, backend.to_str() if changed else text)
+
+
+def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name; ``default`` is the one without a name.
+
+    Files (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before tokenizer_config.json.
+
+    Raises:
+        ModelMalformed: one is no text.
+    """
+    paths = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        paths["default"] = folder / "chat_template.jinja"
+    if paths:
+        return {name: read_text(path, limit=_CONFIG_LIMIT, hint=_HINT) for name, path in paths.items()}
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # [{"name": …, "template": …}, …]
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    named = template if isinstance(template, dict) else {} if template is None else {"default": template}
+    for text in named.values():
+        if not isinstance(text, str):
+            raise ModelMalformed(
+                f"tokenizer_config.json: chat_template is a {type(text).__name__}, not a string or a list of named "
+                "templates."
+            )
+    return {str(name): text for name, text in named.items()}
+
+
+def read_text(path: Path, *, limit: int, hint: str) -> str:
+    """A text file of at most ``limit`` bytes.
+
+    Raises:
+        ModelNotFound: no such file.
+        ModelMalformed: it is unreadable, larger, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit=limit, hint=hint).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelMalformed(f"{path.name} is not UTF-8 (byte {error.start}).", hint=hint) from error
+
+
+def read_bytes(path: Path, *, limit: int, hint: str) -> bytes:
+    """A file of at most ``limit`` bytes.
+
+    Raises:
+        ModelNotFound: no such file.
+        ModelMalformed: it is unreadable or larger.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{path}: no such file.", hint=hint) from error
+    except OSError as error:
+        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if len(data) > limit:
+        raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
+    return data
+
+
+def token_text(value: object) -> str | None:
+    """The text of a token as the JSON files write one: a string, or an object with ``content``."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _parse(path: Path, text: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelMalformed(f"{path}: the tokenizers library refuses it: {one_line(first)}", hint=_HINT) from error
+
+
+def _convert(
+    path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+) -> tuple[Tokenizer, dict[str, bool]]:
+    """A tokenizer of another file than tokenizer.json, and which tokens are put around a text unless said otherwise."""
+    data = read_bytes(path, limit=_TOKENIZER_LIMIT, hint=_HINT)
+    if path.name == "tekken.json":
+        return build_tekken(data), {"bos": True}
+    if path.name == "vocab.json":
+        family = family_of(config, MERGES_FAMILIES, file=path.name)
+        merges = read_bytes(path.with_name("merges.txt"), limit=_TOKENIZER_LIMIT, hint=_HINT)
+        return build_from_merges(data, merges, family), {"bos": family.add_bos}
+    if path.name != "tokenizer.model" or not is_sentencepiece(data):
+        family = family_of(config, RANK_FAMILIES, file=path.name)
+        return build_from_ranks(read_ranks(data, file=path.name), family), {"bos": family.add_bos}
+    model = read_sentencepiece(data, file=path.name)
+    listed = _listed(path.parent, tokenizer_config)
+    backend = build_sentencepiece(model, legacy=_legacy(tokenizer_config), file=path.name, listed=listed)
+    return backend, {"bos": model.bos_id is not None}
+
+
+def _legacy(tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether the space before a text is SentencePiece's; transformers' Llama classes do otherwise unless told."""
+    given = tokenizer_config.get("legacy")
+    if isinstance(given, bool):
+        return given
+    name = str(tokenizer_config.get("tokenizer_class", "")).removesuffix("Fast")
+    return name not in {"LlamaTokenizer", "CodeLlamaTokenizer"}
+
+
+def _complete(backend: Tokenizer, folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
+    """Add the tokens that the other files list and the tokenizer lacks; whether there were any."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    end = backend.get_vocab_size(with_added_tokens=True)
+    changed = False
+    for index, token in sorted(_listed(folder, tokenizer_config).items()):
+        if token.content in known or (index < end and backend.token_to_id(token.content) != index):
+            continue  # the tokenizer's own file decides
+        while (free := backend.get_vocab_size(with_added_tokens=True)) < index:
+            backend.add_tokens([AddedToken(f"<|reserved_token_{free}|>", special=True, normalized=False)])
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise ModelMalformed(
+                f"{folder}: the token {quoted(token.content)} is listed with id {index}, but gets "
+                f"{backend.token_to_id(token.content)}.",
+                hint=_HINT,
+            )
+        known.add(token.content)
+        changed = True
+    for text in _named(tokenizer_config):
+        if text not in known and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+            changed = True
+    return changed
+
+
+def _listed(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by id: of tokenizer_config.json's added_tokens_decoder, and of added_tokens.json."""
+    named = _named(tokenizer_config)
+    path = folder / "added_tokens.json"
+    older = read_json_object(path, limit=_CONFIG_LIMIT) if path.is_file() else {}
+    listed = {}
+    for text, index in older.items():
+        listed[_id(index, "added_tokens.json")] = AddedToken(text, special=text in named, normalized=text not in named)
+    decoder = tokenizer_config.get("added_tokens_decoder")
+    for index, value in (decoder if isinstance(decoder, Mapping) else {}).items():
+        content = token_text(value)
+        if not content:
+            raise ModelMalformed(f"tokenizer_config.json: added_tokens_decoder has no token for id {quoted(index)}.")
+        flags = value if isinstance(value, Mapping) else {}
+        special = bool(flags.get("special", content in named))
+        listed[_id(index, "tokenizer_config.json: added_tokens_decoder")] = AddedToken(
+            content,
+            special=special,
+            normalized=bool(flags.get("normalized", not special)),
+            **{key: bool(flags.get(key, False)) for key in ("single_word", "lstrip", "rstrip")},
+        )
+    return listed
+
+
+def _id(value: object, what: str) -> int:
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if type(number) is not int or not 0 <= number < _HIGHEST_ID:
+        raise ModelMalformed(f"{what} has the id {quoted(value)}; it must be a number below {_HIGHEST_ID}.")
+    return number
+
+
+def _named(tokenizer_config: Mapping[str, Any]) -> list[str]:
+    """The special tokens that are named by their role, and the further ones."""
+    values = [tokenizer_config.get(key) for key in SPECIAL_TOKEN_KEYS]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = tokenizer_config.get(key)
+        values += more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else []
+    return [text for value in values if (text := token_text(value))]
+
+
+def _asked_for(tokenizer_config: Mapping[str, Any]) -> dict[str, bool]:
+    given = {role: tokenizer_config.get(f"add_{role}_token") for role in ("bos", "eos")}
+    return {role: value for role, value in given.items() if isinstance(value, bool)}
+
+
+def _put_around(backend: Tokenizer, adds: Mapping[str, bool], tokenizer_config: Mapping[str, Any]) -> bool:
+    """Put the beginning and end tokens around a text, where that is said; whether it changed anything."""
+    if not adds:
+        return False
+    found: dict[str, tuple[str, int]] = {}
+    for role, usual in (("bos", "<s>"), ("eos", "</s>")):
+        text = token_text(tokenizer_config.get(f"{role}_token", usual))
+        index = backend.token_to_id(text) if text is not None else None
+        if adds.get(role) and text is not None and index is not None:
+            found[role] = (text, index)
+    if backend.encode("").ids == [index for _, index in found.values()]:
+        return False
+    parts = [f"{found['bos'][0]}:0"] if "bos" in found else []
+    parts += ["$A:0"] + ([f"{found['eos'][0]}:0"] if "eos" in found else [])
+    backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=list(found.values()))
+    return True

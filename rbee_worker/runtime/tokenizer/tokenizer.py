@@ -1,0 +1,218 @@
+"""Text to token ids and back, and the streaming detokenizer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import tokenizers
+
+from rbee_worker.config import Message
+from rbee_worker.errors import InferenceError, InvalidRequest, ModelMalformed
+from rbee_worker.panics import Panic, panics_as_errors
+from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
+from rbee_worker.runtime.tokenizer.detokenizer import Decoding, TextStream
+from rbee_worker.runtime.tokenizer.files import SPECIAL_TOKEN_KEYS, token_text
+from rbee_worker.runtime.tokenizer.lookalikes import LookAlikes, SecretNames
+
+
+class TokenizerFiles(Protocol):
+    """What a model's files say about its tokenizer; ``source.ModelSource`` is one."""
+
+    def tokenizer(self) -> tokenizers.Tokenizer: ...
+    def tokenizer_config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]: ...
+    def generation_config(self) -> dict[str, Any]: ...
+    def chat_templates(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A rendered conversation: its text, and its token ids."""
+
+    text: str
+    ids: list[int]
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+        eos_ids: ids that end generation: all of ``generation_config.json`` and ``config.json``, else the one that
+            ``tokenizer_config.json`` names.
+        vocab_size: number of ids, added tokens included.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, eos_ids: frozenset[int], template: ChatTemplate | None = None
+    ) -> None:
+        self._backend = backend
+        self._template = template
+        self.eos_ids = eos_ids
+        self._added = backend.get_added_tokens_decoder()
+        self._decoding = Decoding(backend)
+        self._look_alikes = LookAlikes(
+            self.special_tokens, self.added_tokens, template.constants if template is not None else ()
+        )
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_files(cls, files: TokenizerFiles) -> "Tokenizer":
+        """Read a model's tokenizer, chat template and end-of-sequence ids.
+
+        Raises:
+            ModelMalformed: one of them is damaged.
+        """
+        backend = files.tokenizer()
+        backend.no_padding()
+        backend.no_truncation()
+        config = files.tokenizer_config()
+        special = {key: text for key in SPECIAL_TOKEN_KEYS if (text := token_text(config.get(key))) is not None}
+        texts = dict(files.chat_templates())
+        text = texts.pop("default", None)
+        template = ChatTemplate(text, special, named=texts) if text is not None else None
+        eos_ids = _ids(files.generation_config(), "generation_config.json") | _ids(files.config(), "config.json")
+        if not eos_ids and (named := special.get("eos_token")) is not None:
+            found = backend.token_to_id(named)
+            eos_ids = frozenset() if found is None else frozenset({found})
+        return cls(backend, eos_ids=eos_ids, template=template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`render_chat` works."""
+        return self._template is not None
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens beside the vocabulary proper, special or not: text and id."""
+        return {token.content: id_ for id_, token in self._added.items()}
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those of :attr:`added_tokens` that are no text, and left out of it by default."""
+        return frozenset(token.content for token in self._added.values() if token.special)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's source, of several the default one's; None: the model has none."""
+        return self._template.source if self._template is not None else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written out in it are special tokens.
+
+        Args:
+            text: any.
+            add_special_tokens: put the model's own, such as BOS, around it.
+
+        Raises:
+            InvalidRequest: it holds half of a surrogate pair, which is no character.
+            InferenceError: the tokenizer breaks on it.
+        """
+        _require_characters(text)
+        with _encoding():
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self._decoding.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
+        """The text of tokens that follow ``prompt`` one by one."""
+        return self._decoding.stream(prompt, skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """The tokenizer as ``tokenizer.json`` holds it."""
+        return str(self._backend.to_str())
+
+    def token_text(self, token: int) -> str:
+        """The text of one token alone, special ones written out; bytes that are no UTF-8 become U+FFFD."""
+        return self.token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, special ones written out; none for an id that has no token."""
+        return self._decoding.token_bytes(token)
+
+    def render_chat(self, messages: Sequence[Message], /, **variables: Any) -> str:
+        """Messages as prompt text, special tokens included.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest("The model has no chat template.", hint="Send a prompt instead of messages.")
+        return self._template.render(messages, **variables)
+
+    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> ChatPrompt:
+        """Messages as the prompt that asks for the assistant's next one.
+
+        Special tokens are those of the template alone: one that is written out in a message, a tool or a document is
+        encoded as the text that it is (see :mod:`rbee_worker.runtime.tokenizer.lookalikes`).
+
+        Raises:
+            InvalidRequest: as :meth:`render_chat` and :meth:`encode`; or the template treats a special token in a
+                message in a way of its own.
+        """
+        text = self.render_chat(messages, **variables)
+        _require_characters(text)
+        marked = self._look_alikes.mark(text, lambda m, v: self.render_chat(m, **v), messages, variables)
+        if marked is None:
+            return ChatPrompt(text, self.encode(text, add_special_tokens=False))
+        with _encoding():
+            return ChatPrompt(text, self._secret_names.encode(text, marked))
+
+    @cached_property
+    def _secret_names(self) -> SecretNames:
+        return SecretNames(self._backend)
+
+
+class StreamingDetokenizer:
+    """Turns tokens into text one at a time, never splitting a character.
+
+    The pieces it returns, put together, equal decoding all the tokens at once behind the prompt's last ones. Bytes that
+    may be the start of a character are held until a later token completes it, or until :meth:`flush`.
+    """
+
+    _CONTEXT = 6
+    """Tokens of the prompt that are looked at for what they say about the first generated one."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._stream = tokenizer.stream(prompt[-self._CONTEXT :], skip_special_tokens=skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; empty while a character is incomplete."""
+        return self._stream.push(token)
+
+    def flush(self) -> str:
+        """What is held, as decoding all at once would give it."""
+        return self._stream.flush()
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """Encode within this: what the library says in a panic may hold the text."""
+    try:
+        with panics_as_errors():
+            yield
+    except Panic as panic:
+        raise InferenceError("The model's tokenizer cannot encode this text.") from panic
+
+
+def _require_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"The text holds half of a surrogate pair (U+{ord(text[error.start]):04X}), which is no character.",
+            hint="Send the whole pair, or leave it out.",
+        ) from None
+
+
+def _ids(config: Mapping[str, Any], file: str) -> frozenset[int]:
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
+        raise ModelMalformed(f"{file}: eos_token_id is {value!r:.80}; it must be an id or a list of ids.")
+    return frozenset(values)

@@ -1,0 +1,256 @@
+"""What happens to every request before and after its route: pure ASGI, so that streams are never buffered.
+
+From the outside in: :class:`RequestLog`, ``tracing.Tracing``, ``access.cors``, :class:`Errors`, ``access.Access``,
+:class:`BodyLimit`.
+"""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, Final, Protocol
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rbee_worker.errors import BodyTooLarge, RbeeError, RequestTimeout
+from rbee_worker.events import End
+from rbee_worker.panics import panics_as_errors
+from rbee_worker.server.http.access import OPEN_PATHS, client_of
+from rbee_worker.server.http.envelope import error_response
+from rbee_worker.worker.job import Job, submitted_jobs
+
+QUIET_PATHS: Final = OPEN_PATHS | {"/metrics"}
+"""Asked for every few seconds for ever: what went well is logged at ``debug`` only."""
+
+OTHER_ROUTES: Final = "other"
+"""Stands for the route of a path that there is none for."""
+
+BODY_SECONDS: Final = 60.0
+"""How long a request's body may take to arrive."""
+
+CLIENT_LEFT: Final = 499
+"""Status in the log (nginx's) of a request whose client left before an answer."""
+
+correlation_id: ContextVar[str] = ContextVar("correlation_id", default="")
+"""The id of the request being served, empty outside one; threads that work for a request inherit it."""
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("rbee_worker.access")
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_MAX_LOGGED_PATH = 200
+_MAX_LOGGED_METHOD = 20
+_DISCARD_SECONDS = 5.0
+
+
+class CorrelationFilter(logging.Filter):
+    """Adds ``correlation_id`` to the records made while a request is served; goes on a handler."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always true."""
+        if (current := correlation_id.get()) and not hasattr(record, "correlation_id"):
+            record.correlation_id = current
+        return True
+
+
+class ResponseCounter(Protocol):
+    """Counts responses; see :meth:`rbee_worker.server.observe.metrics.WorkerMetrics.responded`."""
+
+    def responded(self, method: str, route: str, status: int) -> None:
+        """Count one."""
+
+
+class RequestLog:
+    """Gives each request its correlation id, echoes it, and counts it and writes one line when it is over.
+
+    The id is ``X-Correlation-ID`` where that is a UUID, else a new one. ``X-Request-ID`` carries the same value.
+    ``scope["state"]["jobs"]`` holds the jobs that were submitted for the request.
+    """
+
+    def __init__(self, app: ASGIApp, counter: ResponseCounter) -> None:
+        self.app = app
+        self._counter = counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-correlation-id", "")
+        current = given if _UUID.fullmatch(given) else str(uuid.uuid4())
+        echoed = [(b"x-correlation-id", current.encode()), (b"x-request-id", current.encode())]
+        status = CLIENT_LEFT
+        began = time.perf_counter()
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *echoed]}
+            await send(message)
+
+        jobs: list[Job] = []
+        scope.setdefault("state", {})["jobs"] = jobs
+        token, jobs_token = correlation_id.set(current), submitted_jobs.set(jobs)
+        try:
+            await self.app(scope, receive, tagged)
+        finally:
+            milliseconds = round((time.perf_counter() - began) * 1000, 1)
+            extra = {"correlation_id": current, "status": status, "ms": milliseconds} | _described(scope, jobs)
+            quiet = scope["path"] in QUIET_PATHS and status < 400  # noqa: PLR2004 - HTTP's class of errors
+            level = logging.DEBUG if quiet else logging.INFO
+            access_log.log(level, "%s %s", scope["method"][:_MAX_LOGGED_METHOD], _path(scope), extra=extra)
+            method = scope["method"] if scope["method"] in _METHODS else OTHER_ROUTES
+            self._counter.responded(method, route_of(scope), status)
+            submitted_jobs.reset(jobs_token)
+            correlation_id.reset(token)
+
+
+class Errors:
+    """Turns every exception into the response that says it; what is unexpected is logged and stays inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            with panics_as_errors():
+                await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            return
+        except RbeeError as raised:
+            error = raised
+        except Exception:
+            log.exception("%s %s failed", scope["method"][:_MAX_LOGGED_METHOD], _path(scope))
+            error = RbeeError("The worker failed; its log says why.")
+        else:
+            return
+        # Once a response has begun there is nothing left to say: returning closes the connection.
+        if not started:
+            await error_response(scope, error)(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies over ``max_bytes``, declared or streamed, and those that take over ``seconds`` to arrive."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float = BODY_SECONDS) -> None:
+        self.app = app
+        self._max = max_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request.
+
+        Raises:
+            BodyTooLarge: also while the application reads the body.
+            RequestTimeout: while the application reads the body.
+        """
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if int(headers.get("content-length", "0")) > self._max:
+            if "expect" not in headers:
+                await self._discard(receive)
+            raise self._too_large()
+        size = 0
+        complete = False
+        deadline: float | None = None
+
+        async def limited() -> Message:
+            nonlocal size, complete, deadline
+            if complete:  # what follows the body is the client's leaving, which may take its time
+                return await receive()
+            deadline = deadline or anyio.current_time() + self._seconds
+            try:
+                with anyio.fail_after(deadline - anyio.current_time()):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(f"The request's body did not arrive within {self._seconds:g} s.") from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > self._max:
+                if not complete:
+                    await self._discard(receive)
+                raise self._too_large()
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The request's body is over {self._max} bytes.")
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read a little more: most clients look at the answer only when they have sent their body."""
+        with anyio.move_on_after(_DISCARD_SECONDS):
+            size = 0
+            more = True
+            while more and size <= self._max:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+
+
+def _path(scope: Scope) -> str:
+    """The path for a log line: still percent-encoded, so that it cannot forge one; the query is left out."""
+    raw: bytes = scope.get("raw_path") or b""
+    return raw.decode("ascii", "replace")[:_MAX_LOGGED_PATH]
+
+
+def route_of(scope: Scope) -> str:
+    """The pattern of the route that a request was for, such as ``/v1/inference/{job_id}``."""
+    found = OTHER_ROUTES
+    for route in scope["app"].routes:
+        if isinstance(route, Route):
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return route.path_format
+            if match is Match.PARTIAL:
+                found = route.path_format
+    return found
+
+
+def stop_reason(job: Job) -> str:
+    """Why a job ended: the reason of its ``end``, or the code of its ``error``. One whose client left is cancelled."""
+    if job.ended is None:
+        return "cancelled"
+    return job.ended.stop_reason if isinstance(job.ended, End) else job.ended.code
+
+
+def tokens_of(jobs: Sequence[Job]) -> tuple[int, int]:
+    """Tokens in and out of all of them; of one that has not ended, the pieces of text that came."""
+    tokens_in = sum(job.started.prompt_tokens for job in jobs if job.started is not None)
+    tokens_out = sum(job.ended.tokens_out if isinstance(job.ended, End) else job.texts for job in jobs)
+    return tokens_in, tokens_out
+
+
+def _described(scope: Scope, jobs: Sequence[Job]) -> dict[str, Any]:
+    """What else the line of a request says: who asked, and what became of its jobs; never what was asked."""
+    extra: dict[str, Any] = {}
+    if client := client_of(scope):
+        extra["client"] = client
+    if trace_id := scope["state"].get("trace_id"):
+        extra["trace_id"] = trace_id
+    if jobs:
+        extra["job_id"] = ",".join(job.id for job in jobs)
+        extra["tokens_in"], extra["tokens_out"] = tokens_of(jobs)
+        extra["stop_reason"] = ",".join(dict.fromkeys(map(stop_reason, jobs)))
+    return extra

@@ -1,0 +1,226 @@
+"""Fields that completions and chat completions share, and the body of a completion."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, Tag
+
+from rbee_worker.config import CHOICES_RANGE, RANGES, GrammarSpec, Range
+from rbee_worker.errors import FieldError, InvalidRequest
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, TokenId, Within, broken, within
+from rbee_worker.server.native.bodies import SamplingFields, only_grammar, schema_grammar
+from rbee_worker.server.openai.refusals import EVERYWHERE, OF_COMPLETIONS, refused
+
+COMPLETION_TOKENS = 16
+"""``max_tokens`` of a completion that names none: OpenAI's."""
+
+_MOST_ANSWERS = int(CHOICES_RANGE.high or 0)
+_METACHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+
+
+class StreamOptions(Body):
+    """``stream_options``."""
+
+    include_usage: bool = False
+
+
+class JsonSchemaFormat(Body):
+    """``response_format.json_schema``; the text matches the schema whether or not ``strict`` is said."""
+
+    name: Text | None = None
+    json_schema: Annotated[dict[str, Any], Field(validation_alias="schema", serialization_alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """``response_format``; ``schema`` beside ``json_object`` is how llama.cpp spells a JSON schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    inline_schema: Annotated[dict[str, Any] | None, Field(validation_alias="schema", serialization_alias="schema")] = (
+        None
+    )
+
+    def to_grammar(self) -> GrammarSpec | None:
+        """What the text must match; None: anything.
+
+        Raises:
+            InvalidRequest: the schema is missing.
+        """
+        if self.type == "text":
+            return None
+        schema = self.json_schema.json_schema if self.json_schema is not None else self.inline_schema
+        if schema is not None:
+            return schema_grammar(schema)
+        if self.type == "json_object":
+            return GrammarSpec("json_object")
+        field = FieldError("response_format.json_schema", "required", "response_format.json_schema is required.")
+        raise InvalidRequest(field.message, fields=[field])
+
+
+def _choices(value: list[str]) -> list[str]:
+    if not value:
+        raise broken("at least 1 string")
+    return value
+
+
+Schema = Annotated[
+    Annotated[dict[str, Any], Tag("<object>")] | Annotated[NonEmptyText, Tag("<text>")],
+    Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
+]
+Choices = Annotated[Many[NonEmptyText], AfterValidator(_choices), Shown({"minItems": 1})]
+
+
+class StructuredOutputs(Body):
+    """``structured_outputs``, as vLLM has it."""
+
+    schema_: Annotated[Schema | None, Field(validation_alias="json", serialization_alias="json")] = None
+    regex: NonEmptyText | None = None
+    grammar: NonEmptyText | None = None
+    choice: Choices | None = None
+    json_object: bool = False
+
+
+class OpenAIBody(SamplingFields):
+    """What completions and chat completions have in common."""
+
+    model: Text | None = None
+    n: Annotated[int, Within(CHOICES_RANGE)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: NonEmptyText | None = None
+    guided_grammar: NonEmptyText | None = None
+    guided_choice: Choices | None = None
+    prompt_progress: Annotated[bool, Field(validation_alias=AliasChoices("return_progress", "prompt_progress"))] = False
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def grammar_spec(self) -> GrammarSpec | None:
+        """What the text must match.
+
+        Raises:
+            InvalidRequest: several fields say so, or one of them badly.
+        """
+        return only_grammar(self.grammars())
+
+    def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
+        """See the base; OpenAI's spelling, and those of vLLM, old and new."""
+        yield from super().grammars()
+        if self.response_format is not None and (grammar := self.response_format.to_grammar()) is not None:
+            yield "response_format", grammar
+        outputs = self.structured_outputs or StructuredOutputs()
+        if outputs.json_object:
+            yield "structured_outputs.json_object", GrammarSpec("json_object")
+        yield from _spelled("structured_outputs.", outputs.schema_, outputs.regex, outputs.grammar, outputs.choice)
+        yield from _spelled("guided_", self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
+
+
+def _spelled(
+    prefix: str,
+    schema: dict[str, Any] | str | None,
+    regex: str | None,
+    grammar: str | None,
+    choice: list[str] | None,
+) -> Iterable[tuple[str, GrammarSpec]]:
+    """The grammars of vLLM's fields that begin with ``prefix``."""
+    if schema is not None:
+        yield f"{prefix}json", schema_grammar(_schema(f"{prefix}json", schema))
+    if regex is not None:
+        yield f"{prefix}regex", GrammarSpec("regex", regex)
+    if grammar is not None:
+        yield f"{prefix}grammar", GrammarSpec("lark", grammar)
+    if choice is not None:
+        expression = "|".join(_METACHARACTERS.sub(r"\\\g<0>", text) for text in choice)
+        yield f"{prefix}choice", GrammarSpec("regex", expression)
+
+
+def _schema(name: str, schema: dict[str, Any] | str) -> dict[str, Any]:
+    """A JSON schema, given as an object or as its text."""
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        field = FieldError(name, "a JSON schema", f"{name} must be a JSON schema: an object, or the text of one.")
+        raise InvalidRequest(field.message, fields=[field])
+    return value
+
+
+def _prompt_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<text>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<lists of token ids>"
+    return "<texts>" if isinstance(first, str) else "<token ids>"
+
+
+def _not_empty(value: list[Any]) -> list[Any]:
+    if not value:
+        raise broken("not empty")
+    return value
+
+
+def _few(value: Any) -> Any:
+    # Before each prompt is looked at.
+    if isinstance(value, list) and len(value) > _MOST_ANSWERS:
+        raise broken(f"for at most {_MOST_ANSWERS} answers, n for each")
+    return value
+
+
+def _token_ids(value: Any) -> Any:
+    # Before each item is looked at: a million bad ones are one error.
+    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+        raise broken("not empty, and token ids only")
+    return value
+
+
+_SEVERAL = Shown({"minItems": 1, "maxItems": _MOST_ANSWERS})
+TokenIds = Annotated[Many[TokenId], BeforeValidator(_token_ids), Shown({"minItems": 1})]
+Prompt = Annotated[
+    Annotated[NonEmptyText, Tag("<text>")]
+    | Annotated[Many[NonEmptyText], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<token ids>")]
+    | Annotated[
+        Many[TokenIds], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<lists of token ids>")
+    ],
+    Discriminator(_prompt_form),
+]
+
+
+class CompletionBody(OpenAIBody):
+    """``POST /v1/completions``."""
+
+    prompt: Prompt
+    echo: bool = False
+    logprobs: Annotated[int, within("logprobs")] | None = None
+    max_tokens: Annotated[int, Within(Range(low=0, high=RANGES["max_tokens"].high))] | None = COMPLETION_TOKENS
+
+    @classmethod
+    def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:
+        yield from refused(body, EVERYWHERE, OF_COMPLETIONS)
+        if body.get("max_tokens") == 0 and not body.get("echo"):
+            yield FieldError("max_tokens", ">= 1 without echo", "max_tokens must be >= 1 without echo.")
+        prompt, n = body.get("prompt"), body.get("n") or 1
+        several = len(prompt) if isinstance(prompt, list) and not isinstance([*prompt, 0][0], int) else 1
+        if isinstance(n, int) and n in CHOICES_RANGE and 0 < several <= _MOST_ANSWERS < several * n:
+            constraint = f"at most {_MOST_ANSWERS} answers, n for each"
+            yield FieldError("prompt", constraint, f"prompt must be for {constraint}.")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry for each prompt: its text, or its token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt

@@ -1,0 +1,206 @@
+"""The body of a chat completion: messages, tools and what else only a conversation has."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
+
+from rbee_worker.config import Message
+from rbee_worker.errors import FieldError
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken, within
+from rbee_worker.server.openai.bodies import OpenAIBody
+from rbee_worker.server.openai.refusals import EVERYWHERE, OF_CHAT, refused
+
+_OTHER_PARTS: Final = frozenset(
+    {"image_url", "image", "input_image", "input_audio", "audio_url", "video_url", "file", "refusal"}
+)
+_RESERVED_VARIABLES: Final = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
+
+
+def _part(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in _OTHER_PARTS:
+        raise broken(f"text: this worker reads no {kind}")
+    return value
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _arguments(value: Any) -> Any:
+    # Some clients send back the object that they have parsed.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+class FunctionCall(Body):
+    """The function of an earlier tool call, and the JSON text of its arguments."""
+
+    name: NonEmptyText
+    arguments: Annotated[Text, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+
+
+class ToolCall(Body):
+    """A tool call of an earlier answer."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+def _content_form(value: Any) -> str:
+    return "<parts>" if isinstance(value, list) else "<text>"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[Many[Annotated[TextPart, BeforeValidator(_part)]], Tag("<parts>")],
+    Discriminator(_content_form),
+]
+
+
+class MessageBody(Body):
+    """One message; which roles there are is the chat template's business."""
+
+    role: NonEmptyText
+    content: Content | None = None
+    name: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Many[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+    def to_message(self) -> Message:
+        """As chat templates take it, but for the arguments of tool calls, which are text still."""
+        message = Message(role=self.role, content=self.text)
+        if self.name is not None:
+            message["name"] = self.name
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return message
+
+
+class Function(Body):
+    """A function that the model may call; without ``parameters`` it takes none."""
+
+    name: NonEmptyText
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Body):
+    """One of ``tools``."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    """The function that must be called."""
+
+    name: NonEmptyText
+
+
+class NamedTool(Body):
+    """``tool_choice`` that names a function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _choice_form(value: Any) -> str:
+    return "<named>" if isinstance(value, dict) else "<word>"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[NamedTool, Tag("<named>")],
+    Discriminator(_choice_form),
+]
+
+
+def _messages(value: list[MessageBody]) -> list[MessageBody]:
+    if not value:
+        raise broken("at least 1 message")
+    return value
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if not _RESERVED_VARIABLES.isdisjoint(value):
+        raise broken(f"without {', '.join(sorted(_RESERVED_VARIABLES))}")
+    return value
+
+
+Variables = Annotated[
+    dict[str, Any],
+    AfterValidator(_variables),
+    Shown({"propertyNames": {"not": {"enum": sorted(_RESERVED_VARIABLES)}}}),
+]
+
+
+class ChatBody(OpenAIBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[Many[MessageBody], AfterValidator(_messages), Shown({"minItems": 1})]
+    max_completion_tokens: Annotated[int, within("max_tokens")] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, within("logprobs")] | None = None
+    tools: Many[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    documents: Many[dict[str, Any]] | None = None
+    chat_template_kwargs: Variables | None = None
+    reasoning_effort: Text | None = None
+
+    @classmethod
+    def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:
+        yield from refused(body, EVERYWHERE, OF_CHAT)
+        if body.get("top_logprobs") not in (None, 0) and not body.get("logprobs"):
+            yield FieldError("top_logprobs", "with logprobs", "top_logprobs must be given with logprobs.")
+        messages = body.get("messages")
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            yield from _across_message(message, f"messages[{index}]")
+        yield from _across_tools(body)
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None: not even itself."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _across_message(message: Any, where: str) -> Iterable[FieldError]:
+    if not isinstance(message, dict):
+        return
+    if message.get("content") is None and not (message.get("role") == "assistant" and message.get("tool_calls")):
+        yield FieldError(f"{where}.content", "required", f"{where}.content is required.")
+    for name in ("function_call", "audio"):
+        if message.get(name) is not None:
+            yield FieldError(f"{where}.{name}", "not supported", f"{where}.{name} is not supported.")
+
+
+def _across_tools(body: Mapping[str, Any]) -> Iterable[FieldError]:
+    choice, tools = body.get("tool_choice"), body.get("tools")
+    if choice not in (None, "none", "auto") and not tools:
+        yield FieldError("tool_choice", "given with tools", "tool_choice must be given with tools.")
+    if not isinstance(choice, dict) or not isinstance(tools, list) or not tools:
+        return
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    wanted = choice.get("function")
+    if isinstance(wanted, dict) and isinstance(wanted.get("name"), str) and wanted["name"] not in names:
+        constraint = "the name of one of tools"
+        message = f"tool_choice.function.name must be {constraint}."
+        yield FieldError("tool_choice.function.name", constraint, message)

@@ -1,0 +1,1 @@
+"""Completions: text continued as it is. All of it is in ``completions``."""

@@ -1,0 +1,5 @@
+"""OpenAI's responses: answers made of items.
+
+Read ``responses`` first, then what comes in (``body``, ``input``) and what goes out (``object``, ``items``,
+``events``).
+"""

@@ -1,0 +1,100 @@
+"""Jobs: every job that has been submitted and has not ended."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+
+from rbee_worker.errors import Conflict, FieldError, InferenceError, InvalidRequest, QueueFull
+from rbee_worker.events import InferenceEvent, InferenceFailed
+from rbee_worker.worker.job import Job, JobObserver, deliver
+from rbee_worker.worker.pace import Pace
+
+_POLL_SECONDS = 0.02
+
+
+class Jobs:
+    """The register of jobs: filled from any thread, emptied on the event loop.
+
+    Attributes:
+        observers: told of the jobs as their events arrive.
+        capacity: jobs that can run and wait at a time.
+    """
+
+    def __init__(self, places: int, max_queue: int) -> None:
+        self._places = places
+        self._max_queue = max_queue
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._pace = Pace()
+        self.observers: list[JobObserver] = [self._pace]
+        self.capacity = places + max_queue
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids there are now."""
+        return iter(list(self._jobs))
+
+    @property
+    def running(self) -> int:
+        """Jobs with a place in the batch."""
+        return min(len(self._jobs), self._places)
+
+    @property
+    def queued(self) -> int:
+        """Jobs waiting for one."""
+        return len(self._jobs) - self.running
+
+    def check_room(self, count: int) -> None:
+        """Refuse ``count`` more jobs that find no room.
+
+        Raises:
+            InvalidRequest: they never will.
+            QueueFull: not now.
+        """
+        if count > self.capacity:
+            problem = f"The request makes {count} jobs; this worker runs and queues {self.capacity} at most."
+            raise InvalidRequest(problem, fields=[FieldError("n", f"at most {self.capacity} jobs", problem)])
+        if len(self._jobs) + count > self.capacity:
+            seconds = self._pace.seconds_to_room()
+            raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=seconds)
+
+    def register(self, jobs: list[Job]) -> None:
+        """Take jobs in, all of them or none.
+
+        Raises:
+            Conflict: the id of one is taken, or two have the same.
+            InvalidRequest, QueueFull: as :meth:`check_room`.
+        """
+        with self._lock:
+            new: dict[str, Job] = {}
+            for job in jobs:
+                if job.id in self._jobs or job.id in new:
+                    raise Conflict(f"Job {job.id} is running already.")
+                new[job.id] = job
+            self.check_room(len(jobs))
+            self._jobs.update(new)
+
+    def deliver(self, events: Iterable[tuple[str, InferenceEvent]]) -> None:
+        """Give the events of one step to their jobs; on the event loop."""
+        for job_id in deliver(events, self._jobs, self.observers):
+            with self._lock:
+                del self._jobs[job_id]
+
+    def fail_all(self, message: str) -> None:
+        """End every job with an error; on the event loop."""
+        failure = InferenceFailed(code=InferenceError.code, message=message)
+        self.deliver([(job_id, failure) for job_id in self])
+
+    async def wait_until_none(self, seconds: float) -> None:
+        """Return when every job has ended, or after ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                # Polled, since jobs are registered on any thread and asyncio's events are not thread-safe.
+                while self._jobs:  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_SECONDS)

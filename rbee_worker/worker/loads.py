@@ -1,0 +1,146 @@
+"""Loads: the worker's loads, one at a time, each on a thread of its own, told through a broadcast."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Generator
+from typing import Protocol
+
+from rbee_worker.config import DEFAULT_MODEL, EngineConfig
+from rbee_worker.errors import Cancelled, RbeeError
+from rbee_worker.events import LoadCancelled, LoadFailed, LoadingEvent, Resolving
+from rbee_worker.runtime.loading.load import LoadedModel, failure_message, load_model, release_memory
+from rbee_worker.runtime.machine.devices import MIB
+from rbee_worker.worker.broadcast import LoadingBroadcast
+
+logger = logging.getLogger(__name__)
+
+Loading = Generator[LoadingEvent, None, LoadedModel | None]
+
+
+class Host(Protocol):
+    """What a load asks of its worker."""
+
+    def publish(self, broadcast: LoadingBroadcast, event: LoadingEvent) -> None:
+        """Tell an event, on the event loop."""
+        ...
+
+    def make_room(self, cancel: threading.Event) -> None:
+        """Unload the resident model once its jobs have ended.
+
+        Raises:
+            Cancelled: ``cancel`` was set before that.
+        """
+        ...
+
+    def take_over(self, model: LoadedModel, cancel: threading.Event) -> None:
+        """Make a loaded model the one that serves, once the jobs of the one before have ended.
+
+        Raises:
+            Cancelled: ``cancel`` was set before that.
+        """
+        ...
+
+    def load_has_ended(self) -> None:
+        """Let another load begin."""
+        ...
+
+
+class Loads:
+    """Runs loads and keeps what is known of the latest.
+
+    Attributes:
+        broadcast: the latest load's events; None before the first and after :meth:`forget`.
+        error: why the latest load failed; None after one that did not.
+        outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.broadcast: LoadingBroadcast | None = None
+        self.error: RbeeError | None = None
+        self.outcomes: Counter[str] = Counter()
+        self._host = host
+        self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, model: str | None, config: EngineConfig, *, unload_first: bool) -> None:
+        """Start a load; the one before must have ended."""
+        self.error = None
+        logger.info("loading %s", model or DEFAULT_MODEL)
+        self._cancel = cancel = threading.Event()
+        self.broadcast = broadcast = LoadingBroadcast()
+        loading = load_model(model, config, cancel)
+        # The context carries the request's correlation id into the load's log lines.
+        run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast, cancel, unload_first)
+        self._thread = threading.Thread(target=run, name="loader", daemon=True)
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Ask the running load to end with ``cancelled``."""
+        self._cancel.set()
+
+    def forget(self) -> None:
+        """There is no load to speak of any more."""
+        self.broadcast = self.error = None
+
+    def join(self, seconds: float) -> None:
+        """Wait for the running load's thread, for a while."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _run(self, loading: Loading, broadcast: LoadingBroadcast, cancel: threading.Event, unload_first: bool) -> None:
+        event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
+        try:
+            try:
+                while True:
+                    event = next(loading)
+                    if not event.terminal:
+                        self._host.publish(broadcast, event)
+                    if unload_first and isinstance(event, Resolving):
+                        self._host.make_room(cancel)
+            except StopIteration as stop:
+                end = event if stop.value is None else self._take_over(stop.value, event, cancel)
+        except Cancelled:
+            loading.close()
+            end = LoadCancelled(seq=event.seq + 1, elapsed_seconds=event.elapsed_seconds, vram_mb_freed=0)
+        except BaseException as error:  # noqa: BLE001  (whatever it was, watchers get their terminal event)
+            end = self._failed(error, event)
+        # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
+        self.outcomes[end.stage] += 1
+        if not isinstance(end, LoadFailed):
+            logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
+        self._host.load_has_ended()
+        self._host.publish(broadcast, end)
+
+    def _take_over(self, model: LoadedModel, ready: LoadingEvent, cancel: threading.Event) -> LoadingEvent:
+        """Have the model put in its place; the event that ends the load."""
+        try:
+            self._host.take_over(model, cancel)
+        except Cancelled:
+            freed = model.nbytes // MIB
+            del model
+            release_memory()
+            return LoadCancelled(seq=ready.seq, elapsed_seconds=ready.elapsed_seconds, vram_mb_freed=freed)
+        return ready
+
+    def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:
+        """Note why the load failed; the event that says so."""
+        if isinstance(error, RbeeError):
+            logger.error("loading failed: %s", error)
+            self.error = error
+        else:
+            logger.error("loading failed", exc_info=error)
+            self.error = RbeeError(failure_message(error))
+        # The frames of a traceback would keep what was loaded alive.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        with contextlib.suppress(RuntimeError):  # a device that has failed refuses this too
+            release_memory()
+        if isinstance(last, LoadFailed):
+            return last
+        # A terminal event that was held back gives its number away.
+        number = last.seq if last.terminal else last.seq + 1
+        message = str(self.error)
+        return LoadFailed(seq=number, elapsed_seconds=last.elapsed_seconds, code=self.error.code, message=message)

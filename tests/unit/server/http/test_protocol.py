@@ -1,0 +1,125 @@
+"""Connections: slow heads, silent ones, crowds, and what is no HTTP."""
+
+import time
+
+import pytest
+
+from rbee_worker.server.http import protocol
+
+HEAD = b"GET /v1/worker HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def until_closed(sock):
+    out = b""
+    while data := sock.recv(65536):
+        out += data
+    return out
+
+
+def answer(sock):
+    """The response to one request, whose body is one object."""
+    out = b""
+    while not out.endswith(b"}"):
+        data = sock.recv(65536)
+        assert data, out
+        out += data
+    return out
+
+
+def is_cut(sock):
+    """Whether the connection ends without an answer."""
+    try:
+        sock.sendall(HEAD + b"\r\n")
+        return sock.recv(100) == b""
+    except ConnectionError:
+        return True
+
+
+def test_a_head_that_comes_too_slowly(start):
+    server = start(header_seconds=0.4)
+    began = time.monotonic()
+    with server.connect() as sock:
+        for byte in HEAD[:6]:
+            sock.sendall(bytes([byte]))
+            time.sleep(0.05)  # a byte now and then does not buy more time
+        reply = until_closed(sock)
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert b'"code": "REQUEST_TIMEOUT"' in reply
+    assert time.monotonic() - began < 5
+
+
+def test_a_connection_that_says_nothing_is_closed(start):
+    server = start(header_seconds=0.2)
+    with server.connect() as sock:
+        assert until_closed(sock) == b""
+
+
+def test_the_time_for_a_head_begins_again_with_each_request(start):
+    server = start(header_seconds=0.3)
+    with server.connect() as sock:
+        sock.sendall(HEAD + b"\r\n")
+        assert answer(sock).startswith(b"HTTP/1.1 200 ")
+        time.sleep(0.5)  # between two requests there is more time
+        sock.sendall(HEAD + b"\r\n")
+        assert answer(sock).startswith(b"HTTP/1.1 200 ")
+        sock.sendall(HEAD)
+        assert until_closed(sock).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_connection_is_closed_after_a_long_pause(start):
+    server = start(idle_seconds=1)
+    with server.connect() as sock:
+        sock.sendall(HEAD + b"\r\n")
+        assert answer(sock).startswith(b"HTTP/1.1 200 ")
+        assert until_closed(sock) == b""
+
+
+def test_a_stream_may_take_longer_than_its_head(start, stand_in):
+    worker = stand_in.Worker([stand_in.started(), 0.5, stand_in.end()])
+    server = start(worker, header_seconds=0.2)
+    assert server.ask("POST", "/v1/inference", {"prompt": "p"}).frames[-1] == b"data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # TLS spoken to a plain port
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 80_000, 431),
+    ],
+)
+def test_what_is_no_http_gets_the_envelope(start, request_, status):
+    server = start(header_seconds=5)
+    with server.connect() as sock:
+        sock.sendall(request_)
+        sock.settimeout(10)
+        reply = until_closed(sock)
+    assert reply.startswith(b"HTTP/1.1 %d " % status)
+    assert b'{"error": {' in reply
+    assert server.ask("GET", "/livez").status == 200
+
+
+def test_a_crowd_is_turned_away_but_probes_are_answered(start, stand_in, monkeypatch):
+    monkeypatch.setattr(protocol, "SPARE_CONNECTIONS", 2)
+    worker = stand_in.Worker([stand_in.started(), stand_in.HANG])
+    server = start(worker, max_connections=2)
+    streams = [server.open("POST", "/v1/inference", {"prompt": "p"}) for _ in range(2)]
+    for stream in streams:
+        stream.read_until(b"started")
+    refused = server.ask("GET", "/v1/worker")
+    assert (refused.status, refused.json["error"]["code"]) == (503, "UNAVAILABLE")
+    assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+    assert server.ask("GET", "/livez").status == 200
+    spare = [server.connect() for _ in range(2)]
+    server.wait(lambda: len(server.server.server_state.connections) == 4)
+    with server.connect() as cut:
+        assert is_cut(cut)
+    for sock in spare:
+        sock.close()
+    worker.cancel("job-1")
+    assert streams[0].finish().frames[-1] == b"data: [DONE]"
+    server.wait(lambda: len(server.server.server_state.connections) < 2)
+    assert server.ask("GET", "/v1/worker").status == 200
+    streams[1].leave()

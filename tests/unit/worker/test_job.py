@@ -1,0 +1,106 @@
+"""Jobs: when what happened, and who is told."""
+
+import asyncio
+
+import pytest
+
+from rbee_worker.config import GenerationRequest
+from rbee_worker.errors import Conflict
+from rbee_worker.events import InferenceFailed, Token
+from rbee_worker.worker.job import Job, deliver, note_submitted, submitted_jobs
+from rbee_worker.worker.jobs import Jobs
+from tests.unit.samples import JOB
+
+STARTED, *_, END = JOB
+
+
+class Told:
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def stepped(self, gaps):
+        self.calls.append(("stepped", len(gaps)))
+
+    def started(self, job):
+        self.calls.append(("started", job.id))
+
+    def ended(self, job):
+        self.calls.append(("ended", job.id))
+
+
+def job(name="a"):
+    return Job(name, lambda _: None, GenerationRequest(prompt="p"))
+
+
+def text(i):
+    return Token(t="x", i=i)
+
+
+def test_a_job_knows_when_what_happened():
+    one = job()
+    assert (one.started, one.ended, one.first_at, one.texts) == (None, None, 0.0, 0)
+    submitted = one.submitted_at
+    for now, event in enumerate([STARTED, text(0), text(1), END], start=1):
+        one.deliver(event, submitted + now)
+    assert (one.started, one.ended) == (STARTED, END)
+    times = [one.started_at, one.first_at, one.last_at, one.ended_at]
+    assert [round(at - submitted) for at in times] == [1, 2, 3, 4]
+    assert one.texts == 2
+
+
+def test_a_failure_is_an_end():
+    one = job()
+    failure = InferenceFailed(code="INFERENCE_FAILED", message="m")
+    assert deliver([("a", failure)], {"a": one}, ()) == ["a"]
+    assert one.ended is failure
+
+
+def test_observers_are_told_once_for_a_step_and_once_for_a_job():
+    told, jobs = Told(), {"a": job("a"), "b": job("b")}
+    both = [(name, event) for name in jobs for event in (STARTED, text(0), text(1))]
+    assert deliver(both, jobs, [told]) == []
+    assert told.calls == [("started", "a"), ("started", "b")]
+    told.calls.clear()
+    # Two tokens of one step arrive together: one gap for each job.
+    step = [("a", text(2)), ("a", text(3)), ("b", text(2)), ("a", END), ("gone", text(9))]
+    assert deliver(step, jobs, [told]) == ["a"]
+    assert told.calls == [("ended", "a"), ("stepped", 2)]
+
+
+def test_leaving_a_job_that_has_ended_cancels_no_other_of_its_name():
+    cancelled = []
+    one = Job("a", cancelled.append, GenerationRequest(prompt="p"))
+    deliver([("a", STARTED), ("a", END)], {"a": one}, ())
+    one.cancel()
+    asyncio.run(one.aclose())
+    assert cancelled == []
+
+
+def test_two_jobs_of_one_name_are_refused_together():
+    jobs = Jobs(4, 4)
+    with pytest.raises(Conflict, match="Job a is running already"):
+        jobs.register([job("a"), job("a")])
+    assert len(jobs) == 0
+
+
+def test_events_still_reach_the_consumer():
+    async def consume():
+        one = job()
+        deliver([("a", event) for event in JOB], {"a": one}, ())
+        return [event async for event in one]
+
+    assert asyncio.run(consume()) == list(JOB)
+
+
+def test_jobs_are_noted_where_someone_asks():
+    note_submitted([job()])  # nobody does
+    noted = []
+    token = submitted_jobs.set(noted)
+    try:
+        one = job()
+        note_submitted([one])
+    finally:
+        submitted_jobs.reset(token)
+    assert noted == [one]

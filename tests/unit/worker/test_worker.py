@@ -1,0 +1,432 @@
+"""The worker on a random tiny model, driven from an event loop as the server drives it."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.errors import Conflict, InvalidRequest, ModelNotLoaded, QueueFull, Unavailable
+from rbee_worker.events import (
+    End,
+    InferenceEvent,
+    InferenceFailed,
+    LoadCancelled,
+    LoadFailed,
+    LoadingEvent,
+    Ready,
+    Token,
+)
+from rbee_worker.runtime.loading.load import LoadedModel
+from rbee_worker.worker.worker import Job, Worker
+from tests.tiny import write_tiny_model
+
+Body = Callable[[Worker], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+def with_worker(body: Body, *, max_queue: int = 64, max_batch_size: int = 8) -> None:
+    """Run ``body`` with a started worker, and check that it leaves no thread."""
+
+    async def main() -> None:
+        config = EngineConfig(device="cpu", dtype="float32", max_batch_size=max_batch_size)
+        worker = Worker(config, max_queue=max_queue)
+        worker.start()
+        try:
+            await asyncio.wait_for(body(worker), 60)
+        finally:
+            await worker.close()
+
+    asyncio.run(main())
+    assert not [thread for thread in threading.enumerate() if thread.name in {"engine", "loader"}]
+
+
+def request(job_id: str | None = None, **sampling: object) -> GenerationRequest:
+    params = SamplingParams(**{"max_tokens": 10, "ignore_eos": True} | sampling)
+    return GenerationRequest(prompt="hello", job_id=job_id, sampling=params)
+
+
+async def load(worker: Worker, model: str) -> list[LoadingEvent]:
+    worker.load(model)
+    return [event async for event in worker.progress()]
+
+
+async def events_of(stream: AsyncIterator[InferenceEvent]) -> list[InferenceEvent]:
+    return [event async for event in stream]
+
+
+def end_of(events: list[InferenceEvent]) -> End:
+    assert isinstance(events[-1], End)
+    return events[-1]
+
+
+def test_a_load_is_followed_and_then_served(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        assert worker.state == "no_model"
+        with pytest.raises(Unavailable):
+            worker.progress()
+        with pytest.raises(ModelNotLoaded):
+            worker.submit(request())
+        events = await load(worker, tiny)
+        assert isinstance(events[-1], Ready)
+        assert (worker.state, worker.context_length) == ("ready", 512)
+        assert worker.vram_bytes > 0
+        job = worker.submit(request("mine"))
+        assert job.id == "mine"
+        assert end_of(await events_of(job.events())).tokens_out == 10
+
+    with_worker(body)
+
+
+def test_jobs_run_side_by_side_and_say_what_they_say_alone(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        jobs = [worker.submit(request(seed=seed % 3, max_tokens=30)) for seed in range(12)]
+        streams = await asyncio.gather(*(events_of(job.events()) for job in jobs))
+        texts = ["".join(event.t for event in stream if isinstance(event, Token)) for stream in streams]
+        assert len(set(texts)) == 3
+        assert texts == texts[:3] * 4
+
+    with_worker(body, max_batch_size=5)
+
+
+def test_cancelling_ends_the_stream_with_its_terminal_event(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request("long", max_tokens=500))
+        waiting = worker.submit(request("waiting"))
+        await anext(job)
+        worker.cancel("long")
+        worker.cancel("waiting")
+        worker.cancel("unknown")
+        assert end_of(await events_of(job.events())).stop_reason == "cancelled"
+        assert end_of(await events_of(waiting.events())).stop_reason == "cancelled"
+        assert worker.running == worker.queued == 0
+
+    with_worker(body, max_batch_size=1)
+
+
+def test_a_consumer_that_leaves_cancels_its_job(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job: Job = worker.submit(request(max_tokens=500))
+        never_read = worker.submit(request(max_tokens=500))
+        await anext(job)
+        await job.aclose()
+        await never_read.aclose()
+        while worker.running:
+            await asyncio.sleep(0.01)
+        assert end_of(await events_of(worker.submit(request()).events())).tokens_out == 10
+
+    with_worker(body)
+
+
+def test_a_full_queue_and_a_doubled_id_are_refused(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        jobs = [worker.submit(request(f"job-{i}", max_tokens=300)) for i in range(3)]
+        with pytest.raises(QueueFull) as refused:
+            worker.submit(request())
+        assert refused.value.retry_after
+        for job in jobs:
+            job.cancel()
+            await events_of(job.events())
+        first = worker.submit(request("twin", max_tokens=300))
+        with pytest.raises(Conflict, match="twin"):
+            worker.submit(request("twin"))
+        await first.aclose()
+        with pytest.raises(InvalidRequest):
+            worker.submit(GenerationRequest(prompt=""))
+
+    with_worker(body, max_queue=2, max_batch_size=1)
+
+
+def test_a_failed_load_is_told_and_the_resident_model_goes_on(tiny: str, tmp_path: Path) -> None:
+    async def body(worker: Worker) -> None:
+        events = await load(worker, str(tmp_path / "nothing-here"))
+        assert isinstance(events[-1], LoadFailed)
+        assert (worker.state, events[-1].code) == ("failed", "MODEL_NOT_FOUND")
+        assert worker.load_error is not None
+        assert worker.load_error.exit_code == 3
+        await load(worker, tiny)
+        assert worker.state == "ready"
+        events = await load(worker, str(tmp_path / "nothing-here"))
+        assert isinstance(events[-1], LoadFailed)
+        assert worker.state == "ready"
+        assert end_of(await events_of(worker.submit(request()).events())).tokens_out == 10
+
+    with_worker(body)
+
+
+def test_a_cancelled_load_ends_with_cancelled_and_only_one_runs_at_a_time(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
+
+    async def body(worker: Worker) -> None:
+        assert not worker.cancel_load()
+        assert worker.load(str(path)) is False
+        with pytest.raises(Conflict):
+            worker.load(str(path))
+        with pytest.raises(Unavailable):
+            worker.submit(request())
+        stream = worker.progress()
+        await anext(stream)
+        assert worker.cancel_load()
+        events = [event async for event in stream]
+        assert isinstance(events[-1], LoadCancelled)
+        assert worker.vram_bytes == 0
+
+    with_worker(body)
+
+
+def test_a_new_model_takes_over_when_the_jobs_of_the_old_have_ended(tiny: str, tmp_path: Path) -> None:
+    other = str(write_tiny_model(tmp_path / "other", max_position_embeddings=128))
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request(max_tokens=200))
+        assert worker.load(other) is True
+        loading = asyncio.create_task(load_to_end(worker))
+        assert end_of(await events_of(job.events())).tokens_out == 200
+        assert isinstance((await loading)[-1], Ready)
+        assert (worker.model_name, worker.context_length) == ("other", 128)
+
+    with_worker(body)
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unloads_it(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = str(write_tiny_model(tmp_path / "other"))
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        monkeypatch.setattr("rbee_worker.worker.worker.fits", lambda model, _config: model != other)
+        unload, unloads = worker._engine.unload, []
+
+        def spy() -> int:
+            unloads.append(worker._engine.has_work)
+            return unload()
+
+        monkeypatch.setattr(worker._engine, "unload", spy)
+        job = worker.submit(request(max_tokens=200))
+        assert worker.load(other) is False
+        loading = asyncio.create_task(load_to_end(worker))
+        assert end_of(await events_of(job.events())).tokens_out == 200
+        events = await loading
+        assert unloads == [False]
+        assert events[0].stage == "resolving"
+        assert isinstance(events[-1], Ready)
+        assert worker.model_name == "other"
+
+    with_worker(body)
+
+
+def test_a_job_prepared_on_one_model_never_runs_on_another(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        add = worker._add
+        late = threading.Event()
+        monkeypatch.setattr(worker, "_add", lambda *arguments: (late.wait(10), add(*arguments)))
+        job = worker.submit(request())
+        model = worker._engine.model
+        worker._engine.model = replace(model, name="swapped")  # as a swap in between would
+        late.set()
+        (event,) = await events_of(job.events())
+        assert isinstance(event, InferenceFailed)
+        assert event.code == "UNAVAILABLE"
+
+    with_worker(body)
+
+
+def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: str, tmp_path: Path) -> None:
+    other = str(write_tiny_model(tmp_path / "other"))
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request(max_tokens=500))
+        assert worker.load(other) is True
+        loading = asyncio.create_task(load_to_end(worker))
+        while not worker.changing:
+            await asyncio.sleep(0.001)
+        assert not worker.serves
+        with pytest.raises(Unavailable):
+            worker.submit(request())
+        with pytest.raises(Conflict):
+            worker.load(other)
+        with pytest.raises(Conflict):
+            await worker.unload()
+        assert worker.cancel_load()
+        assert isinstance((await loading)[-1], LoadCancelled)
+        assert worker.serves
+        assert worker.model_name == Path(tiny).name
+        job.cancel()
+        await events_of(job.events())
+
+    with_worker(body)
+
+
+def test_a_load_during_an_unload_is_refused_and_spoils_nothing(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request(max_tokens=400))
+        unloading = asyncio.create_task(worker.unload())
+        while not worker.changing:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Conflict):
+            worker.load(tiny)
+        job.cancel()
+        assert await unloading > 0
+        events = await load(worker, tiny)
+        assert isinstance(events[-1], Ready)
+        assert worker.serves
+
+    with_worker(body)
+
+
+def test_a_cancel_waits_for_one_step_however_many_commands_wait(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request("mine", max_tokens=500))
+        others = [worker.submit(request(f"job-{i}", max_tokens=500)) for i in range(40)]
+        await anext(job)
+        steps = 0
+        step = worker._engine.step
+
+        def counted() -> object:
+            nonlocal steps
+            steps += 1
+            return step()
+
+        worker._engine.step = counted  # type: ignore[method-assign]
+        for other in others:
+            other.cancel()
+        worker.cancel("mine")
+        before = steps
+        assert end_of(await events_of(job.events())).stop_reason == "cancelled"
+        assert steps - before <= 3
+
+    with_worker(body)
+
+
+def test_a_failed_load_keeps_nothing_alive(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[weakref.ref[object]] = []
+
+    def broken(transformer: object) -> None:
+        built.append(weakref.ref(transformer))
+        raise MemoryError
+
+    monkeypatch.setattr("rbee_worker.runtime.loading.load._warm_up", broken)
+
+    async def body(worker: Worker) -> None:
+        events = await load(worker, tiny)
+        assert isinstance(events[-1], LoadFailed)
+        assert events[-1].code == "OUT_OF_MEMORY"
+        del events
+        gc.collect()
+        assert [reference() for reference in built] == [None]
+
+    with_worker(body)
+
+
+async def load_to_end(worker: Worker) -> list[LoadingEvent]:
+    return [event async for event in worker.progress()]
+
+
+def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        size = worker.vram_bytes
+        job = worker.submit(request(max_tokens=100))
+        freed, events = await asyncio.gather(worker.unload(), events_of(job.events()))
+        assert end_of(events).tokens_out == 100
+        assert freed == size
+        assert (worker.state, worker.vram_bytes) == ("no_model", 0)
+        with pytest.raises(ModelNotLoaded):
+            worker.tokenizer()
+        with pytest.raises(Unavailable):
+            worker.progress()
+
+    with_worker(body)
+
+
+def test_draining_lets_jobs_finish_within_the_grace_and_ends_the_rest(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        short, long = worker.submit(request()), worker.submit(request(max_tokens=100_000))
+        ends = asyncio.gather(events_of(short.events()), events_of(long.events()))
+        await worker.drain(0.15)
+        assert worker.state == "draining"
+        with pytest.raises(Unavailable):
+            worker.submit(request())
+        with pytest.raises(Unavailable):
+            worker.load(tiny)
+        first, second = await ends
+        assert end_of(first).stop_reason == "max_tokens"
+        assert end_of(second).stop_reason == "cancelled"
+
+    with_worker(body)
+
+
+def test_closing_ends_the_streams_of_what_still_runs(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        jobs = [worker.submit(request(max_tokens=500)) for _ in range(2)]
+        await anext(jobs[0])
+        await worker.close()
+        for job in jobs:
+            assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
+
+    with_worker(body, max_batch_size=1)
+
+
+def test_an_engine_that_dies_fails_its_jobs_and_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+
+        def die() -> None:
+            raise SystemError("broken")
+
+        job = worker.submit(request(max_tokens=500))
+        await anext(job)
+        monkeypatch.setattr(worker._engine, "step", die)
+        events = await events_of(job.events())
+        assert isinstance(events[-1], InferenceFailed)
+        while worker.engine_alive:
+            await asyncio.sleep(0.01)
+        assert worker.state == "failed"
+        with pytest.raises(ModelNotLoaded, match="the engine has died; restart the worker"):
+            worker.submit(request())
+
+    with_worker(body)
+
+
+def test_the_model_is_built_on_one_thread_and_run_on_another(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rbee_worker.runtime.model.decoder import Transformer
+
+    threads: set[str] = set()
+    forward = Transformer.forward
+
+    def spy(self: Transformer, batch: object) -> object:
+        threads.add(threading.current_thread().name)
+        return forward(self, batch)  # type: ignore[arg-type]
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        assert threads == {"loader"}
+        threads.clear()
+        monkeypatch.setattr(Transformer, "forward", spy)
+        await asyncio.gather(*(events_of(worker.submit(request()).events()) for _ in range(4)))
+        assert threads == {"engine"}
+        assert isinstance(worker._engine.model, LoadedModel)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    with_worker(body)
