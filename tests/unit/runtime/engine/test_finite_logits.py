@@ -170,7 +170,10 @@ def test_in_every_form_of_weights_the_neighbours_go_on(loaded: Loaded, dtype: st
     engines[1].submit(request(f"some {POISON}", "spoilt", temperature=0))
     alone, streams = (run(engine) for engine in engines)
     assert_failed(streams["spoilt"])
-    assert text(streams["healthy"]) == text(alone["healthy"]) != ""
+    assert isinstance(streams["healthy"][-1], End)
+    assert text(streams["healthy"]) != ""
+    if dtype == "float32":  # 16-bit sums may be rounded otherwise in another batch
+        assert text(streams["healthy"]) == text(alone["healthy"])
 
 
 def test_what_stands_behind_a_wrong_guess_concerns_nobody(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
