@@ -10,15 +10,14 @@ from collections.abc import Generator
 from typing import Protocol
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
-from rbee_worker.errors import Cancelled, RbeeError
-from rbee_worker.events import LoadCancelled, LoadFailed, LoadingEvent, Resolving
-from rbee_worker.runtime.loading.load import LoadedModel, failure_message, load_model, release_memory
-from rbee_worker.runtime.machine.devices import MIB
+from rbee_worker.errors import RbeeError
+from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
+from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan, failure_message, load_model, release_memory
 from rbee_worker.worker.broadcast import LoadingBroadcast
 
 logger = logging.getLogger(__name__)
 
-Loading = Generator[LoadingEvent, None, LoadedModel | None]
+Loading = Generator[LoadingEvent, None, None]
 
 
 class Host(Protocol):
@@ -66,15 +65,24 @@ class Loads:
         self._cancel = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, model: str | None, config: EngineConfig, *, unload_first: bool) -> None:
-        """Start a load; the one before must have ended."""
+    def begin(self, model: str | None, config: EngineConfig, plan: LoadPlan | None, *, unload_first: bool) -> None:
+        """Start a load; the one before must have ended.
+
+        Args:
+            model: what MODEL means on the command line.
+            config: where and how it is to run.
+            plan: of it, where there is one already.
+            unload_first: have the resident model unloaded before the new one takes memory.
+        """
         self.error = None
         logger.info("loading %s", model or DEFAULT_MODEL)
         self._cancel = cancel = threading.Event()
         self.broadcast = broadcast = LoadingBroadcast()
-        loading = load_model(model, config, cancel)
+        make_room = functools.partial(self._host.make_room, cancel) if unload_first else None
+        install = functools.partial(self._host.take_over, cancel=cancel)
+        loading = load_model(model, config, cancel, install, plan=plan, make_room=make_room)
         # The context carries the request's correlation id into the load's log lines.
-        run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast, cancel, unload_first)
+        run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
         self._thread = threading.Thread(target=run, name="loader", daemon=True)
         self._thread.start()
 
@@ -91,21 +99,13 @@ class Loads:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _run(self, loading: Loading, broadcast: LoadingBroadcast, cancel: threading.Event, unload_first: bool) -> None:
+    def _run(self, loading: Loading, broadcast: LoadingBroadcast) -> None:
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
         try:
-            try:
-                while True:
-                    event = next(loading)
-                    if not event.terminal:
-                        self._host.publish(broadcast, event)
-                    if unload_first and isinstance(event, Resolving):
-                        self._host.make_room(cancel)
-            except StopIteration as stop:
-                end = event if stop.value is None else self._take_over(stop.value, event, cancel)
-        except Cancelled:
-            loading.close()
-            end = LoadCancelled(seq=event.seq + 1, elapsed_seconds=event.elapsed_seconds, vram_mb_freed=0)
+            for event in loading:
+                if not event.terminal:
+                    self._host.publish(broadcast, event)
+            end = event
         except BaseException as error:  # noqa: BLE001  (whatever it was, watchers get their terminal event)
             end = self._failed(error, event)
         # Told last: who sees the end finds the model in place, the error known, and the way free for another load.
@@ -114,17 +114,6 @@ class Loads:
             logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
         self._host.load_has_ended()
         self._host.publish(broadcast, end)
-
-    def _take_over(self, model: LoadedModel, ready: LoadingEvent, cancel: threading.Event) -> LoadingEvent:
-        """Have the model put in its place; the event that ends the load."""
-        try:
-            self._host.take_over(model, cancel)
-        except Cancelled:
-            freed = model.nbytes // MIB
-            del model
-            release_memory()
-            return LoadCancelled(seq=ready.seq, elapsed_seconds=ready.elapsed_seconds, vram_mb_freed=freed)
-        return ready
 
     def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:
         """Note why the load failed; the event that says so."""
@@ -140,7 +129,5 @@ class Loads:
             release_memory()
         if isinstance(last, LoadFailed):
             return last
-        # A terminal event that was held back gives its number away.
-        number = last.seq if last.terminal else last.seq + 1
-        message = str(self.error)
-        return LoadFailed(seq=number, elapsed_seconds=last.elapsed_seconds, code=self.error.code, message=message)
+        number, elapsed = last.seq + 1, last.elapsed_seconds
+        return LoadFailed(seq=number, elapsed_seconds=elapsed, code=self.error.code, message=str(self.error))

@@ -25,7 +25,7 @@ from rbee_worker.events import InferenceFailed, LoadingEvent, LoadingToVram
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.engine.stats import EngineStats
-from rbee_worker.runtime.loading.load import LoadedModel, fits
+from rbee_worker.runtime.loading.load import LoadedModel, has_room, plan_local
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo, device_info, host_info, list_devices
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 from rbee_worker.worker.broadcast import LoadingBroadcast
@@ -124,11 +124,12 @@ class Worker:
             quantize=cast("Quantization", quantize or self._config.quantize),
         )
         resident = self._engine.model is not None
-        keeps = resident and fits(model, config)
+        plan = plan_local(model, config) if resident else None
+        keeps = resident and (plan is None or has_room(plan, config))
         with self._lock:
             self._claim("load")
             try:
-                self._loads.begin(model, config, unload_first=resident and not keeps)
+                self._loads.begin(model, config, plan, unload_first=resident and not keeps)
             except BaseException:  # the system has no thread to give
                 self._busy_with = None
                 raise

@@ -83,7 +83,7 @@ def test_a_load_that_panics_is_told_and_raised(tiny: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "place", ["runtime.loading._warm_up", "runtime.reader.PartBuilder.build", "runtime.engine.Engine.install"]
+    "place", ["loading.load._warm_up", "loading.reader.PartBuilder.build", "engine.engine.Engine.install"]
 )
 @pytest.mark.parametrize("broken", [panic, raising(Odd), raising(SystemExit)], ids=["panic", "odd", "exit"])
 def test_whatever_ends_a_load_it_has_an_end_and_another_can_begin(
@@ -91,7 +91,7 @@ def test_whatever_ends_a_load_it_has_an_end_and_another_can_begin(
 ) -> None:
     async def body(worker: Worker) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(f"rbee_worker.{place}", broken)
+            patch.setattr(f"rbee_worker.runtime.{place}", broken)
             events = await load(worker, tiny)
         assert isinstance(events[-1], LoadFailed)
         assert [event.terminal for event in events].count(True) == 1

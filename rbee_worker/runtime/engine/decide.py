@@ -1,4 +1,4 @@
-"""From one step's logits to the sequences' next tokens, guesses checked on the way."""
+"""From one step's logits to the sequences' next tokens; drafts are checked on the way."""
 
 import logging
 from collections.abc import Iterator
@@ -15,12 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class Candidate:
     """A sequence whose next token is to be chosen.
 
     Attributes:
-        row: the row of the logits behind its last token; those of its guesses follow.
-        drafts: the guesses, which were computed along with it.
+        sequence: the sequence.
+        row: the row of the logits behind its last token; those of its drafts follow.
+        drafts: tokens that were guessed to come next, and computed along with it.
     """
 
     sequence: Sequence
@@ -28,48 +29,48 @@ class Guess:
     drafts: tuple[int, ...] = ()
 
 
-def decide(logits: Tensor, guesses: list[Guess]) -> Iterator[tuple[str, InferenceEvent]]:
-    """Choose each sequence's next token, and go on behind every guess that turns out right.
+def decide(logits: Tensor, candidates: list[Candidate]) -> Iterator[tuple[str, InferenceEvent]]:
+    """Choose each sequence's next token, and go on behind every draft that turns out right.
 
-    A guess is right when it is the very token that would have been chosen without it: the text, and the use of the
-    sequence's generator, are the same with and without guesses.
+    A draft is right when it is the very token that would have been chosen without it: the text, and the use of the
+    sequence's generator, are the same with and without drafts.
 
     Args:
         logits: float32 [rows, vocab_size].
-        guesses: of each sequence, its row and drafts.
+        candidates: of each sequence, its row and drafts.
 
     Yields:
-        What comes of it, with the job's id.
+        The events, each with its job's id.
     """
     place = 0
-    while guesses:
+    while candidates:
         confirmed = []
-        for guess, outcome in zip(guesses, _choose(logits, place, guesses), strict=True):
-            sequence = guess.sequence
+        for candidate, outcome in zip(candidates, _choose(logits, place, candidates), strict=True):
+            sequence = candidate.sequence
             for event in _take(sequence, outcome):
                 yield sequence.job_id, event
-            right = isinstance(outcome, Sampled) and guess.drafts[place : place + 1] == (outcome.token,)
+            right = isinstance(outcome, Sampled) and candidate.drafts[place : place + 1] == (outcome.token,)
             if right and sequence.cache is not None:
                 sequence.cache.advance(sequence.tokens, sequence.cache.length + 1)
-                confirmed.append(guess)
-        guesses = confirmed
+                confirmed.append(candidate)
+        candidates = confirmed
         place += 1
 
 
-def _choose(logits: Tensor, place: int, guesses: list[Guess]) -> list[Sampled | Exception]:
-    """What each sequence chooses behind ``place`` confirmed guesses: all at once, one by one where that fails."""
+def _choose(logits: Tensor, place: int, candidates: list[Candidate]) -> list[Sampled | Exception]:
+    """What each sequence chooses behind ``place`` confirmed drafts: all at once, one by one where that fails."""
     try:
-        return [*_sample(logits, place, guesses)]
+        return [*_sample(logits, place, candidates)]
     except Exception as error:  # noqa: BLE001  (whoever is at fault is found one by one)
-        if len(guesses) == 1:
+        if len(candidates) == 1:
             return [error]
-        return [outcome for guess in guesses for outcome in _choose(logits, place, [guess])]
+        return [outcome for candidate in candidates for outcome in _choose(logits, place, [candidate])]
 
 
-def _sample(logits: Tensor, place: int, guesses: list[Guess]) -> list[Sampled]:
-    samplers = [guess.sequence.sampler for guess in guesses]
+def _sample(logits: Tensor, place: int, candidates: list[Candidate]) -> list[Sampled]:
+    samplers = [candidate.sequence.sampler for candidate in candidates]
     masks = {row: sampler.grammar.mask() for row, sampler in enumerate(samplers) if sampler.grammar is not None}
-    return sample(logits[[guess.row + place for guess in guesses]], samplers, masks)
+    return sample(logits[[candidate.row + place for candidate in candidates]], samplers, masks)
 
 
 def _take(sequence: Sequence, outcome: Sampled | Exception) -> Iterator[InferenceEvent]:

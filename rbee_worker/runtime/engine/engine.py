@@ -6,19 +6,18 @@ Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel`
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
-from rbee_worker.events import InferenceEvent, LoadingEvent, Ready
+from rbee_worker.events import InferenceEvent, LoadingEvent
 from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, PoolUse
 from rbee_worker.runtime.cache.kv_cache import SequenceCache
-from rbee_worker.runtime.engine.decide import Guess, decide
+from rbee_worker.runtime.engine.decide import Candidate, decide
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.engine.sampler import check_logits, likelihoods
 from rbee_worker.runtime.engine.scheduler import Scheduled, Scheduler
@@ -59,8 +58,7 @@ class Engine:
             self.config.max_batch_size, self.config.prefill_chunk, prefix_cache=self.config.prefix_cache
         )
         self._sequences: dict[str, Sequence] = {}
-        self._followed: dict[str, deque[InferenceEvent]] = {}
-        self._undelivered: JobEvents = []
+        self._emitted: JobEvents = []
         self._counts = _Counts()
         self._batch_sizes: list[int] = []
 
@@ -74,8 +72,7 @@ class Engine:
             RbeeError: after the terminal ``error`` event.
         """
         self._refuse_while_busy()
-        loading = load_model(model, self.config, cancel or threading.Event())
-        return self._install_when_done(loading)
+        return load_model(model, self.config, cancel or threading.Event(), self.install)
 
     def install(self, model: LoadedModel) -> None:
         """Make a loaded model the one that runs.
@@ -93,7 +90,7 @@ class Engine:
             Bytes of weights freed.
         """
         for sequence in self._sequences.values():
-            self._deliver([(sequence.job_id, sequence.fail(InferenceError.code, "The model was unloaded."))])
+            self._emit(sequence, [sequence.fail(InferenceError.code, "The model was unloaded.")])
         self._retire()
         model, self.model = self.model, None
         if model is None:
@@ -107,18 +104,18 @@ class Engine:
         """Run one job to its end; closing the iterator cancels it. Several may be iterated in turn.
 
         Raises:
-            InvalidRequest, ContextTooLong, ModelNotLoaded: at the call, before anything is generated.
-            Conflict: at the first event, when the job id runs already.
+            InvalidRequest: no prompt, or the chat template refuses the messages; at the call.
+            ContextTooLong: the prompt leaves no room for a token; at the call.
+            ModelNotLoaded: there is no model; at the call.
+            Conflict: the job id runs already; at the first event.
         """
-        return self._follow(prepare(self.model, request, self.config))
+        return self._run_to_end(prepare(self.model, request, self.config))
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a job for :meth:`step`.
 
         Raises:
-            InvalidRequest: no prompt, or the chat template refuses the messages.
-            ContextTooLong: the prompt leaves no room for a token.
-            ModelNotLoaded: there is no model.
+            InvalidRequest, ContextTooLong, ModelNotLoaded: as :meth:`generate`.
             Conflict: the job id runs already.
         """
         sequence = prepare(self.model, request, self.config)
@@ -155,7 +152,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` has anything to do."""
-        return bool(self._sequences or self._undelivered)
+        return bool(self._sequences or self._emitted)
 
     @property
     def stats(self) -> EngineStats:
@@ -174,45 +171,57 @@ class Engine:
         )
 
     def step(self) -> JobEvents:
-        """Move the running sequences: admit, one forward pass, sample, and tell.
+        """Move the running sequences: admit, one forward pass, sample, and emit.
 
         A failing forward pass ends every running sequence with an ``error`` event, a failing sampler its own; the
-        engine goes on. Events of jobs that :meth:`generate` iterates go there.
+        engine goes on.
         """
-        events = self._begin()
-        try:
-            with panics_as_errors():
-                self._run(events)
-        except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
-            self._fail(error, events)
-        self._retire()
-        return [item for item in events if not self._is_followed(*item)]
+        self._move()
+        return self._take()
 
     def admit(self) -> JobEvents:
-        """What :meth:`step` begins with, alone: end what was cancelled, give places, and tell.
+        """What :meth:`step` begins with, alone: end what was cancelled, give places, and emit.
 
         For those who want to hear of it before the forward pass, which may take long.
         """
-        events = self._begin()
+        self._begin()
         self._retire()
-        return [item for item in events if not self._is_followed(*item)]
+        return self._take()
 
-    def _begin(self) -> JobEvents:
-        self._undelivered, events = [], self._undelivered
-        for sequence in self._scheduler.take_ended(time.monotonic()):
-            events.extend((sequence.job_id, event) for event in _end(sequence))
+    def _move(self) -> None:
+        self._begin()
         try:
             with panics_as_errors():
-                self._admit(events)
+                self._run()
+        except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
+            self._fail(error)
+        self._retire()
+
+    def _begin(self) -> None:
+        for sequence in self._scheduler.take_ended(time.monotonic()):
+            self._emit(sequence, _end(sequence))
+        try:
+            with panics_as_errors():
+                self._admit()
         except Exception as error:  # noqa: BLE001  (as in a step)
-            self._fail(error, events)
-        return events
+            self._fail(error)
+
+    def _emit(self, sequence: Sequence, events: Iterable[InferenceEvent]) -> None:
+        self._emitted.extend((sequence.job_id, event) for event in events)
+
+    def _take(self, job_id: str | None = None) -> JobEvents:
+        """Remove and return what was emitted: all of it, or one job's part."""
+        emitted, self._emitted = self._emitted, []
+        if job_id is None:
+            return emitted
+        self._emitted = [item for item in emitted if item[0] != job_id]
+        return [item for item in emitted if item[0] == job_id]
 
     def _refuse_while_busy(self) -> None:
         if self._sequences:
             raise Conflict(f"{len(self._sequences)} jobs still run on the model before.")
 
-    def _admit(self, events: JobEvents) -> None:
+    def _admit(self) -> None:
         model = self.model
         if model is None:
             raise ModelNotLoaded("Model not loaded")
@@ -227,9 +236,10 @@ class Engine:
         for sequence, cache in self._scheduler.admit(new_cache):
             self._counts.prefix_query_tokens += len(sequence.tokens) if self.config.prefix_cache else 0
             self._counts.prefix_hit_tokens += cache.reused
-            events.extend((sequence.job_id, event) for event in sequence.admit(model.name, cache))
+            self._emit(sequence, sequence.admit(model.name, cache))
 
-    def _run(self, events: JobEvents) -> None:
+    def _run(self) -> None:
+        """One forward pass over every running sequence's share, and a token for each whose prompt is computed."""
         shares = self._scheduler.schedule()
         if not shares or self.model is None:
             return
@@ -240,17 +250,17 @@ class Engine:
         batch = Batch.of(map(_passed, shares, outputs), transformer.device)
         logits = transformer.forward(batch)
         self._count(shares)
-        sampling = []
+        ready: list[Candidate] = []
         row = 0
         for share, count in zip(shares, outputs, strict=True):
             sequence = share.sequence
-            events.extend((sequence.job_id, event) for event in _advance(share, logits[row : row + count]))
+            self._emit(sequence, _advance(share, logits[row : row + count]))
             if not sequence.pending:
-                sampling.append(Guess(sequence, row + count - 1 - len(share.drafts), share.drafts))
+                ready.append(Candidate(sequence, row + count - 1 - len(share.drafts), share.drafts))
             row += count
-        before = sum(len(guess.sequence.tokens) for guess in sampling)
-        events.extend(decide(logits, sampling))
-        self._counts.generated_tokens += sum(len(guess.sequence.tokens) for guess in sampling) - before
+        before = sum(len(candidate.sequence.tokens) for candidate in ready)
+        self._emitted.extend(decide(logits, ready))
+        self._counts.generated_tokens += sum(len(candidate.sequence.tokens) for candidate in ready) - before
 
     def _count(self, shares: list[Scheduled]) -> None:
         counts = self._counts
@@ -261,66 +271,35 @@ class Engine:
         self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
         self._batch_sizes[len(shares)] += 1
 
-    def _fail(self, error: Exception, events: JobEvents) -> None:
+    def _fail(self, error: Exception) -> None:
         failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
         if self.model is None:
             failed.extend(self._scheduler.waiting)
         if failed and not isinstance(error, InferenceError):
             logger.error("a step failed", exc_info=error)
         message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"
-        events.extend((sequence.job_id, sequence.fail(InferenceError.code, message)) for sequence in failed)
+        for sequence in failed:
+            self._emit(sequence, [sequence.fail(InferenceError.code, message)])
 
     def _retire(self) -> None:
         for sequence in [sequence for sequence in self._sequences.values() if sequence.finished]:
             self._scheduler.remove(sequence)
             del self._sequences[sequence.job_id]
 
-    def _is_followed(self, job_id: str, event: InferenceEvent) -> bool:
-        """Give the event to the iterator of its job, when it has one."""
-        inbox = self._followed.get(job_id)
-        if inbox is not None:
-            inbox.append(event)
-        return inbox is not None
-
-    def _deliver(self, events: JobEvents) -> None:
-        """Keep for the next :meth:`step` what no iterator of :meth:`generate` takes."""
-        self._undelivered.extend(item for item in events if not self._is_followed(*item))
-
-    def _follow(self, sequence: Sequence) -> Iterator[InferenceEvent]:
+    def _run_to_end(self, sequence: Sequence) -> Iterator[InferenceEvent]:
         self.add(sequence)
-        inbox = self._followed[sequence.job_id] = deque()
         try:
             while True:
-                while inbox:
-                    event = inbox.popleft()
+                for _, event in self._take(sequence.job_id):
                     yield event
                     if event.terminal:
                         return
-                self._undelivered = self.step()
+                self._move()
         finally:
-            del self._followed[sequence.job_id]
             if not sequence.finished:
                 sequence.cancelled = True
-                self._undelivered = [item for item in self.step() if item[0] != sequence.job_id]
-
-    def _install_when_done(
-        self, loading: Generator[LoadingEvent, None, LoadedModel | None]
-    ) -> Generator[LoadingEvent, None, None]:
-        """The events of a load, with the model in its place before ``ready`` is told."""
-        ready: Ready | None = None
-        try:
-            while True:
-                event = next(loading)
-                if isinstance(event, Ready):
-                    ready = event
-                else:
-                    yield event
-        except StopIteration as stop:
-            if stop.value is not None and ready is not None:
-                self.install(stop.value)
-                yield ready
-        finally:
-            loading.close()
+                self._move()
+            self._take(sequence.job_id)
 
 
 def _passed(share: Scheduled, outputs: int) -> tuple[SequenceCache, list[int], int]:

@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
-from rbee_worker.errors import OutOfMemory, RbeeError
+from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError
 from rbee_worker.events import (
     LoadCancelled,
     LoadFailed,
@@ -74,6 +74,13 @@ class LoadedModel:
     transformer: Transformer
     context_length: int
 
+    @classmethod
+    def of(cls, plan: "LoadPlan", transformer: Transformer) -> Self:
+        """The model that a plan has become."""
+        grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
+        name, context = plan.source.name, plan.context_length
+        return cls(name, plan.source, plan.config, plan.tokenizer, grammars, transformer, context)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -107,8 +114,20 @@ class _Timeline:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """All that is known, and checked, before any memory is taken."""
+class LoadPlan:
+    """All that headers and configs tell of a load, read once, before any memory is taken.
+
+    Attributes:
+        source: the model's files.
+        config: what the decoder needs to know.
+        tokenizer: of the model.
+        groups: the stored tensors, by the part of the decoder that they become, in loading order.
+        device: where the weights go.
+        form: how they are held there.
+        context_length: tokens of prompt and output together at most.
+        storage: what the files lie on, and how it is read.
+        stored_as: how the weights are stored, for people.
+    """
 
     source: ModelSource
     config: ModelConfig
@@ -121,30 +140,49 @@ class _Plan:
     stored_as: str
 
 
+class _CancelledWith(Exception):
+    """The load was cancelled while it held so many bytes of weights."""
+
+    def __init__(self, nbytes: int = 0) -> None:
+        super().__init__(nbytes)
+        self.nbytes = nbytes
+
+
 def load_model(
-    model: str | None, config: EngineConfig, cancel: threading.Event
-) -> Generator[LoadingEvent, None, LoadedModel | None]:
-    """Load a model, yielding what happens.
+    model: str | None,
+    config: EngineConfig,
+    cancel: threading.Event,
+    install: Callable[[LoadedModel], None],
+    *,
+    plan: LoadPlan | None = None,
+    make_room: Callable[[], None] | None = None,
+) -> Generator[LoadingEvent, None, None]:
+    """Load a model and put it in its place, yielding what happens.
 
     ``resolving`` comes first; then everything that headers and configs tell is checked before memory is taken. The
-    last event is terminal. Closing the generator, at any point, stops reading and frees what was taken.
+    last event is terminal, whatever happens: ``ready`` comes after ``install`` has returned. Closing the generator, at
+    any point, stops reading and frees what was taken.
 
     Args:
         model: what MODEL means on the command line; None: the embedded default.
         config: device, dtype, context.
         cancel: set it, from any thread, to end the load with ``cancelled``.
-
-    Returns:
-        The model, or None when the load was cancelled.
+        install: makes the loaded model the one that runs. What it raises ends the load: Cancelled with ``cancelled``,
+            anything else with ``error``.
+        plan: of this model, where it was made already; see :func:`plan_local`.
+        make_room: called once the model is known to be sound, before it takes memory; raises as ``install``.
 
     Raises:
         RbeeError: after the ``error`` event with the same code and message.
     """
     timeline = _Timeline()
     yield timeline.event(Resolving, model=model or DEFAULT_MODEL)
+    freed = None
     try:
         with panics_as_errors():
-            return (yield from _load(model, config, timeline, cancel))
+            yield from _load(_Asked(model, config, cancel, install, plan, make_room), timeline)
+    except _CancelledWith as cancelled:
+        freed = cancelled.nbytes // MIB
     except RbeeError as error:
         yield timeline.event(LoadFailed, code=error.code, message=str(error))
         raise
@@ -159,56 +197,107 @@ def load_model(
         # Watchers must have their terminal event whatever broke; the exception itself goes on to the driver.
         yield timeline.event(LoadFailed, code=RbeeError.code, message=failure_message(error))
         raise
+    if freed is not None:
+        # The exception is gone, and with it the frames that held the weights.
+        release_memory()
+        yield timeline.event(LoadCancelled, vram_mb_freed=freed)
 
 
-def _load(
-    model: str | None, config: EngineConfig, timeline: _Timeline, cancel: threading.Event
-) -> Generator[LoadingEvent, None, LoadedModel | None]:
-    """What follows ``resolving``, but for the event of a failure."""
-    if cancel.is_set():
-        yield timeline.event(LoadCancelled, vram_mb_freed=0)
-        return None
-    source = yield from _find(model, timeline, config.stall_seconds, cancel)
-    if source is None:
-        yield timeline.event(LoadCancelled, vram_mb_freed=0)
-        return None
-    plan = _prepare(source, config)
-    transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
-    timeline.enter("loading_to_vram")
-    finished = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
-    if finished:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The arguments of :func:`load_model`."""
+
+    model: str | None
+    config: EngineConfig
+    cancel: threading.Event
+    install: Callable[[LoadedModel], None]
+    plan: LoadPlan | None
+    make_room: Callable[[], None] | None
+
+
+def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, None]:
+    """What follows ``resolving``, but for the events of an end without a model."""
+    config, cancel, plan = asked.config, asked.cancel, asked.plan
+    held = 0
+    try:
+        _check(cancel)
+        if plan is None:
+            plan = make_plan((yield from _find(asked.model, timeline, config.stall_seconds, cancel)), config)
+        if asked.make_room is not None:
+            asked.make_room()
+        check_room(plan, config)
+        transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
+        timeline.enter("loading_to_vram")
+        for event in _read_weights(plan, transformer, timeline, config.stall_seconds, cancel):
+            held = transformer.nbytes
+            yield event
+        held = transformer.nbytes
+        _check(cancel)
         timeline.enter("warming_up")
         yield timeline.event(WarmingUp)
         _allocate_cache(plan, transformer, config)
         _warm_up(transformer)
         timeline.enter("")
-    if not finished or cancel.is_set():
-        freed = transformer.nbytes // MIB
-        del transformer
-        release_memory()
-        yield timeline.event(LoadCancelled, vram_mb_freed=freed)
-        return None
-    grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
-    loaded = LoadedModel(
-        plan.source.name, plan.source, plan.config, plan.tokenizer, grammars, transformer, plan.context_length
-    )
-    yield timeline.event(Ready, report=_report(plan, transformer, timeline.phases))
-    return loaded
+        report = _report(plan, transformer, timeline.phases)
+        _check(cancel)
+        asked.install(LoadedModel.of(plan, transformer))
+    except Cancelled as cancelled:
+        raise _CancelledWith(held) from cancelled
+    yield timeline.event(Ready, report=report)
 
 
-def fits(model: str | None, config: EngineConfig) -> bool:
-    """Whether a model would fit into what is free now, beside whatever is loaded.
+def _check(cancel: threading.Event) -> None:
+    if cancel.is_set():
+        raise Cancelled("The load was cancelled.")
 
-    True also where that cannot be told, of a model that must be downloaded first or is wrong: its load will tell.
+
+def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
+    """Read headers, configs and the tokenizer, and check them against each other; takes no memory for weights.
+
+    Raises:
+        ModelError: a file is malformed, or the model is not supported.
+        OutOfMemory: the limit on the KV cache is too small for the context.
+        DeviceUnavailable: the device is not there.
     """
+    parsed = read_config(source)
+    checkpoint, stored_as = read_checkpoint(source)
+    groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
+    tokenizer = Tokenizer.from_files(source)
+    device = resolve_device(config.device)
+    form = choose_format(device, config.dtype, config.quantize)
+    length = limit_context(parsed, form, context=context_length(parsed, config.max_context), engine=config)
+    return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
+
+
+def plan_local(model: str | None, config: EngineConfig) -> LoadPlan | None:
+    """The plan of a model whose files are here; None where it must be downloaded first, or is wrong: its load tells."""
     try:
         located = locate(model)
-        if isinstance(located, ModelSource):
-            _prepare(located, config)
+        return make_plan(located, config) if isinstance(located, ModelSource) else None
+    except RbeeError:
+        return None
+
+
+def check_room(plan: LoadPlan, config: EngineConfig) -> None:
+    """Refuse a model that does not fit into what is free now.
+
+    Raises:
+        OutOfMemory: with the figures and the remedies.
+    """
+    place = device_info(plan.device)
+    ways = functools.partial(_alternatives, config, place)
+    name, length = plan.source.name, plan.context_length
+    check_fit(name, plan.config, plan.form, context=length, engine=config, device=place, alternatives=ways)
+    if plan.device.type != "cpu":
+        check_host(name, plan.groups, host_info())
+
+
+def has_room(plan: LoadPlan, config: EngineConfig) -> bool:
+    """Whether a model fits into what is free now, beside whatever is loaded."""
+    try:
+        check_room(plan, config)
     except OutOfMemory:
         return False
-    except RbeeError:
-        return True
     return True
 
 
@@ -237,8 +326,8 @@ def release_memory() -> None:
 
 def _find(
     model: str | None, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
-) -> Generator[LoadingEvent, None, ModelSource | None]:
-    """The model's files, downloaded when they are the hub's; None when cancelled."""
+) -> Generator[LoadingEvent, None, ModelSource]:
+    """The model's files, downloaded when they are the hub's; Cancelled when it was cancelled meanwhile."""
     located = locate(model)
     if isinstance(located, ModelSource):
         return located
@@ -255,25 +344,11 @@ def _find(
         if downloading:
             timeline.enter("resolving")
         found: ModelSource | None = end.value
+        if found is None:
+            raise Cancelled("The load was cancelled.") from None
         return found
     finally:
         steps.close()
-
-
-def _prepare(source: ModelSource, config: EngineConfig) -> _Plan:
-    parsed = read_config(source)
-    checkpoint, stored_as = read_checkpoint(source)
-    groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
-    tokenizer = Tokenizer.from_files(source)
-    device = resolve_device(config.device)
-    form = choose_format(device, config.dtype, config.quantize)
-    length = limit_context(parsed, form, context=context_length(parsed, config.max_context), engine=config)
-    place = device_info(device)
-    ways = functools.partial(_alternatives, config, place)
-    check_fit(source.name, parsed, form, context=length, engine=config, device=place, alternatives=ways)
-    if device.type != "cpu":
-        check_host(source.name, groups, host_info())
-    return _Plan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 
 
 def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, LinearFormat, DeviceInfo]]:
@@ -291,9 +366,9 @@ def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, Li
 
 
 def _read_weights(
-    plan: _Plan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
-) -> Generator[LoadingEvent, None, bool]:
-    """Place every part; False when cancelled on the way."""
+    plan: LoadPlan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+) -> Generator[LoadingEvent, None, None]:
+    """Place every part, until it is cancelled."""
     reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage)
     state = reader.state
     progress = _Progress(plan, transformer, state, timeline, device_info(plan.device).total_bytes // MIB)
@@ -304,7 +379,7 @@ def _read_weights(
         while waiting:
             part = reader.next_part(_POLL_SECONDS)
             if cancel.is_set():
-                return False
+                return
             now = time.monotonic()
             if part is not None:
                 transformer.place(part)
@@ -316,14 +391,13 @@ def _read_weights(
             if silent >= stall_seconds and state.bytes_read < state.bytes_total:
                 stalled_at = now
                 yield timeline.event(Stalled, seconds=round(now - state.last_byte_at, 1), where=state.reading)
-        return True
     finally:
         reader.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    plan: _Plan
+    plan: LoadPlan
     transformer: Transformer
     state: ReadState
     timeline: _Timeline
@@ -350,7 +424,7 @@ class _Progress:
         )
 
 
-def _allocate_cache(plan: _Plan, transformer: Transformer, config: EngineConfig) -> None:
+def _allocate_cache(plan: LoadPlan, transformer: Transformer, config: EngineConfig) -> None:
     """Take the KV cache's memory, of what is free now that the weights are there."""
     free = device_info(plan.device).free_bytes
     positions = cache_positions(
@@ -372,7 +446,7 @@ def _warm_up(transformer: Transformer) -> None:
         torch.cuda.synchronize(device)
 
 
-def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
+def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
     tensors = [info for group in plan.groups for info in group.tensors.values()]
     read, seconds = sum(info.nbytes for info in tensors), phases["loading_to_vram"]
     return LoadReport(
@@ -396,7 +470,7 @@ def _report(plan: _Plan, transformer: Transformer, phases: dict[str, float]) -> 
     )
 
 
-def _saved_bytes(plan: _Plan) -> int:
+def _saved_bytes(plan: LoadPlan) -> int:
     """Bytes of weights that quantising saves against 16-bit ones on the same device."""
     if plan.form.quantize == "none":
         return 0

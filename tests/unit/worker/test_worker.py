@@ -22,7 +22,9 @@ from rbee_worker.events import (
     Ready,
     Token,
 )
-from rbee_worker.runtime.loading.load import LoadedModel
+from rbee_worker.runtime.loading import load as load_module
+from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan
+from rbee_worker.runtime.source import ModelSource
 from rbee_worker.worker.worker import Job, Worker
 from tests.tiny import write_tiny_model
 
@@ -209,7 +211,7 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        monkeypatch.setattr("rbee_worker.worker.worker.fits", lambda model, _config: model != other)
+        monkeypatch.setattr("rbee_worker.worker.worker.has_room", lambda _plan, _config: False)
         unload, unloads = worker._engine.unload, []
 
         def spy() -> int:
@@ -226,6 +228,23 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
         assert events[0].stage == "resolving"
         assert isinstance(events[-1], Ready)
         assert worker.model_name == "other"
+
+    with_worker(body)
+
+
+def test_a_load_beside_a_resident_model_reads_its_headers_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    make_plan = load_module.make_plan
+
+    def spy(source: ModelSource, config: EngineConfig) -> LoadPlan:
+        planned.append(source.name)
+        return make_plan(source, config)
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        monkeypatch.setattr(load_module, "make_plan", spy)
+        assert isinstance((await load(worker, tiny))[-1], Ready)
+        assert len(planned) == 1
 
     with_worker(body)
 

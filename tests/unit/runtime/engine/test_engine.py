@@ -199,6 +199,17 @@ def test_prompts_that_cannot_run_are_refused_at_the_call(tiny: Path) -> None:
         engine.submit(request(job_id="twin"))
 
 
+def test_a_load_that_finds_a_job_at_its_end_ends_with_an_error(engine: Engine, tiny: Path) -> None:
+    loading = engine.load(str(tiny))
+    events = [next(loading)]
+    engine.submit(request(job_id="came in between"))
+    with pytest.raises(Conflict, match="1 jobs still run"):
+        events.extend(loading)
+    assert [event.terminal for event in events] == [False] * (len(events) - 1) + [True]
+    assert isinstance(events[-1], LoadFailed)
+    assert events[-1].code == Conflict.code
+
+
 def test_cancelling_frees_the_place_within_one_step(tiny: Path) -> None:
     engine = loaded(tiny, max_batch_size=1)
     engine.submit(request(job_id="runs", max_tokens=400, ignore_eos=True))
