@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A sequence whose next token is to be chosen.
+class LogitsRow:
+    """Where the logits of a sequence's next token are.
 
     Attributes:
         sequence: the sequence.
-        row: the row of the logits behind its last token; those of its drafts follow.
+        row: of the logits, behind its last token; the rows of its drafts follow.
         drafts: tokens that were guessed to come next, and computed along with it.
     """
 
@@ -29,7 +29,7 @@ class Candidate:
     drafts: tuple[int, ...] = ()
 
 
-def decide(logits: Tensor, candidates: list[Candidate]) -> Iterator[tuple[str, InferenceEvent]]:
+def decide(logits: Tensor, rows: list[LogitsRow]) -> Iterator[tuple[str, InferenceEvent]]:
     """Choose each sequence's next token, and go on behind every draft that turns out right.
 
     A draft is right when it is the very token that would have been chosen without it: the text, and the use of the
@@ -37,40 +37,40 @@ def decide(logits: Tensor, candidates: list[Candidate]) -> Iterator[tuple[str, I
 
     Args:
         logits: float32 [rows, vocab_size].
-        candidates: of each sequence, its row and drafts.
+        rows: of each sequence, its row and drafts.
 
     Yields:
         The events, each with its job's id.
     """
-    place = 0
-    while candidates:
-        confirmed = []
-        for candidate, outcome in zip(candidates, _choose(logits, place, candidates), strict=True):
-            sequence = candidate.sequence
+    confirmed = 0
+    while rows:
+        going_on = []
+        for row, outcome in zip(rows, _choose(logits, confirmed, rows), strict=True):
+            sequence = row.sequence
             for event in _take(sequence, outcome):
                 yield sequence.job_id, event
-            right = isinstance(outcome, Sampled) and candidate.drafts[place : place + 1] == (outcome.token,)
+            right = isinstance(outcome, Sampled) and row.drafts[confirmed : confirmed + 1] == (outcome.token,)
             if right and sequence.cache is not None:
                 sequence.cache.advance(sequence.tokens, sequence.cache.length + 1)
-                confirmed.append(candidate)
-        candidates = confirmed
-        place += 1
+                going_on.append(row)
+        rows = going_on
+        confirmed += 1
 
 
-def _choose(logits: Tensor, place: int, candidates: list[Candidate]) -> list[Sampled | Exception]:
-    """What each sequence chooses behind ``place`` confirmed drafts: all at once, one by one where that fails."""
+def _choose(logits: Tensor, confirmed: int, rows: list[LogitsRow]) -> list[Sampled | Exception]:
+    """What each sequence chooses behind its ``confirmed`` drafts: all at once, one by one where that fails."""
     try:
-        return [*_sample(logits, place, candidates)]
+        return [*_sample(logits, confirmed, rows)]
     except Exception as error:  # noqa: BLE001  (whoever is at fault is found one by one)
-        if len(candidates) == 1:
+        if len(rows) == 1:
             return [error]
-        return [outcome for candidate in candidates for outcome in _choose(logits, place, [candidate])]
+        return [outcome for row in rows for outcome in _choose(logits, confirmed, [row])]
 
 
-def _sample(logits: Tensor, place: int, candidates: list[Candidate]) -> list[Sampled]:
-    samplers = [candidate.sequence.sampler for candidate in candidates]
-    masks = {row: sampler.grammar.mask() for row, sampler in enumerate(samplers) if sampler.grammar is not None}
-    return sample(logits[[candidate.row + place for candidate in candidates]], samplers, masks)
+def _sample(logits: Tensor, confirmed: int, rows: list[LogitsRow]) -> list[Sampled]:
+    samplers = [row.sequence.sampler for row in rows]
+    masks = {index: sampler.grammar.mask() for index, sampler in enumerate(samplers) if sampler.grammar is not None}
+    return sample(logits[[row.row + confirmed for row in rows]], samplers, masks)
 
 
 def _take(sequence: Sequence, outcome: Sampled | Exception) -> Iterator[InferenceEvent]:

@@ -17,7 +17,7 @@ from rbee_worker.events import InferenceEvent, LoadingEvent
 from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, PoolUse
 from rbee_worker.runtime.cache.kv_cache import SequenceCache
-from rbee_worker.runtime.engine.decide import Candidate, decide
+from rbee_worker.runtime.engine.decide import LogitsRow, decide
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.engine.sampler import check_logits, likelihoods
 from rbee_worker.runtime.engine.scheduler import Scheduled, Scheduler
@@ -250,17 +250,17 @@ class Engine:
         batch = Batch.of(map(_passed, shares, outputs), transformer.device)
         logits = transformer.forward(batch)
         self._count(shares)
-        ready: list[Candidate] = []
+        ready: list[LogitsRow] = []
         row = 0
         for share, count in zip(shares, outputs, strict=True):
             sequence = share.sequence
             self._emit(sequence, _advance(share, logits[row : row + count]))
             if not sequence.pending:
-                ready.append(Candidate(sequence, row + count - 1 - len(share.drafts), share.drafts))
+                ready.append(LogitsRow(sequence, row + count - 1 - len(share.drafts), share.drafts))
             row += count
-        before = sum(len(candidate.sequence.tokens) for candidate in ready)
+        before = sum(len(place.sequence.tokens) for place in ready)
         self._emitted.extend(decide(logits, ready))
-        self._counts.generated_tokens += sum(len(candidate.sequence.tokens) for candidate in ready) - before
+        self._counts.generated_tokens += sum(len(place.sequence.tokens) for place in ready) - before
 
     def _count(self, shares: list[Scheduled]) -> None:
         counts = self._counts

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from enum import Enum, auto
 
 from rbee_worker.config import GenerationRequest
 from rbee_worker.events import (
@@ -26,14 +25,6 @@ from rbee_worker.runtime.grammar.compiler import GrammarMatcher
 from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokenizer
 
 
-class State(Enum):
-    """Where a sequence stands."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    FINISHED = auto()
-
-
 class Sequence:
     """Tokens, text and timing of one job, and the events that tell of them.
 
@@ -46,6 +37,7 @@ class Sequence:
         client: who asked.
         deadline: on the monotonic clock, when it must have ended.
         cancelled: set from any thread; taken up before the next step.
+        finished: its terminal event has been made.
     """
 
     def __init__(
@@ -66,7 +58,7 @@ class Sequence:
         self.prompt_tokens = len(prompt)
         self.params = params
         self.seed = seed
-        self.state = State.WAITING
+        self.finished = False
         self.cache: SequenceCache | None = None
         self.arrival = 0
         self.client = request.client
@@ -100,11 +92,6 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def finished(self) -> bool:
-        """Whether its terminal event has been made."""
-        return self.state is State.FINISHED
-
-    @property
     def shares_prefix(self) -> bool:
         """Whether what is cached of its prompt will do; not where the logits of all of it are wanted."""
         return self._prompt_logprobs is None
@@ -128,7 +115,6 @@ class Sequence:
 
     def admit(self, model: str, cache: SequenceCache) -> Iterator[Started]:
         """Take its place in the batch; the first time, that is told."""
-        self.state = State.RUNNING
         self.cache = cache
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.clear()
@@ -142,7 +128,6 @@ class Sequence:
     def preempt(self) -> None:
         """Give its place and its cache up; it begins again with what it has generated."""
         self._release()
-        self.state = State.WAITING
 
     def progress(self) -> Iterator[InferenceEvent]:
         """How much of the prompt is done, after a step that took some of it."""
@@ -248,7 +233,7 @@ class Sequence:
 
     def _close(self) -> None:
         self._release()
-        self.state = State.FINISHED
+        self.finished = True
 
     def _release(self) -> None:
         cache, self.cache = self.cache, None
