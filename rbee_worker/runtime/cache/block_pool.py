@@ -1,14 +1,14 @@
-"""Who owns which block of the KV cache: allocation, sharing and reuse, without a tensor in sight.
+"""BlockPool: who owns which block of the KV cache. Allocation, sharing and reuse; no tensors.
 
 A block holds the keys and values of :data:`BLOCK_TOKENS` positions. It is in one of three states:
 
-- free: nobody uses it and its content is of no use;
-- in use: by one or more sequences; only the one that allocated it writes, and only while it is not full;
-- cached: nobody uses it, but its content may be reused (prefix cache); it is given up, least recently used first, when
-  no free block is left.
+- free: nobody uses it, and its content is worth nothing;
+- in use: by one or more sequences. Only the one that allocated it writes to it, and only until it is full;
+- cached: nobody uses it, but its content may be reused (prefix cache). When no free block is left, cached blocks are
+  evicted, the least recently used first.
 
-A full block is found again by what it holds: its own tokens behind those of the block before. Equal prompts are told
-by comparing tokens, never by a hash alone.
+A full block is found by its content: its own tokens, after those of the block before. Tokens are compared, not only
+their hash.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ BLOCK_TOKENS = 16
 """Positions per block; also the granularity of prefix reuse."""
 
 _GOOD_GAP = 32
-"""Blocks in a row for which it is worth giving up cached ones."""
+"""A row of this many free blocks is worth evicting cached ones."""
 
 _Key = tuple[int, tuple[int, ...]]
 """Identity of the content before (0: nothing), and the block's own tokens."""
@@ -46,11 +46,11 @@ class PoolUse:
 class BlockPool:
     """Blocks numbered from 0.
 
-    Blocks of one sequence are laid side by side where that is possible, since a row of neighbours is read in one go.
+    The blocks of a sequence lie side by side where that is possible, since attention reads a row of neighbors at once.
 
     Args:
         blocks: how many there are.
-        prefix_cache: keep full blocks that nobody uses any more, for reuse.
+        prefix_cache: keep full blocks for reuse when nobody uses them any more.
     """
 
     def __init__(self, blocks: int, *, prefix_cache: bool = True) -> None:
@@ -84,11 +84,11 @@ class BlockPool:
 
         Args:
             count: how many.
-            after: the sequence's last block, behind which the new ones should lie; None: it has none of its own.
-            headroom: how many more it is expected to ask for.
+            after: the sequence's last block; the new ones should lie right after it. None: it has none.
+            headroom: how many more blocks it will probably ask for.
 
         Raises:
-            CacheFull: there are not that many; nothing is taken then.
+            CacheFull: there are not that many. Nothing is taken then.
         """
         if count > self.available:
             raise CacheFull(f"{count} blocks asked for, {self.available} available")
@@ -103,8 +103,8 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up a sequence's blocks, in its order; what is full and known stays cached."""
-        # From the end, so that a block is always given up before the one it continues.
+        """Release a sequence's blocks, given in its order. Full blocks that can be found stay cached."""
+        # From the end, so that a block is always evicted before the one that it continues.
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block]:
@@ -116,14 +116,14 @@ class BlockPool:
                 self._free_count += 1
 
     def match(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
-        """Share the longest known prefix of ``tokens``, in whole blocks.
+        """Find the longest known prefix of ``tokens``, in whole blocks, and share its blocks.
 
         Args:
             tokens: a sequence's.
-            root: identity of what is before them; contents with another one are not the same.
+            root: identity of what is before them. Content with another root is other content.
 
         Returns:
-            Its blocks, now in use by one more, and the identity of the content up to there.
+            The blocks, now in use by one more sequence, and the identity of the content up to there.
         """
         blocks, identity = [], root
         for begin in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
@@ -146,8 +146,8 @@ class BlockPool:
             tokens: the :data:`BLOCK_TOKENS` it holds.
 
         Returns:
-            Identity of the content up to its end; None when nothing is kept. Another block that holds the same stays
-            the one that is found, while somebody uses it; else this one takes its part.
+            Identity of the content up to its end; None when nothing is kept. When another block holds the same and
+            somebody uses it, that one stays the one that is found. Otherwise this one replaces it.
         """
         if not self._prefix_cache:
             return None
@@ -159,7 +159,7 @@ class BlockPool:
             identity = self._identity_of[same]
             if same not in self._cached:
                 return identity
-            # So that it is given up behind what continues it, like any other of its sequence.
+            # This block is evicted after the blocks that continue it, like the others of its sequence.
             del self._cached[same]
             self._forget(same)
         self._key_of[block], self._block_of[key], self._identity_of[block] = key, block, identity
@@ -176,18 +176,18 @@ class BlockPool:
         self._users[block] = 1
 
     def _place(self, wanted: int) -> int:
-        """A free block with room behind it, evicting when there is none."""
+        """A free block with room after it; cached blocks are evicted when there is none."""
         start, length = self._largest_gap()
         enough, spared = min(wanted, _GOOD_GAP), self.blocks // 8
         while self._cached and (length == 0 or (length < enough and spared > 0)):
-            # What was released together is evicted together, and mostly lies together: gaps grow.
+            # Blocks that were released together are evicted together, and mostly lie together, so gaps grow.
             for _ in range(min(len(self._cached), enough, max(spared, 1))):
                 self._evict()
                 spared -= 1
             start, length = self._largest_gap()
         if start == 0 or length < 2 * wanted:
             return start
-        # In the middle of a large gap, so that the neighbour before it can grow as well.
+        # In the middle of a large gap, so that the sequence before it can grow too.
         return start + length // 2
 
     def _largest_gap(self) -> tuple[int, int]:

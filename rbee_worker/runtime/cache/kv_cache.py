@@ -1,7 +1,7 @@
-"""Cached keys and values: one pool of blocks, and each sequence's way through it.
+"""KVCache: the pool of keys and values, and SequenceCache: the blocks of one sequence.
 
-The pool is one tensor. A sequence owns a table of blocks (``block_pool.py``); neighbouring blocks form a run, which
-attention reads in place, as one slice.
+The pool is one tensor. A sequence has a table of blocks (``block_pool.py``). Neighboring blocks form a run, and
+attention reads a run in place, as one slice.
 """
 
 import math
@@ -57,11 +57,11 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """By which rows of the rotary tables a sequence's keys are rotated.
+    """Which rows of the rotary tables rotate a sequence's keys.
 
     Attributes:
         start: the row of its first position.
-        tokens: how long the sequence may be; beyond that all its keys are others. None: as long as there is room.
+        tokens: how long the sequence may get. Beyond that all its keys change. None: as long as there is room.
     """
 
     start: int = 0
@@ -75,9 +75,9 @@ class SequenceCache:
     """One sequence's table of blocks.
 
     Attributes:
-        rotation: by which the keys in it were, and will be, rotated.
+        rotation: of the keys in it.
         length: tokens whose keys and values are written and valid.
-        reused: of those, how many were there before the sequence came.
+        reused: how many of them it found in the cache when it began.
     """
 
     __slots__ = ("_blocks", "_identity", "_known", "_pool", "_runs", "headroom", "length", "reused", "rotation")
@@ -85,7 +85,7 @@ class SequenceCache:
     def __init__(
         self, pool: BlockPool, prefix: Sequence[int] = (), headroom: int = 0, rotation: Rotation = ROTATION
     ) -> None:
-        """Begin with what is cached of ``prefix``; ``headroom``: tokens the sequence is expected to grow by."""
+        """Begin with what is cached of ``prefix``. ``headroom``: by how many tokens the sequence will probably grow."""
         self.rotation = rotation
         self._pool = pool
         self._blocks: list[int] = []
@@ -104,11 +104,11 @@ class SequenceCache:
 
     @property
     def rows_left(self) -> float:
-        """Tokens that may yet come before all of it must be computed again, with another rotation."""
+        """How many more tokens fit before all keys must be computed again with another rotation."""
         return math.inf if self.rotation.tokens is None else self.rotation.tokens - self.length
 
     def missing(self, tokens: int) -> int:
-        """Blocks that are yet to be allocated before ``tokens`` more fit."""
+        """How many blocks must be allocated before ``tokens`` more fit."""
         return max(blocks_for(self.length + tokens) - len(self._blocks), 0)
 
     def reserve(self, tokens: int) -> None:
@@ -119,13 +119,13 @@ class SequenceCache:
         """
         missing = self.missing(tokens)
         if missing:
-            # Behind a shared prefix too, where that is free: then all of the sequence is one run.
+            # Right after a shared prefix too, where that is free: then the whole sequence is one run.
             last = self._blocks[-1] if self._blocks else None
             headroom = blocks_for(max(self.headroom - tokens, 0))
             self._append(self._pool.allocate(missing, last, headroom))
 
     def advance(self, tokens: Sequence[int], length: int) -> None:
-        """Count positions as written and valid, up to ``length``, and make full blocks findable.
+        """Count the positions up to ``length`` as written and valid, and let full blocks be found.
 
         Args:
             tokens: the sequence's tokens, at least up to there.
@@ -139,7 +139,7 @@ class SequenceCache:
             self._known += 1
 
     def release(self) -> None:
-        """Give all blocks up."""
+        """Release all blocks."""
         self._pool.release(self._blocks)
         self._blocks, self._runs = [], []
         self.length = 0
@@ -152,7 +152,7 @@ class SequenceCache:
         ]
 
     def runs(self, count: int) -> list[tuple[int, int]]:
-        """The rows of the pool that hold it and ``count`` more tokens: first position and that behind the last."""
+        """Where in the pool it and ``count`` more tokens lie: pairs of a first position and the one after the last."""
         left = self.length + count
         runs = []
         for block, blocks in self._runs:

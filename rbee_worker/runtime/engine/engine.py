@@ -1,6 +1,6 @@
-"""Engine: a model, the sequences running on it, and the loop that moves them one step.
+"""Engine: a model, the sequences that run on it, and the step that moves them all.
 
-Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another.
+Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another thread.
 """
 
 import logging
@@ -29,7 +29,7 @@ from rbee_worker.runtime.model.decoder import Batch
 logger = logging.getLogger(__name__)
 
 JobEvents = list[tuple[str, InferenceEvent]]
-"""Events of one step, each with the id of its job, in order."""
+"""Emitted events in order, each with the id of its job."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Engine:
     def load(self, model: str | None, cancel: threading.Event | None = None) -> Iterator[LoadingEvent]:
         """Load a model and make it the one that runs; see :func:`rbee_worker.runtime.loading.load.load_model`.
 
-        A model loaded before is replaced once the new one is ready, and stays when the load fails or is cancelled.
+        The model before it is replaced when the new one is ready. It stays when the load fails or is cancelled.
 
         Raises:
             Conflict: at the call, while jobs run.
@@ -84,7 +84,7 @@ class Engine:
         self.model = model
 
     def unload(self) -> int:
-        """Drop the model; what still runs on it ends with an ``error`` event.
+        """Drop the model. Jobs that still run on it end with an ``error`` event.
 
         Returns:
             Bytes of weights freed.
@@ -101,7 +101,7 @@ class Engine:
         return freed
 
     def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
-        """Run one job to its end; closing the iterator cancels it. Several may be iterated in turn.
+        """Run one job to its end. Closing the iterator cancels it. Several iterators may be read in turn.
 
         Raises:
             InvalidRequest: no prompt, or the chat template refuses the messages; at the call.
@@ -134,7 +134,7 @@ class Engine:
         self._scheduler.add(sequence)
 
     def cancel(self, job_id: str) -> None:
-        """End a job at the next step; unknown and finished jobs are ignored. Any thread may call this."""
+        """End a job at the next step. Unknown and finished jobs are ignored. Any thread may call this."""
         sequence = self._sequences.get(job_id)
         if sequence is not None:
             sequence.cancelled = True
@@ -156,7 +156,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """What has been done and what is held; any thread may read it."""
+        """What was done and what is held. Any thread may read it."""
         model = self.model
         pool = model.transformer.cache.pool if model is not None else None
         use = pool.use if pool is not None else PoolUse(0, 0, 0)
@@ -182,7 +182,7 @@ class Engine:
     def admit(self) -> JobEvents:
         """What :meth:`step` begins with, alone: end what was cancelled, give places, and emit.
 
-        For those who want to hear of it before the forward pass, which may take long.
+        So that ``started`` does not wait for the forward pass, which may take long.
         """
         self._begin()
         self._retire()
@@ -228,7 +228,7 @@ class Engine:
         pool = model.transformer.cache.pool
 
         def new_cache(sequence: Sequence) -> SequenceCache:
-            # The last token is always computed: its logits are what comes next.
+            # The last token is always computed: its logits give the next one.
             prefix = sequence.tokens[:-1] if sequence.shares_prefix else ()
             rotation = model.transformer.rotation_for(len(sequence.tokens))
             return SequenceCache(pool, prefix, headroom=sequence.tokens_left, rotation=rotation)
@@ -303,13 +303,13 @@ class Engine:
 
 
 def _passed(share: Scheduled, outputs: int) -> tuple[SequenceCache, list[int], int]:
-    """What a share brings into the batch."""
+    """A share as :meth:`Batch.of` takes it."""
     tokens, begin = share.sequence.tokens, share.cache.length
     return share.cache, [*tokens[begin : begin + share.count], *share.drafts], outputs
 
 
 def _advance(share: Scheduled, logits: Tensor) -> Iterator[InferenceEvent]:
-    """Count a share as computed, and tell what the logits of its tokens say of the prompt."""
+    """Count a share as computed, and emit what its logits say about the prompt."""
     sequence = share.sequence
     targets = sequence.prompt_targets(share.count)
     of_prompt = sequence.computed < sequence.prompt_tokens
@@ -330,7 +330,7 @@ def _advance(share: Scheduled, logits: Tensor) -> Iterator[InferenceEvent]:
 
 
 def _end(sequence: Sequence) -> Iterator[InferenceEvent]:
-    """The end of a sequence that was cancelled, or has run out of time."""
+    """The end of a sequence that was cancelled, or whose deadline has passed."""
     if sequence.cancelled:
         yield from sequence.cancel()
     else:

@@ -1,7 +1,7 @@
-"""Prompt lookup: guess the next tokens by what followed the same few tokens before.
+"""Prompt lookup: draft the next tokens from what followed the same few tokens before.
 
-Answers often repeat their prompt (code, summaries, extraction). A guess costs nothing to make; a step that checks
-several tokens at once costs little more than one that makes one, since both read the same weights.
+Answers often repeat their prompt (code, summaries, extraction). A draft costs nothing to make. A step that checks
+several tokens costs little more than a step that makes one, since both read the same weights.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ _SHORTEST = 2
 
 
 class PromptLookup:
-    """Where each pair and triple of a growing list of tokens was last followed by something.
+    """An index of a growing list of tokens: after which pairs and triples something came, and where.
 
     Args:
-        width: tokens to guess at most.
+        width: how many tokens to draft at most.
     """
 
     __slots__ = ("_followed", "_indexed", "_width")
@@ -24,8 +24,8 @@ class PromptLookup:
         self._followed: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
-    def guess(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """What may come behind ``tokens``, of which earlier calls have seen the beginning."""
+    def draft(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """A draft of what follows ``tokens``. The list only grows from call to call."""
         for end in range(max(self._indexed, _SHORTEST), len(tokens)):
             for size in range(_SHORTEST, min(_LONGEST, end) + 1):
                 self._followed[tuple(tokens[end - size : end])] = end

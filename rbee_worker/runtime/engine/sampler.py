@@ -1,6 +1,7 @@
-"""Logits to tokens: one vectorised pass for all sequences of a step, each with its own parameters and generator.
+"""Sampler: logits to tokens, in one vectorized pass for all sequences of a step.
 
-A sequence's choice depends on its own row of logits and its own :class:`Sampler` alone, whoever else is in the batch.
+Each sequence has its own parameters and its own generator. Its choice depends on its own row of logits and its own
+:class:`Sampler` alone, not on the others in the batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,14 +29,14 @@ _NUCLEUS_CANDIDATES = 256
 _SUM_BLOCK = 256
 _BELOW_ONE = 1 - 2**-53
 _COLDEST = 1e-6
-"""Temperatures below are no different from it, and float32 cannot divide by the smallest of them."""
+"""Lower temperatures give the same result, and float32 cannot divide by the smallest of them."""
 _LEAST_PENALTY = 1e-6
-"""Repetition penalties below it would leave no logit finite."""
+"""Smaller repetition penalties would make logits infinite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """The model's log-probabilities at one place: the token's there, and the likeliest ones', likeliest first."""
+    """The model's log-probabilities at one position: of the token there, and of the likeliest tokens in order."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -50,7 +51,7 @@ class Sampled:
 
 
 class Sampler:
-    """What one sequence's choices depend on: its parameters, its generator, the tokens seen, its grammar.
+    """What a sequence's choices depend on: parameters, generator, the tokens seen so far, grammar.
 
     Args:
         params: validated sampling parameters.
@@ -86,7 +87,7 @@ class Sampler:
 
     @property
     def point(self) -> float:
-        """The number in [0, 1) that decides the next token; the same until a token is accepted."""
+        """The random number in [0, 1) that decides the next token. It stays the same until a token is accepted."""
         if self._point is None:
             self._point = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         return self._point
@@ -125,8 +126,8 @@ def sample(
 
     Args:
         logits: float32 [sequences, vocab_size]; overwritten.
-        samplers: of each row; they are not told what was chosen (:meth:`Sampler.accept`).
-        masks: what the grammars of some rows allow.
+        samplers: of each row. The caller passes them the chosen token (:meth:`Sampler.accept`).
+        masks: the tokens that the grammars of some rows allow.
 
     Raises:
         InferenceError: a row has logits that are not finite numbers, or none that is allowed.
@@ -182,7 +183,7 @@ class Candidates:
 
 
 def candidates(logits: Tensor, samplers: Sequence[Sampler]) -> Iterator[Candidates]:
-    """What temperature, top-k, top-p and min-p leave of logits [sequences, vocab_size], which are overwritten.
+    """The tokens that temperature, top-k, top-p and min-p leave; logits [sequences, vocab_size] are overwritten.
 
     Each row comes once.
     """

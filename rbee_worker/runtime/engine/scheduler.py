@@ -1,4 +1,4 @@
-"""Which sequences run in the next step, with how many tokens, and who holds which part of the KV cache."""
+"""Scheduler: which sequences run in the next step, and how many tokens each of them brings."""
 
 import bisect
 from collections import Counter
@@ -13,15 +13,15 @@ from rbee_worker.runtime.engine.waiting import WaitingQueue
 _SHARE_BESIDE_DECODING = 8
 _SMALLEST_CHUNK = 16
 _LIKELIHOODS_CHUNK = 64
-"""Prompt tokens a step whose log-probabilities are wanted: each has a row of logits as wide as the vocabulary."""
+"""Prompt tokens in one step whose log-probabilities are wanted. Each needs a row of logits over the vocabulary."""
 
 _WORTH_WAITING = 4 * BLOCK_TOKENS
-"""Prompt tokens that another sequence is just computing, for which a new one waits rather than compute them too."""
+"""A new sequence waits when another one is computing at least this many tokens of the same prompt prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of the next step: its next ``count`` pending tokens, and guesses at what follows them."""
+    """A sequence's share of the next step: its next ``count`` pending tokens, and drafts of what may follow them."""
 
     sequence: Sequence
     cache: SequenceCache
@@ -30,18 +30,20 @@ class Scheduled:
 
 
 class Scheduler:
-    """At most ``max_batch_size`` sequences, over one KV cache.
+    """Runs at most ``max_batch_size`` sequences at a time over one KV cache.
 
-    Sequences that only have their newest token pending run at every step. Prompts share ``prefill_chunk`` tokens a step
-    in order of arrival, an eighth of it while others decode, so that a long prompt slows them by a bounded amount.
+    A sequence that decodes has one pending token, its newest, and runs in every step. Prompts share ``prefill_chunk``
+    tokens a step in order of arrival. They get an eighth of that while other sequences decode, so a long prompt slows
+    the others by a bounded amount.
 
-    A sequence gets its place together with the cache for its whole prompt. When running ones outgrow the cache, the one
-    that came last gives its place and its blocks up, and is computed again later: what came first always moves on. One
-    that outgrows its rotary frequencies (LongRoPE) is computed again as well.
+    A sequence is admitted when the cache has room for its whole prompt. When the running sequences outgrow the cache,
+    the one that arrived last is preempted: it loses its place and its blocks, and is computed again later. The one that
+    arrived first always makes progress. A sequence that outgrows its rotary frequencies (LongRoPE) is computed again
+    too.
     """
 
     def __init__(self, max_batch_size: int, prefill_chunk: int, *, prefix_cache: bool = True) -> None:
-        """``prefix_cache``: what one sequence computes can be reused by others, so that waiting for it may pay."""
+        """``prefix_cache``: one sequence can reuse what another one computes, so it may pay to wait for it."""
         self._max_batch_size = max_batch_size
         self._prefill_chunk = prefill_chunk
         self._prefix_cache = prefix_cache
@@ -57,7 +59,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def take_ended(self, now: float) -> list[Sequence]:
-        """Remove and return what was cancelled or has run out of time by ``now``, waiting or running."""
+        """Remove and return the sequences that were cancelled, or whose deadline is before ``now``."""
         ended = [
             sequence for sequence in (*self.running, *self.waiting) if sequence.cancelled or now > sequence.deadline
         ]
@@ -66,10 +68,10 @@ class Scheduler:
         return ended
 
     def admit(self, new_cache: Callable[[Sequence], SequenceCache]) -> list[tuple[Sequence, SequenceCache]]:
-        """Move waiting sequences into free places, as far as the cache has room for their prompts.
+        """Give free places to waiting sequences, as long as the cache has room for their prompts.
 
         Args:
-            new_cache: makes a sequence's table, which begins with what is cached of its prompt.
+            new_cache: makes a sequence's table of blocks; it begins with the cached prefix of its prompt.
         """
         admitted: list[tuple[Sequence, SequenceCache]] = []
         running = Counter(sequence.client for sequence in self.running)
@@ -96,14 +98,14 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> list[Scheduled]:
-        """Shares of the next step, in order of arrival, with room in the cache for each."""
+        """The shares of the next step, in order of arrival. Room in the cache is reserved for each."""
         decoding = any(sequence.pending == 1 for sequence in self.running)
         budget, likelihoods = self._prefill_chunk, _LIKELIHOODS_CHUNK
         if decoding:
             budget = min(budget, max(budget // _SHARE_BESIDE_DECODING, _SMALLEST_CHUNK))
         shares = []
         for sequence in list(self.running):
-            if sequence.cache is None:  # gave its place up to one before it
+            if sequence.cache is None:  # preempted for one that arrived before it
                 continue
             count = sequence.pending
             if count > sequence.cache.rows_left:
@@ -126,12 +128,12 @@ class Scheduler:
         return [share for share in shares if share.sequence.cache is not None]
 
     def remove(self, sequence: Sequence) -> None:
-        """Give a sequence's place free; nothing happens when it has none."""
+        """Free a sequence's place; does nothing when it has none."""
         if not self.waiting.remove(sequence) and sequence in self.running:
             self.running.remove(sequence)
 
     def _make_room(self, sequence: Sequence, count: int, drafts: tuple[int, ...]) -> tuple[int, ...]:
-        """Reserve the cache of a share, without its drafts where they do not fit, at the cost of later sequences."""
+        """Reserve cache for a share. Drafts that do not fit are dropped; later sequences are preempted where needed."""
         while sequence.cache is not None:
             try:
                 sequence.cache.reserve(count + len(drafts))
@@ -151,7 +153,7 @@ class Scheduler:
         self.waiting.add_back(sequence)
 
     def _computing(self, sequence: Sequence, cached: int) -> tuple[Sequence, int] | None:
-        """The running sequence that is about to compute a good part of this one's prompt, and how much they share."""
+        """The running sequence that will soon compute much of this one's prompt, and how many tokens they share."""
         if not (self._prefix_cache and sequence.shares_prefix):
             return None
         for other in self.running:
@@ -163,7 +165,7 @@ class Scheduler:
 
 
 def _is_at_it(other: Sequence, common: int) -> bool:
-    """Whether a sequence that was found to compute what another waits for still does, without comparing them again."""
+    """Whether the other sequence still computes the shared prefix. The prompts are not compared again."""
     return other.cache is not None and min(other.pending - 1, common - other.computed) >= _WORTH_WAITING
 
 

@@ -26,7 +26,7 @@ from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokeni
 
 
 class Sequence:
-    """Tokens, text and timing of one job, and the events that tell of them.
+    """The tokens, text and timing of one job, and the events made of them.
 
     Attributes:
         job_id: unique among running jobs.
@@ -36,7 +36,7 @@ class Sequence:
         arrival: counts up from one sequence to the next.
         client: who asked.
         deadline: on the monotonic clock, when it must have ended.
-        cancelled: set from any thread; taken up before the next step.
+        cancelled: may be set from any thread; the engine reads it before the next step.
         finished: its terminal event has been made.
     """
 
@@ -66,7 +66,7 @@ class Sequence:
         self.cancelled = False
         self._tokenizer = tokenizer
         self._context_length = context_length
-        # Behind the end of what a grammar allows nothing can come but the end.
+        # When the text of a grammar is complete, only an end token can follow: ignore_eos would never end.
         endless = params.ignore_eos and grammar is None
         self._eos_ids = frozenset() if endless else tokenizer.eos_ids
         self.sampler = Sampler(params, seed, prompt, grammar)
@@ -88,33 +88,33 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that the model has yet to see before it can predict the next one."""
+        """Tokens that must be computed before the next token can be predicted."""
         return len(self.tokens) - self.computed
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether what is cached of its prompt will do; not where the logits of all of it are wanted."""
+        """Whether it may reuse a cached prefix. It may not when the logits of its whole prompt are wanted."""
         return self._prompt_logprobs is None
 
     @property
     def tokens_left(self) -> int:
-        """Tokens that it may yet generate."""
+        """How many more tokens it may generate."""
         left = self._context_length - len(self.tokens)
         return left if self.params.max_tokens is None else min(left, self.params.max_tokens - self._tokens_out)
 
     def prompt_outputs(self, count: int) -> int:
-        """Of how many of its next ``count`` tokens the logits are wanted."""
+        """For how many of its next ``count`` tokens the logits are wanted."""
         inside = self._prompt_logprobs is not None and self.computed < self.prompt_tokens
         return count if inside else 1
 
     def draft(self) -> tuple[int, ...]:
-        """Guesses at the next tokens."""
+        """Drafts of the next tokens; empty without speculation."""
         if self._lookup is None:
             return ()
-        return self._lookup.guess(self.tokens)[: max(self.tokens_left - 1, 0)]
+        return self._lookup.draft(self.tokens)[: max(self.tokens_left - 1, 0)]
 
     def admit(self, model: str, cache: SequenceCache) -> Iterator[Started]:
-        """Take its place in the batch; the first time, that is told."""
+        """Take a place in the batch. The first time, ``started`` is emitted."""
         self.cache = cache
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.clear()
@@ -126,11 +126,11 @@ class Sequence:
         yield Started(job_id=self.job_id, model=model, started_at=now, prompt_tokens=self.prompt_tokens, seed=self.seed)
 
     def preempt(self) -> None:
-        """Give its place and its cache up; it begins again with what it has generated."""
+        """Lose its place and its cache. It starts again later with the tokens it has so far."""
         self._release()
 
     def progress(self) -> Iterator[InferenceEvent]:
-        """How much of the prompt is done, after a step that took some of it."""
+        """How much of the prompt is prefilled, after a step that computed a part of it."""
         if self._tells_progress and not self._tokens_out:
             yield PromptProgress(
                 total=self.prompt_tokens,
@@ -140,17 +140,17 @@ class Sequence:
             )
 
     def prompt_targets(self, count: int) -> list[int]:
-        """The prompt's tokens that the logits of the next ``count`` tokens predict, where that is to be told."""
+        """The prompt tokens that the logits of the next ``count`` tokens predict; empty unless they are wanted."""
         if self._prompt_logprobs is None:
             return []
         return self.tokens[self.computed + 1 : min(self.computed + count + 1, self.prompt_tokens)]
 
     def take_prompt_likelihoods(self, likelihoods: list[Likelihood]) -> Iterator[PromptLogprobs]:
-        """Take the likelihoods of the prompt's next tokens; they are told once all are there."""
+        """Take the likelihoods of the prompt's next tokens. They are emitted when all are there."""
         told = self._prompt_logprobs
         if told is None:
             return
-        # Spelled out as they come: all at once, behind a long prompt, it would hold the others up for seconds.
+        # They are converted as they come. All at once, after a long prompt, would delay other sequences by seconds.
         if not told:
             told.append(self._logprob(self.tokens[0], None))
         told += map(self._logprob, self.tokens[len(told) : len(told) + len(likelihoods)], likelihoods)
@@ -184,7 +184,7 @@ class Sequence:
             yield from self._finish("context_full")
 
     def cancel(self) -> Iterator[InferenceEvent]:
-        """End it here; what was held back still belongs to the text."""
+        """End it now. Text that was held back is still emitted."""
         yield from self._finish("cancelled")
 
     def fail(self, code: str, message: str) -> InferenceFailed:

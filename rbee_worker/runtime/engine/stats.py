@@ -1,23 +1,23 @@
-"""EngineStats: what an engine has done and holds, read at any moment without stopping it."""
+"""EngineStats: what an engine has done and what it holds. It can be read at any moment."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """One reading. What is counted is counted since the engine was made, and never goes down.
+    """One reading. Counts begin when the engine is made and never go down.
 
     Attributes:
-        steps: forward passes that were run.
+        steps: forward passes.
         batch_sizes: entry ``n``: steps that had ``n`` sequences in them.
-        prefilled_tokens: prompt tokens that were computed; those whose keys and values were reused are not among them.
+        prefilled_tokens: prompt tokens that were computed. Reused ones are not counted.
         generated_tokens: tokens sampled.
-        preemptions: sequences that lost their place, and their cache, to others.
+        preemptions: how often a sequence lost its place and its cache to others.
         prefix_query_tokens: prompt tokens that were looked up in the prefix cache.
-        prefix_hit_tokens: those of them whose keys and values were reused.
+        prefix_hit_tokens: those of them that were found there and reused.
         kv_blocks_total: blocks of the KV cache; 0 without a model.
-        kv_blocks_used: blocks that running sequences hold now.
-        kv_blocks_cached: blocks that no sequence holds, but that a prompt could reuse now.
+        kv_blocks_used: blocks that running sequences hold.
+        kv_blocks_cached: blocks that no sequence holds but a prompt could reuse.
         block_tokens: tokens that a block holds.
     """
 

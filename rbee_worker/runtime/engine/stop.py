@@ -1,4 +1,4 @@
-"""Stop strings over streamed text."""
+"""StopMatcher: finds stop strings in streamed text."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces.
 
-    Text that may be the beginning of a stop string is held back, and let go as soon as it is not. The stop string that
-    is complete first counts, and of those that end together the longest, so that the result does not depend on how
-    the text is cut into pieces.
+    Text that may begin a stop string is held back until that is clear. The stop string that is complete first wins; of
+    those that end at the same place the longest wins. So the result does not depend on how the text is cut into pieces.
 
     Attributes:
-        matched: the stop string found, None before.
+        matched: the stop string that was found; None before.
     """
 
     __slots__ = ("_held", "_stops", "matched")
@@ -22,7 +21,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Text that can be shown: all up to a match, or up to what may yet become one."""
+        """The text that can be emitted: up to a match, or up to where one may begin."""
         if not self._stops:
             return text
         text = self._held + text
@@ -36,11 +35,11 @@ class StopMatcher:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The text held back, when no more is coming."""
+        """The text that was held back, when no more comes."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``, short of all of it."""
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,4 +1,4 @@
-"""The sequences that wait for a place in the batch, and whose turn it is."""
+"""WaitingQueue: the sequences that wait for a place in the batch, and whose turn it is."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -7,12 +7,11 @@ from rbee_worker.runtime.engine.sequence import Sequence
 
 
 class WaitingQueue:
-    """First come, first served for each client; clients take turns.
+    """Each client is served first come, first served. Clients take turns.
 
-    The next place goes to the client with the fewest sequences running, among equals to the one that was served
-    longest ago. A client that comes anew, whenever it was served before, stands behind those that have waited since an
-    earlier turn: coming anew each time is no way to the front. Sequences that had a place and lost it come before all
-    others.
+    The next place goes to the client with the fewest running sequences. Among equals it goes to the one that was served
+    longest ago. A client that comes back stands behind those that already wait, so nobody gains by coming back again
+    and again. Preempted sequences come before all others.
     """
 
     def __init__(self) -> None:
@@ -37,12 +36,12 @@ class WaitingQueue:
         self._clients[sequence.client].append(sequence)
 
     def add_back(self, sequence: Sequence) -> None:
-        """Queue one that lost its place."""
+        """Queue a preempted sequence."""
         self._returning.append(sequence)
         self._returning.sort(key=lambda waiting: waiting.arrival)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Take a sequence out; False when it does not wait."""
+        """Remove a sequence; False when it does not wait."""
         queue: list[Sequence] | deque[Sequence] = self._clients.get(sequence.client, deque())
         if sequence in self._returning:
             queue = self._returning
@@ -55,10 +54,10 @@ class WaitingQueue:
         return True
 
     def in_turn(self, running: Counter[str]) -> Iterator[Sequence]:
-        """Those waiting, next first, while the consumer removes the ones it takes.
+        """The waiting sequences, the next one first. The caller removes those that it admits.
 
         Args:
-            running: how many sequences each client has in the batch; counted up for each one taken.
+            running: how many sequences each client has in the batch. It is counted up for each one admitted.
         """
         yield from list(self._returning)
         left = {client: iter(list(queue)) for client, queue in self._clients.items()}

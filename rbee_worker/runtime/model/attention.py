@@ -1,7 +1,7 @@
 """Attention of a step's new tokens over the cached keys and values of their sequences.
 
-:class:`RunAttention` reads each run of the cache in place and merges what several runs give; it is for CPUs.
-:class:`GatherAttention` collects a sequence's positions first; it runs on every device.
+:class:`RunAttention` reads each run of the cache in place and merges the results of several runs. It is for CPUs.
+:class:`GatherAttention` first collects a sequence's positions. It runs on every device.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from torch.nn import functional
 from rbee_worker.runtime.cache.kv_cache import SequenceCache
 
 _QUERY_BLOCK = 128
-"""Queries that go through one kernel call. A block looks at the keys up to its own last position, so that little
-is computed only to be masked, and the mask stays small however long the context is."""
+"""Queries of one kernel call. They look at the keys up to their own last position, so little is computed and then
+masked, and the mask stays small however long the context is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A sequence's share of a batch: ``count`` tokens from row ``start``, behind what its cache holds.
+    """A sequence's share of a batch: ``count`` tokens from row ``start`` on, which follow what its cache holds.
 
-    ``outputs``: of how many of its last tokens the logits are wanted.
+    ``outputs``: for how many of its last tokens the logits are wanted.
     """
 
     cache: SequenceCache
@@ -34,13 +34,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a layer's attention scores differ from the plain ones.
+    """What is special about a layer's attention scores.
 
     Attributes:
         window: a query sees this many positions, its own included; None: all before it.
         scale: of the products of queries and keys; None: ``head_dim ** -0.5``.
         softcap: scores become ``cap * tanh(score / cap)``.
-        sinks: float32 [heads], a score of each head that takes its share of the softmax and gives nothing.
+        sinks: float32 [heads], one more score for each head. It takes a share of the softmax and has no value.
     """
 
     window: int | None = None
@@ -62,7 +62,7 @@ class Attention(Protocol):
             queries: [tokens, heads, head_dim], of all sequences side by side.
             keys: a layer's cache, [kv_heads, positions, head_dim], the new tokens' included.
             values: as keys.
-            scores: the layer's own ways.
+            scores: what is special about the layer.
 
         Returns:
             [tokens, heads * head_dim].
@@ -91,7 +91,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A step's pieces: those that are all that their queries see, and those that are parts of it."""
+    """A step's pieces. A ``whole`` piece is all that its queries see; ``parts`` must be merged."""
 
     whole: list[_Piece]
     parts: list[_Piece]
@@ -100,10 +100,10 @@ class _Plan:
 class RunAttention:
     """Reads each cached key and value once, where it lies.
 
-    A query whose sequence lies in one run goes through one kernel call. Where there are several, each call also gives
-    the logarithm of its sum of exponentials, by which the parts are weighted (arXiv:1805.02867 for the sum in parts).
-    Single queries of several sequences that share a run, such as a common prefix, go through it together. A window
-    leaves out the positions before it; what is planned for one is planned once in a step.
+    A sequence that lies in one run takes one kernel call. With several runs, each call also gives the logarithm of its
+    sum of exponentials, and the parts are weighted by it (arXiv:1805.02867 for the sum in parts). Sequences that decode
+    and share a run, such as a common prefix, read it in one call. A window hides the positions before it. The plan for
+    a window is made once in a step.
     """
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype) -> None:
@@ -154,11 +154,11 @@ class RunAttention:
             after = torch.logaddexp(before, part_weight)
             total[piece.rows] = total[piece.rows] * (before - after).exp() + part * (part_weight - after).exp()
             weight[piece.rows] = after
-        out.copy_(_drained(total, weight, scores.sinks))
+        out.copy_(_without_sinks(total, weight, scores.sinks))
 
 
 class GatherAttention:
-    """Collects each sequence's keys and values side by side before it looks at them."""
+    """Copies each sequence's keys and values side by side, then attends to them."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self._segments, self._device = segments, device
@@ -170,7 +170,7 @@ class GatherAttention:
         for rows, positions, mask in self._plans.get(scores.window) or self._planned(scores.window):
             if scores.softcap is not None or scores.sinks is not None:
                 part, weight = _attend_exactly(queries[rows], keys[:, positions], values[:, positions], mask, scores)
-                out[rows] = _drained(part, weight, scores.sinks).to(out.dtype)
+                out[rows] = _without_sinks(part, weight, scores.sinks).to(out.dtype)
                 continue
             attended = functional.scaled_dot_product_attention(
                 queries[rows].transpose(0, 1).unsqueeze(0),
@@ -184,7 +184,7 @@ class GatherAttention:
         return out.flatten(1)
 
     def _planned(self, window: int | None) -> list[tuple[slice, Tensor, Tensor]]:
-        """Of each segment: its rows, where its positions lie, and which of them each query sees."""
+        """For each segment: its rows, where its positions lie, and which of them each query sees."""
         plan = self._plans[window] = []
         for segment in self._segments:
             length, count = segment.cache.length, segment.count
@@ -199,7 +199,7 @@ class GatherAttention:
 
 
 def _seen_by_one(runs: Sequence[tuple[int, int]], position: int, window: int | None) -> list[tuple[int, int]]:
-    """The runs of a sequence, cut to what a query at its last ``position`` sees."""
+    """The runs of a sequence, cut to what the query at its last ``position`` sees."""
     if window is None:
         return list(runs)
     hidden, seen = max(position - window + 1, 0), []
@@ -213,7 +213,7 @@ def _seen_by_one(runs: Sequence[tuple[int, int]], position: int, window: int | N
 def _pieces(
     runs: Sequence[tuple[int, int]], row: int, position: int, count: int, dtype: torch.dtype, *, window: int | None
 ) -> list[_Piece]:
-    """What ``count`` queries from ``row`` look at, the first of them at ``position`` of its sequence."""
+    """What ``count`` queries from ``row`` on look at. The first of them is at ``position`` of its sequence."""
     pieces = []
     before = 0  # positions in earlier runs
     for begin, end in runs:
@@ -249,7 +249,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, scale:
     kv_heads = keys.shape[0]
     keys, values = keys[:, piece.begin : piece.end].unsqueeze(0), values[:, piece.begin : piece.end].unsqueeze(0)
     if tokens == 1:
-        # The heads that share keys become the query rows of one small product: nothing is repeated.
+        # The heads that share keys become the query rows of one small product, so keys are not repeated.
         folded = queries.view(1, kv_heads, heads // kv_heads, head_dim)
         return functional.scaled_dot_product_attention(folded, keys, values, scale=scale).view(1, heads, head_dim)
     out = functional.scaled_dot_product_attention(
@@ -272,7 +272,7 @@ def _attend_part(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, s
     if scores.softcap is not None:
         return _attend_exactly(queries, keys, values, piece.mask, scores)
     keys, values = keys.unsqueeze(0), values.unsqueeze(0)
-    # The only kernel of torch that tells the logarithm on a CPU.
+    # The only CPU kernel of torch that returns the logarithm.
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
     if piece.mask is None:
         group = heads // kv_heads
@@ -290,7 +290,7 @@ def _attend_part(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, s
 def _attend_exactly(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_attend_part`, each score made and capped in float32; the mask is added, or of bools that are seen."""
+    """As :func:`_attend_part`, with float32 scores. A float mask is added; a bool mask is True where a query sees."""
     tokens, heads, head_dim = queries.shape
     kv_heads, group = keys.shape[0], heads // keys.shape[0]
     folded = queries.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3).float()
@@ -308,6 +308,6 @@ def _attend_exactly(
     )
 
 
-def _drained(out: Tensor, weight: Tensor, sinks: Tensor | None) -> Tensor:
-    """What is left of [tokens, heads, head_dim] once the sinks had their share beside the weight [tokens, heads, 1]."""
+def _without_sinks(out: Tensor, weight: Tensor, sinks: Tensor | None) -> Tensor:
+    """``out`` [tokens, heads, head_dim] less the sinks' share; ``weight`` [tokens, heads, 1] is that of the rest."""
     return out if sinks is None else out * torch.sigmoid(weight - sinks[:, None])

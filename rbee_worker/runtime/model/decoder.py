@@ -1,10 +1,10 @@
 """The decoder, read from top to bottom: embed, layers of attention and MLP, norm, head.
 
-What differs between families is chosen when a layer is made, from :class:`ModelConfig`; a Llama runs nothing that it
-does not have.
+What differs between families is chosen from :class:`ModelConfig` when a layer is made. A Llama runs no code of other
+families.
 
-Tokens of all sequences of a step lie side by side in one [tokens, hidden] tensor. Norms and linear layers see them
-all at once; in attention each sees its own sequence's part of the cache.
+The tokens of all sequences of a step lie side by side in one tensor [tokens, hidden]. Norms and linear layers take them
+all at once. In attention each token sees its own sequence's part of the cache.
 """
 
 import functools
@@ -26,12 +26,12 @@ from rbee_worker.runtime.model.rope import Tables, rotaries, rotation
 
 MLP_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"gate_up": ("gate", "up"), "down": ("down",)})
 ATTENTION_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"qkv": ("q", "k", "v"), "o": ("o",)})
-"""Linear layers, and the matrices that each holds stacked along their outputs; the largest of a layer first."""
+"""Linear layers, and the stored matrices that each holds, stacked along their outputs. The largest comes first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward pass: int64 token ids and rows of the rotary tables, each [tokens], and whose they are."""
+    """One forward pass: int64 token ids and rows of the rotary tables, each [tokens], and whose tokens they are."""
 
     tokens: Tensor
     rows: Tensor
@@ -39,7 +39,7 @@ class Batch:
 
     @classmethod
     def of(cls, shares: Iterable[tuple[SequenceCache, Sequence[int], int]], device: torch.device) -> "Batch":
-        """A batch of shares: each a sequence's cache, its next tokens, and of how many of them logits are wanted."""
+        """A batch of shares: a sequence's cache, its next tokens, and for how many of them logits are wanted."""
         tokens: list[int] = []
         rows: list[int] = []
         segments = []
@@ -58,7 +58,7 @@ class LayerCache:
     Attributes:
         cache: the pool; ``index``: the layer's.
         slots: where in the pool the step's tokens go, int64 [tokens].
-        attention: how they look at what is there.
+        attention: of the step.
     """
 
     cache: KVCache
@@ -72,7 +72,7 @@ class LayerCache:
 
 
 class SelfAttention:
-    """Queries, keys and values from one matrix; rotated; attended; mixed by another."""
+    """Queries, keys and values by one matrix; norm, rotation, attention; then the output matrix."""
 
     __slots__ = ("_head_dim", "_heads", "_kv_heads", "_norm", "_rotate", "_scores", "nbytes", "o", "qkv")
 
@@ -111,7 +111,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """Attention, then an MLP, each added to what it was given; with norms before them, after them, or both."""
+    """Attention, then an MLP. Each adds to its input. There are norms before them, after them, or both."""
 
     __slots__ = (
         "_add",
@@ -145,7 +145,7 @@ class DecoderLayer:
 
 
 class ParallelLayer(DecoderLayer):
-    """Attention and MLP side by side, behind one norm."""
+    """Attention and MLP side by side, after one norm."""
 
     __slots__ = ()
 
@@ -189,7 +189,7 @@ Part = Embedding | DecoderLayer | Output
 
 
 class Transformer:
-    """A decoder-only language model, put together by ``loading/load.py`` as its parts arrive."""
+    """A decoder-only language model, which ``loading/load.py`` puts together part by part."""
 
     def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, context_length: int) -> None:
         self.config = config
@@ -205,7 +205,7 @@ class Transformer:
         self._head: Linear
 
     def place(self, part: Part) -> None:
-        """Take a part: layers come in order, the embedding and the output at any time."""
+        """Take a part. Layers come in order, the embedding and the output at any time."""
         self.nbytes += part.nbytes
         if isinstance(part, DecoderLayer):
             self.layers.append(part)
@@ -227,7 +227,7 @@ class Transformer:
         return SequenceCache(self.cache.pool, rotation=self.rotation_for(tokens))
 
     def rotation_for(self, tokens: int) -> Rotation:
-        """How the keys of a sequence are rotated that has so many tokens: LongRoPE has two ways (see ``rope.py``)."""
+        """The rotation for a sequence of so many tokens. LongRoPE has two (see ``rope.py``)."""
         rope = self.config.rope
         if rope.kind != "longrope" or self.context_length <= rope.original_max_positions:
             return ROTATION
@@ -236,12 +236,12 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Run one step and fill the caches, in which room must have been reserved.
+        """Run one step and write keys and values to the caches. Room must have been reserved in them.
 
-        Their ``length`` does not move: what was written counts once the sequence's owner says so.
+        Their ``length`` does not change: whoever owns the sequence calls :meth:`SequenceCache.advance`.
 
         Returns:
-            float32 logits of the wanted tokens of each segment, side by side: [outputs of all segments, vocab_size].
+            float32 logits of the wanted tokens of all segments, side by side: [outputs of all segments, vocab_size].
         """
         rows = [
             row
@@ -254,7 +254,7 @@ class Transformer:
         return self._finished(self._head(self._output.norm(hidden)).float())
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """What some families do to logits, float32 [tokens, vocab_size]."""
+        """Logits, float32 [tokens, vocab_size], after the multiplier and the soft cap that some families have."""
         config = self.config
         if config.logit_multiplier != 1.0:
             logits = logits * config.logit_multiplier

@@ -59,7 +59,7 @@ class LayerNorm:
 
 
 class HeadNorm:
-    """A norm of each head by itself, weights [heads, head_dim], of x [tokens, heads, head_dim]."""
+    """Norms each head by itself: weights [heads, head_dim], x [tokens, heads, head_dim]."""
 
     __slots__ = ("_eps", "_layer", "_shape", "weight")
 
@@ -86,13 +86,13 @@ def make_norm(config: ModelConfig, weight: Tensor, bias: Tensor | None = None) -
 
 
 def norm_or_nothing(config: ModelConfig, vectors: Mapping[str, Tensor], role: str) -> Norm:
-    """The norm of a role; where the model has none there, what leaves everything as it is."""
+    """The norm of a role; the identity where the model has none there."""
     weight = vectors.get(f"{role}.weight")
     return unchanged if weight is None else make_norm(config, weight, vectors.get(f"{role}.bias"))
 
 
 def query_key_norm(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Norm:
-    """What is done to queries and keys side by side, [tokens, heads + kv_heads, head_dim], before they are rotated."""
+    """The norm of queries and keys, side by side [tokens, heads + kv_heads, head_dim], before they are rotated."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if config.query_key_norm == "none":
         return unchanged
@@ -111,7 +111,7 @@ def query_key_norm(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Norm:
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """The same."""
+    """Return x."""
     return x
 
 

@@ -1,4 +1,4 @@
-"""A mixture of experts: each token goes through the few MLPs that a router chooses for it."""
+"""Mixture of experts: a router chooses a few MLPs for each token."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,9 @@ from rbee_worker.runtime.model.linear.linear import Linear
 
 
 class Experts:
-    """The router, and the experts one after the other: each that has tokens runs once, on all of them.
+    """The router and the experts. An expert runs once a step, on all the tokens that chose it.
 
-    The router's weights are float32, whatever form the experts' matrices are in.
+    The router's weights are float32, whatever form the experts' matrices have.
     """
 
     __slots__ = ("_active", "_gated", "_renormalise", "_router", "_router_bias", "experts", "nbytes")
@@ -28,7 +28,7 @@ class Experts:
         router_bias: Tensor | None,
         experts: Sequence[Mapping[str, Linear]],
     ) -> None:
-        """``experts``: of each, ``gate_up`` and ``down``."""
+        """``experts``: the matrices ``gate_up`` and ``down`` of each."""
         self.experts = [(matrices["gate_up"], matrices["down"]) for matrices in experts]
         self._router, self._router_bias = router, router_bias
         self._active, self._renormalise = config.active, config.renormalise
@@ -38,7 +38,7 @@ class Experts:
         self.nbytes = sum(gate_up.nbytes + down.nbytes for gate_up, down in self.experts)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[tokens, hidden_size] as it came."""
+        """Map [tokens, hidden_size] to the same shape and dtype."""
         weights, chosen = self._route(x)
         out = torch.zeros_like(x)
         for number in torch.unique(chosen).tolist():
@@ -49,14 +49,14 @@ class Experts:
         return out
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token, the weights of its experts and which they are: float32 and int64 [tokens, active]."""
+        """The weights of each token's experts and their numbers: float32 and int64, each [tokens, active]."""
         likely = functional.linear(x.float(), self._router, self._router_bias).softmax(-1)
         weights, chosen = likely.topk(self._active, dim=-1)
         return weights / weights.sum(-1, keepdim=True) if self._renormalise else weights, chosen
 
 
 def _clamped(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
-    """gpt-oss's activation: ``gate * sigmoid(alpha * gate) * (up + 1)``, gate at most and up within the limit."""
+    """gpt-oss's activation: ``gate * sigmoid(alpha * gate) * (up + 1)``; gate <= limit, -limit <= up <= limit."""
     gate, up = gate_up.chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
