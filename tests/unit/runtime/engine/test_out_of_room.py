@@ -27,7 +27,7 @@ def engine_of(path: str, **config: int) -> Engine:
 def test_no_guess_goes_beyond_the_end(tiny: str, max_tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(tiny, speculate=7)
     # One token over and over, and all guesses right.
-    monkeypatch.setattr(PromptLookup, "guess", lambda *_: (65,) * 7)
+    monkeypatch.setattr(PromptLookup, "draft", lambda *_: (65,) * 7)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logit_bias=((65, 100.0),))
     ends = [list(engine.generate(GenerationRequest(prompt="abc" * 3, sampling=params)))[-1] for _ in range(2)]
     for end in ends:

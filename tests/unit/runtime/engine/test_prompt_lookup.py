@@ -15,7 +15,7 @@ def test_the_latest_occurrence_and_the_longest_match_count():
     assert PromptLookup(1).draft([2, 3, 9, 7, 2, 3]) == (9,)
 
 
-def test_nothing_alike_gives_no_guess():
+def test_nothing_alike_gives_no_draft():
     assert PromptLookup(4).draft([1, 2, 3, 4]) == ()
     assert PromptLookup(4).draft([1]) == ()
 
@@ -24,4 +24,4 @@ def test_nothing_alike_gives_no_guess():
 def test_growing_step_by_step_gives_what_one_look_gives(tokens, width):
     growing = PromptLookup(width)
     for end in range(1, len(tokens) + 1):
-        assert growing.draft(tokens[:end]) == PromptLookup(width).guess(tokens[:end])
+        assert growing.draft(tokens[:end]) == PromptLookup(width).draft(tokens[:end])
