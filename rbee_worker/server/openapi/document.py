@@ -6,6 +6,7 @@ from dataclasses import is_dataclass
 from typing import Any, Final
 
 from starlette.routing import Route
+from typing_extensions import is_typeddict
 
 from rbee_worker import __version__
 from rbee_worker.errors import (
@@ -86,7 +87,9 @@ def component_schemas() -> dict[str, Schema]:
     """Every schema that the document refers to."""
     modules = (answers, answers_openai, answers_responses)
     kinds = [kind for module in modules for kind in vars(module).values()]
-    records = dict.fromkeys(kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind))
+    records = dict.fromkeys(
+        kind for kind in kinds if inspect.isclass(kind) and (is_dataclass(kind) or is_typeddict(kind))
+    )
     bodies = {operation.body for operation in OPERATIONS.values() if operation.body is not None}
     parts = (event_schemas(), record_schemas(records), body_schemas(sorted(bodies, key=lambda body: body.__name__)))
     schemas: dict[str, Schema] = {}
@@ -140,7 +143,7 @@ def _operation_id(method: str, path: str) -> str:
 def _answer(answer: Answer) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if answer.json is not None:
-        content[JSON] = {"schema": ref(answer.json.__name__) if is_dataclass(answer.json) else {"type": "object"}}
+        content[JSON] = {"schema": {"type": "object"} if answer.json is dict else ref(answer.json.__name__)}
     if answer.frames:
         content[EVENT_STREAM] = {"schema": frame_schema(answer.frames)}
     if answer.text is not None:

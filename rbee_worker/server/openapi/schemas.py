@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from pydantic import TypeAdapter
@@ -88,24 +88,28 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
 
 
 def record_schemas(records: Iterable[type]) -> dict[str, Schema]:
-    """Schemas of dataclasses that are sent, those of their parts among them.
+    """Schemas of what is sent: TypedDicts and dataclasses, those of their parts among them.
 
-    A field whose default is None is left out of the JSON instead of being null.
+    A TypedDict says everything itself: its docstring, a field's ``Field(description=...)``, ``NotRequired`` for a
+    key that may be absent. Of a dataclass that is named here, the docstring's ``Attributes`` tell of the fields, and
+    a field whose default is None is left out of the JSON instead of being null.
     """
     known = {record.__name__: record for record in records}
     adapters = [(name, "validation", TypeAdapter[Any](record)) for name, record in known.items()]
     _, found = TypeAdapter.json_schemas(adapters, ref_template=_TEMPLATE)  # type: ignore[arg-type]  # its own Literal
     schemas: dict[str, Schema] = found["$defs"]
     for name, schema in schemas.items():
-        record = known[name]
-        told = _attributes(record)
-        absent = {field.name for field in fields(record) if field.default is None and not field.metadata.get("null")}
-        schema["description"] = _plain((inspect.getdoc(record) or "").partition("\n\nAttributes:")[0])
+        record = known.get(name)
+        told: Mapping[str, str] = {}
+        absent: Container[str] = ()
+        if is_dataclass(record):
+            told = _attributes(record)
+            absent = [field.name for field in fields(record) if field.default is None and not field.metadata]
+            schema["description"] = (inspect.getdoc(record) or "").partition("\n\nAttributes:")[0]
+        schema["description"] = _plain(schema.get("description", ""))
         schema.pop("title", None)
         for key, value in schema.get("properties", {}).items():
-            tidy = _tidied(value)
-            if key in absent:
-                tidy = _not_null(tidy)
+            tidy = _not_null(_tidied(value)) if key in absent else _tidied(value)
             schema["properties"][key] = tidy | ({"description": told[key]} if key in told else {})
     return schemas
 

@@ -5,11 +5,13 @@ import hashlib
 import json
 import re
 from base64 import b64encode
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import jsonschema_rs
 import pytest
+from pydantic import Field
 from starlette.routing import Route
+from typing_extensions import TypedDict
 
 from rbee_worker.config import (
     CHOICES_RANGE,
@@ -23,11 +25,12 @@ from rbee_worker.config import (
     ServerConfig,
 )
 from rbee_worker.events import to_dict
+from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server.app import create_app
 from rbee_worker.server.openapi.document import TAGS, build
 from rbee_worker.server.openapi.operations import OPERATIONS
 from rbee_worker.server.openapi.page import POLICY, STYLE, render
-from rbee_worker.server.openapi.schemas import INFERENCE_EVENTS, LOADING_EVENTS, REF, body_schemas
+from rbee_worker.server.openapi.schemas import INFERENCE_EVENTS, LOADING_EVENTS, REF, body_schemas, record_schemas
 from rbee_worker.server.openapi.texts import FIELDS
 from tests.unit import samples
 
@@ -135,6 +138,37 @@ def test_events_fit_their_schema_and_nothing_else(document, event):
         optional = {field.name for field in dataclasses.fields(event) if field.default is None}
         without = {other: value for other, value in told.items() if other != key}
         assert jsonschema_rs.validator_for(whole).is_valid(without) == (key in optional), key
+
+
+class Part(TypedDict):
+    """A part,
+    a ``small`` one."""
+
+    size: int
+
+
+class Whole(TypedDict):
+    """A whole."""
+
+    first: Annotated[Part, Field(description="The first.")]
+    others: list[Part | DeviceInfo]
+    reason: NotRequired[Annotated[str, Field(description="Why.")]]
+    length: int | None
+
+
+def test_a_typed_dict_is_described_by_itself_and_its_parts_with_it():
+    schemas = record_schemas([Whole])
+    assert schemas.keys() == {"Whole", "Part", "DeviceInfo"}
+    assert schemas["Part"]["description"] == "A part, a `small` one."
+    whole = schemas["Whole"]
+    assert whole["description"] == "A whole."
+    assert whole["required"] == ["first", "others", "length"]
+    assert whole["properties"] == {
+        "first": {"$ref": REF + "Part", "description": "The first."},
+        "others": {"type": "array", "items": {"anyOf": [{"$ref": REF + "Part"}, {"$ref": REF + "DeviceInfo"}]}},
+        "reason": {"type": "string", "description": "Why."},
+        "length": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    }
 
 
 def test_every_event_is_in_the_union_of_its_streams(document):
