@@ -22,8 +22,10 @@ import numpy.typing as npt
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
+from rbee_worker.runtime.formats.quantized.methods import quantization_section
 from rbee_worker.runtime.formats.safetensors import DTYPE_BYTES, SINGLE_NAME, TensorInfo, quoted, read_header
 from rbee_worker.runtime.source import ModelSource
+from rbee_worker.runtime.untrusted import ConfigReader
 
 PARTIAL_NAME: Final = f"{SINGLE_NAME}.partial"
 
@@ -120,9 +122,10 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
     checkpoint = source.checkpoint()
-    if dtype != "auto" and source.format == "safetensors" and source.config().get("quantization_config"):
+    quantized = source.format == "safetensors" and quantization_section(ConfigReader(source.config(), "config.json"))
+    if dtype != "auto" and quantized:
         raise ModelUnsupported(
-            f"{source.name} is quantised; in {dtype} its scales would be rounded, and every weight with them.",
+            f"{source.name} is quantized; in {dtype} its scales would be rounded, and every weight with them.",
             hint="Copy it as it is, with --dtype auto.",
         )
     typed = [(info, _target(info, dtype)) for info in checkpoint.tensors.values()]

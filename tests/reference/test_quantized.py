@@ -234,6 +234,11 @@ def test_convert_keeps_a_quantised_checkpoint_as_it_is_or_refuses(
     out = tmp_path / "converted"
     with pytest.raises(ModelUnsupported, match="scales would be rounded"):
         convert(resolve(str(path)), out, dtype="bfloat16")
+    # compressed-tensors once wrote its section under another key.
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "compression_config": config.pop("quantization_config")}))
+    with pytest.raises(ModelUnsupported, match="scales would be rounded"):
+        convert(resolve(str(path)), out, dtype="float16")
     assert list(convert(resolve(str(path)), out))[-1].finished
     ours, theirs = (logits_of(transformer_of(load(folder)), [[1, 2, 3]])[0] for folder in (out, path))
     assert torch.equal(ours, theirs)

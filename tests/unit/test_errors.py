@@ -3,7 +3,7 @@
 import re
 
 from rbee_worker import errors
-from rbee_worker.errors import ModelNotFound, RbeeError
+from rbee_worker.errors import ModelNotFound, ModelNotLoaded, RbeeError
 
 LINE = re.compile(
     r"^(?P<indent>[│├└─ ]*)(?P<name>[A-Z]\w+) *(?:(?P<exit>\d+) +(?P<status>\d{3}) +(?P<code>[A-Z_]+))?", re.MULTILINE
@@ -58,3 +58,4 @@ def test_hint_follows_the_message():
         "x.gguf: no such file. Check the path.",
     )
     assert str(ModelNotFound("x.gguf: no such file.")) == "x.gguf: no such file."
+    assert str(ModelNotLoaded("Model not loaded", hint="Load one.")) == "Model not loaded. Load one."

@@ -22,7 +22,7 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear, stored_shapes, tensor_name
 from rbee_worker.runtime.architecture.table import Architecture
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, is_idle_bias
-from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo
+from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo, quoted
 from rbee_worker.runtime.formats.stacked_experts import read_expert
 from rbee_worker.runtime.model.decoder import (
     ATTENTION_LINEARS,
@@ -58,6 +58,8 @@ _TOGETHER = 8
 """Rows that a quantised head may have packed into one word: blocks end where words do."""
 
 _MMAP_BYTES = 2**20
+_SHOWN = 3
+"""Names of tensors that a message shows."""
 
 Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
 """Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file; the last is the
@@ -114,10 +116,10 @@ def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Ch
         name for name in left if not name.endswith(architecture.ignored_suffixes) and not is_idle_bias(checkpoint, name)
     ]
     if leftover:
-        shown = ", ".join(f"'{name}'" for name in sorted(leftover)[:3])
+        shown = ", ".join(map(quoted, sorted(leftover)[:_SHOWN]))
         raise ModelMalformed(
             f"{_files(checkpoint)}: {len(leftover)} tensors are not part of {config.architecture} "
-            f"with {config.num_hidden_layers} layers: {shown}{', …' if len(leftover) > len(shown) else ''}.",
+            f"with {config.num_hidden_layers} layers: {shown}{', …' if len(leftover) > _SHOWN else ''}.",
             hint="Does config.json belong to this checkpoint?",
         )
     return groups

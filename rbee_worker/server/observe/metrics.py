@@ -134,7 +134,7 @@ def _load(load: LoadingBroadcast) -> Iterator[Metric]:
     yield _gauge("rbee_load_bytes_per_second", "Mean rate of reading.", counts.bytes_per_second)
     for name, text, value in (
         ("rbee_load_layers_loaded", "Decoder layers that are resident.", counts.layers_loaded),
-        ("rbee_load_layers_total", "Decoder layers of the model.", counts.layers_total),
+        ("rbee_load_layers", "Decoder layers of the model.", counts.layers_total),
         ("rbee_load_device_memory_bytes", "Memory that the load's weights hold.", counts.vram_mb * MIB),
     ):
         family = GaugeMetricFamily(name, text, labels=["device"])

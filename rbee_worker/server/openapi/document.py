@@ -46,6 +46,7 @@ TAGS: Final[Mapping[str, str]] = {
 _EVERYWHERE: Final[Errors] = (HeadersTooLarge, RbeeError)
 _BEHIND_THE_DOOR: Final[Errors] = (Forbidden, Unavailable)
 _WITH_BODY: Final[Errors] = (InvalidRequest, RequestTimeout, BodyTooLarge, BodyEncoded)
+_UNEXPECTED: Final = "The worker failed. Its log says why."
 _RETRY_LATER: Final = frozenset({429, 503})
 
 
@@ -166,7 +167,9 @@ def frame_schema(names: Sequence[str]) -> Schema:
 
 
 def _error(status: int, raised: Iterable[type[RbeeError]], operation: Operation) -> dict[str, Any]:
-    told = dict.fromkeys(f"`{error.code}`: {inspect.getdoc(error)}" for error in raised)
+    told = dict.fromkeys(
+        f"`{error.code}`: {_UNEXPECTED if error is RbeeError else inspect.getdoc(error)}" for error in raised
+    )
     content: dict[str, Any] = {JSON: {"schema": ref("ErrorEnvelope")}}
     if operation.streams_errors:
         content[EVENT_STREAM] = {"schema": frame_schema(["InferenceFailed"])}

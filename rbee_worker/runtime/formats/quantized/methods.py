@@ -36,6 +36,12 @@ METHODS: Mapping[str, Read] = MappingProxyType(
 """By ``quant_method``."""
 
 
+def quantization_section(reader: ConfigReader) -> tuple[ConfigReader, str] | None:
+    """The section of ``config.json`` that says how the checkpoint is quantized, and its key; None: it is not."""
+    sections = [(section, key) for key in _KEYS if (section := reader.section(key)) is not None]
+    return sections[-1] if sections else None
+
+
 def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | None:
     """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantised.
 
@@ -45,12 +51,10 @@ def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | 
         ModelUnsupported: another method, or an option that is not handled, by name.
         ModelMalformed: an option of the wrong type.
     """
-    section, key = None, _KEYS[0]
-    for name in _KEYS:
-        found = reader.section(name)
-        section, key = (found, name) if found is not None else (section, key)
-    if section is None:
+    found = quantization_section(reader)
+    if found is None:
         return None
+    section, key = found
     options = QuantizationReader(section.values, reader.file, where=key)
     method = options.text("quant_method", "unnamed")
     if method == _MXFP4 and _MXFP4_ARCHITECTURE in (reader.values.get("architectures") or ()):

@@ -57,6 +57,15 @@ def test_a_leftover_tensor_is_named(path: Path) -> None:
         plan(path)
 
 
+def test_of_many_leftover_tensors_the_first_are_named(path: Path) -> None:
+    names = [f"model__layers__{layer}__mlp__up_proj__weight" for layer in range(3, 8)]
+    rewrite(path, **dict.fromkeys(names, torch.zeros(2)))
+    with pytest.raises(
+        ModelMalformed, match=r"5 tensors are not part of .*layers\.3\..*layers\.4\..*layers\.5\..*', …\.$"
+    ):
+        plan(path)
+
+
 def test_a_shape_that_the_config_contradicts_is_named(path: Path) -> None:
     rewrite(path, model__norm__weight=torch.ones(32))
     with pytest.raises(ModelMalformed, match=r"'model\.norm\.weight' has shape \[32\]; config\.json says \[64\]"):

@@ -11,7 +11,9 @@ from rbee_worker.events import End, InferenceFailed, Token
 from rbee_worker.runtime.engine.stats import EngineStats
 from rbee_worker.server.observe.figures import OUTCOMES, Histogram, JobFigures
 from rbee_worker.server.observe.metrics import WorkerMetrics
+from rbee_worker.worker.broadcast import LoadingBroadcast
 from rbee_worker.worker.job import Job, deliver
+from tests.unit.samples import LOAD
 
 
 def samples(page):
@@ -54,6 +56,18 @@ def page(stand_in):
         figures=worker.observers[0],
         read=lambda: samples(metrics.render(worker.memory())),
     )
+
+
+def test_names_follow_the_conventions_of_prometheus(page):
+    worker = page.worker
+    worker.broadcast = LoadingBroadcast()
+    for event in LOAD:
+        worker.broadcast.publish(event)
+    for family in page.metrics.collect():
+        # A suffix that says "counter", or that a kind adds by itself, misleads whoever reads the name alone.
+        assert not re.search(r"_(total|count|sum|bucket|info)$", family.name), family.name
+        assert re.fullmatch(r"rbee_[a-z][a-z0-9_]*", family.name), family.name
+        assert family.documentation.endswith("."), family.name
 
 
 def test_a_histogram_counts_cumulatively_and_bounds_belong_to_their_bucket():
