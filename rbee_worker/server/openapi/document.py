@@ -167,9 +167,8 @@ def frame_schema(names: Sequence[str]) -> Schema:
 
 
 def _error(status: int, raised: Iterable[type[RbeeError]], operation: Operation) -> dict[str, Any]:
-    told = dict.fromkeys(
-        f"`{error.code}`: {_UNEXPECTED if error is RbeeError else inspect.getdoc(error)}" for error in raised
-    )
+    texts = ((error.code, _UNEXPECTED if error is RbeeError else inspect.getdoc(error)) for error in raised)
+    told = dict.fromkeys(f"`{code}`: {text}" for code, text in texts)
     content: dict[str, Any] = {JSON: {"schema": ref("ErrorEnvelope")}}
     if operation.streams_errors:
         content[EVENT_STREAM] = {"schema": frame_schema(["InferenceFailed"])}
