@@ -18,6 +18,7 @@ from rbee_worker.server.http.access import Access, cors, cors_origins, host_patt
 from rbee_worker.server.http.envelope import error_response
 from rbee_worker.server.http.keys import ApiKeys
 from rbee_worker.server.http.middleware import BODY_SECONDS, BodyLimit, Errors, RequestLog
+from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.observe.metrics import WorkerMetrics
 from rbee_worker.server.observe.tracing import Tracing, shut_down
@@ -78,7 +79,7 @@ def create_app(
     native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model), metrics)
     openai = OpenAI(worker, config, native.holding, native.streams)
     app = Starlette(
-        routes=Described([*native.routes(), *openai.routes()], keyed=bool(keys)).routes,
+        routes=Described([*routes(native), *openai.routes()], keyed=bool(keys)).routes,
         middleware=[
             Middleware(RequestLog, metrics),
             *([Middleware(Tracing, tracer_provider)] if tracer_provider is not None else ()),

@@ -22,7 +22,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from rbee_worker.server.openapi.operations import EVENT_STREAM, JSON, OPERATIONS
+from rbee_worker.config import ServerConfig
+from rbee_worker.server.http.operation import Operation, routes
+from rbee_worker.server.native.routes import AllowedModels, Native
+from rbee_worker.server.openai import OpenAI
+from rbee_worker.server.openapi import Described
+from rbee_worker.server.openapi.document import EVENT_STREAM, JSON, described
 from rbee_worker.server.openapi.schemas import body_schemas
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
@@ -38,6 +43,17 @@ CONFORMANCE = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+
+
+def operations() -> dict[tuple[str, str], Operation]:
+    """What every route does, by method and path."""
+    native = routes(Native(None, ServerConfig(), AllowedModels(None), None))
+    every = Described([*native, *OpenAI(None, ServerConfig(), None, set()).routes()], keyed=False).routes
+    served = [(method, route) for route in every for method in route.methods - {"HEAD"}]
+    return {(method, route.path_format): described(method, route)[0] for method, route in served}
+
+
+OPERATIONS = operations()
 WITH_BODY = [name for name, operation in OPERATIONS.items() if operation.body]
 WITHOUT = [name for name, operation in OPERATIONS.items() if not operation.body]
 GENERATING = [

@@ -17,6 +17,7 @@ from rbee_worker.config import (
     ServerConfig,
 )
 from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
+from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.bodies import InferenceBody, LoadingBody
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.openai import OpenAI
@@ -150,7 +151,8 @@ def test_every_route_of_openai_has_its_section():
 
 
 def test_every_route_has_its_section():
-    routes = Described(Native(None, ServerConfig(), AllowedModels(None), None).routes(), keyed=False).routes
-    registered = {f"`{method} {route.path_format}`" for route in routes for method in route.methods - {"HEAD"}}
+    native = routes(Native(None, ServerConfig(), AllowedModels(None), None))
+    served = Described(native, keyed=False).routes
+    registered = {f"`{method} {route.path_format}`" for route in served for method in route.methods - {"HEAD"}}
     described = {heading for heading in headings(read("docs/http-api.md")) if re.match(r"`[A-Z]+ /", heading)}
     assert described == registered

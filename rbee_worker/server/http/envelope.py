@@ -1,15 +1,18 @@
-"""Answers that are no streams: the error envelope, errors as frames, and the reading of JSON bodies."""
+"""Answers that are no streams: JSON of a known shape, the error envelope, and the reading of JSON bodies."""
 
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from dataclasses import asdict
+from typing import Annotated, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import anyio.to_thread
+from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Scope
+from typing_extensions import TypedDict
 
 from rbee_worker.errors import BodyEncoded, InvalidRequest, RbeeError
 from rbee_worker.server import sse
@@ -53,7 +56,45 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> dict[str, Any]:
+class Json(Response, Generic[T]):
+    """A JSON answer of the shape ``T``, usually a TypedDict; dataclasses in it become objects."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: T, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(content, status_code, headers)
+
+    def render(self, content: Any) -> bytes:
+        """UTF-8, without spaces."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=asdict)
+        return text.encode()
+
+
+class BadField(TypedDict):
+    """One bad field of a request: its name, the constraint it breaks, and a sentence about it."""
+
+    field: str
+    constraint: str
+    message: str
+
+
+class ErrorDetail(TypedDict):
+    """What is wrong, for people and for programs."""
+
+    message: Annotated[str, Field(description="For people; never holds the text of a prompt.")]
+    type: Annotated[str, Field(description="The class of the error.")]
+    param: Annotated[str | None, Field(description="The first bad field, or null.")]
+    code: Annotated[str, Field(description="For programs.")]
+
+
+class ErrorEnvelope(TypedDict):
+    """Every error."""
+
+    error: ErrorDetail
+    errors: Annotated[list[BadField], Field(description="Every bad field of the request; empty for other errors.")]
+
+
+def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> ErrorEnvelope:
     """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors``, every bad field.
 
     ``codes`` are said in place of the worker's own.
@@ -90,7 +131,7 @@ def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | 
     openai = scope["path"].startswith(_OPENAI_PATHS)
     if openai and error.http_status in _FINAL:
         extra["X-Should-Retry"] = "false"
-    return JSONResponse(envelope(error, OPENAI_CODES if openai else None), error.http_status, extra)
+    return Json(envelope(error, OPENAI_CODES if openai else None), error.http_status, extra)
 
 
 def clamp_retry(seconds: float | None) -> int:

@@ -1,29 +1,144 @@
 """The worker's own routes: inference, loading, and what the worker says of itself."""
 
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NotRequired
 
 import anyio.to_thread
+from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from rbee_worker import __version__
 from rbee_worker.config import DEFAULT_MODEL, GenerationRequest, ServerConfig
-from rbee_worker.errors import FieldError, Forbidden, InvalidRequest, NotFound
-from rbee_worker.events import Event
+from rbee_worker.errors import (
+    Conflict,
+    DeviceUnavailable,
+    FieldError,
+    Forbidden,
+    InvalidRequest,
+    ModelMalformed,
+    ModelNotFound,
+    ModelNotLoaded,
+    ModelUnsupported,
+    NotFound,
+    Unavailable,
+)
+from rbee_worker.events import Event, InferenceEvent, LoadingEvent
+from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server import sse
 from rbee_worker.server.holding import Holding
 from rbee_worker.server.http.access import client_of
-from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, off_loop, read_object
+from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, Json, off_loop, read_object
+from rbee_worker.server.http.operation import ERRORS_OF_JOBS, Operation
 from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.server.observe.metrics import CONTENT_TYPE, WorkerMetrics
-from rbee_worker.worker.worker import Worker
+from rbee_worker.worker.worker import State, Worker
 
 PROGRESS_PATH = "/v1/loading/progress"
+
+_DEAD = "The engine's thread has died; the log says why. Restart the worker."
+
+ProgressUrl = Annotated[str, Field(description="Where its events are.")]
+VramBytes = Annotated[int, Field(description="Memory of the weights, those of a load under way included.")]
+
+
+class LoadAccepted(TypedDict):
+    """The load has begun."""
+
+    progress_url: ProgressUrl
+    model: str
+    resident_keeps_serving: Annotated[
+        bool, Field(description="Whether the model that serves goes on until the new one is ready.")
+    ]
+
+
+class CancelAccepted(TypedDict):
+    """The load is being cancelled."""
+
+    progress_url: ProgressUrl
+
+
+class Unloaded(TypedDict):
+    """The model is gone."""
+
+    vram_bytes_freed: Annotated[int, Field(description="0 when there was none.")]
+
+
+class Index(TypedDict):
+    """Who answers here."""
+
+    name: Literal["rbee-worker"]
+    version: str
+    ready_url: str
+
+
+class Health(TypedDict):
+    """Whether the worker is well."""
+
+    status: Literal["healthy", "unhealthy"]
+    state: State
+    vram_bytes: VramBytes
+    reason: NotRequired[Annotated[str, Field(description="Why the worker is unhealthy.")]]
+    code: NotRequired[Annotated[str, Field(description="Of the error of the load that failed.")]]
+
+
+class Life(TypedDict):
+    """Whether the engine's thread lives."""
+
+    status: Literal["alive", "dead"]
+    reason: NotRequired[Annotated[str, Field(description="Why it does not.")]]
+
+
+class ReadyStatus(TypedDict):
+    """Whether requests would be served now, as a status."""
+
+    ready: bool
+    state: NotRequired[State]
+
+
+class Readiness(TypedDict):
+    """Whether requests would be served now, in words."""
+
+    ready: bool
+    state: Literal["idle", "busy"] | State
+    model_loaded: NotRequired[bool]
+    progress_url: NotRequired[
+        Annotated[str, Field(description="Where the load's events are, once a load was asked for.")]
+    ]
+
+
+class WorkerDescription(TypedDict):
+    """The worker, its model and its devices."""
+
+    id: Annotated[str, Field(description="A UUID, new at each start.")]
+    version: str
+    model: Annotated[str | None, Field(description="Null without a model.")]
+    context_length: Annotated[
+        int | None, Field(description="Tokens of prompt and output together at most; null without a model.")
+    ]
+    state: State
+    loading: Annotated[bool, Field(description="Whether a load runs.")]
+    devices: list[DeviceInfo]
+    vram_bytes: VramBytes
+    running: Annotated[int, Field(description="Requests with a place in the batch.")]
+    queued: Annotated[int, Field(description="Requests waiting for one.")]
+    uptime_seconds: float
+
+
+class TokenIds(TypedDict):
+    """The ids of a text's tokens."""
+
+    tokens: list[int]
+
+
+class DecodedText(TypedDict):
+    """The text of token ids; special tokens are written out."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +192,22 @@ class Native:
         self.holding = Holding(worker, config)
         self.streams: set[sse.EventStream] = set()
 
-    def routes(self) -> list[Route]:
-        """Every route of this module."""
-        return [
-            Route("/", self.index, methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-            Route("/livez", self.livez, methods=["GET"]),
-            Route("/readyz", self.readyz, methods=["GET"]),
-            Route("/v1/ready", self.ready, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
-            Route("/v1/worker", self.describe, methods=["GET"]),
-            Route(PROGRESS_PATH, self.progress, methods=["GET"]),
-            Route("/v1/loading", self.load, methods=["POST"]),
-            Route("/v1/loading", self.cancel_load, methods=["DELETE"]),
-            Route("/v1/unload", self.unload, methods=["POST"]),
-            Route(INFERENCE_PATH, self.infer, methods=["POST"]),
-            Route(f"{INFERENCE_PATH}/{{job_id:path}}", self.cancel_job, methods=["DELETE"]),
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-        ]
-
     # -- inference
 
-    async def infer(self, request: Request) -> Response:
-        """Stream one job. Everything that can be refused is refused here, before the 200 goes out."""
+    @Operation(
+        "POST",
+        INFERENCE_PATH,
+        tag="inference",
+        body=InferenceBody,
+        frames=(InferenceEvent,),
+        errors=ERRORS_OF_JOBS,
+        streams_errors=True,
+    )
+    async def infer(self, request: Request) -> sse.EventStream:
+        """Generate text, streamed.
+
+        Whatever can be refused is refused before the stream begins. A client that leaves ends its job.
+        """
         size = len(await request.body())
         body = await off_loop(size, InferenceBody.parse, await read_object(request))
         asked = replace(body.to_request(), client=client_of(request.scope))
@@ -118,111 +225,167 @@ class Native:
             async for event in job:
                 yield event
 
+    @Operation(
+        "DELETE",
+        INFERENCE_PATH + "/{job_id:path}",
+        tag="inference",
+        parameters={"job_id": "The job's id, or the id of one of OpenAI's responses."},
+        statuses=(204,),
+    )
     async def cancel_job(self, request: Request) -> Response:
-        """End a job; 204 whether or not there is one."""
+        """Cancel a job.
+
+        204 whether or not there is such a job. Its stream ends with `end`, `cancelled`.
+        """
         self._worker.cancel(request.path_params["job_id"])
         return Response(status_code=204)
 
     # -- loading
 
-    async def progress(self, _request: Request) -> Response:
-        """Stream the load's events: the latest state first. A watcher that leaves leaves the load alone."""
+    @Operation("GET", PROGRESS_PATH, tag="loading", frames=(LoadingEvent,), errors=(Unavailable,))
+    async def progress(self, _request: Request) -> sse.EventStream:
+        """The load's events, streamed.
+
+        The latest state first, then what follows, to the terminal event. Leaving cancels nothing.
+        """
         return self._stream(self._worker.progress(), sse.loading_failed, encoder=self._progress_frames)
 
-    async def load(self, request: Request) -> Response:
-        """Begin a load; 202 at once."""
+    @Operation(
+        "POST",
+        "/v1/loading",
+        tag="loading",
+        body=LoadingBody,
+        statuses=(202,),
+        errors=(DeviceUnavailable, ModelNotFound, Conflict, ModelMalformed, ModelUnsupported, Unavailable),
+    )
+    async def load(self, request: Request) -> Json[LoadAccepted]:
+        """Load a model.
+
+        Answers at once. A model that serves goes on where both fit; else it is unloaded first.
+        """
         body = LoadingBody.parse(await read_object(request))
         model = self._models.choose(body.model)
         begin = functools.partial(
             self._worker.load, model, device=body.device, dtype=body.dtype, quantize=body.quantize
         )
         keeps = await anyio.to_thread.run_sync(begin)  # reads headers
-        answer = {"progress_url": PROGRESS_PATH, "model": model or DEFAULT_MODEL, "resident_keeps_serving": keeps}
-        return JSONResponse(answer, 202, {"Location": PROGRESS_PATH})
+        answer: LoadAccepted = {
+            "progress_url": PROGRESS_PATH,
+            "model": model or DEFAULT_MODEL,
+            "resident_keeps_serving": keeps,
+        }
+        return Json(answer, 202, {"Location": PROGRESS_PATH})
 
-    async def cancel_load(self, _request: Request) -> Response:
-        """Cancel the running load; its stream says when that is done."""
+    @Operation("DELETE", "/v1/loading", tag="loading", statuses=(202,), errors=(NotFound,))
+    async def cancel_load(self, _request: Request) -> Json[CancelAccepted]:
+        """Cancel the load."""
         if not self._worker.cancel_load():
             raise NotFound("Nothing is being loaded.")
-        return JSONResponse({"progress_url": PROGRESS_PATH}, 202)
+        return Json({"progress_url": PROGRESS_PATH}, 202)
 
-    async def unload(self, _request: Request) -> Response:
-        """Free the model's memory."""
-        return JSONResponse({"vram_bytes_freed": await self._worker.unload()})
+    @Operation("POST", "/v1/unload", tag="loading", errors=(Conflict, Unavailable))
+    async def unload(self, _request: Request) -> Json[Unloaded]:
+        """Free the model's memory.
+
+        Running jobs end first. No body is needed.
+        """
+        return Json({"vram_bytes_freed": await self._worker.unload()})
 
     # -- the worker
 
-    async def index(self, _request: Request) -> Response:
-        """Who answers here; open to all, so it says no more."""
-        return JSONResponse({"name": "rbee-worker", "version": __version__, "ready_url": "/v1/ready"})
+    @Operation("GET", "/", tag="worker")
+    async def index(self, _request: Request) -> Json[Index]:
+        """Who answers here."""
+        # Open to all, so it says no more.
+        return Json({"name": "rbee-worker", "version": __version__, "ready_url": "/v1/ready"})
 
-    async def health(self, _request: Request) -> Response:
-        """Whether the worker is well: a load that failed, or a dead engine, is not."""
+    @Operation("GET", "/health", tag="worker", statuses=(200, 503))
+    async def health(self, _request: Request) -> Json[Health]:
+        """Whether the worker is well.
+
+        503 when its load failed and left it without a model, or when its engine died.
+        """
         worker = self._worker
-        answer: dict[str, Any] = {"status": "healthy", "state": worker.state, "vram_bytes": worker.vram_bytes}
         if worker.engine_alive and worker.state != "failed":
-            return JSONResponse(answer)
-        answer.update(status="unhealthy", state="failed", **self._reason())
-        return JSONResponse(answer, 503)
+            return Json({"status": "healthy", "state": worker.state, "vram_bytes": worker.vram_bytes})
+        answer: Health = {"status": "unhealthy", "state": "failed", "vram_bytes": worker.vram_bytes}
+        error = worker.load_error
+        if not worker.engine_alive:
+            answer["reason"] = _DEAD
+        elif error is None:
+            answer["reason"] = "The load failed."
+        else:
+            answer["reason"], answer["code"] = str(error), error.code
+        return Json(answer, 503)
 
-    async def livez(self, _request: Request) -> Response:
-        """Whether the process is worth keeping: its engine's thread lives."""
+    @Operation("GET", "/livez", tag="worker", statuses=(200, 503))
+    async def livez(self, _request: Request) -> Json[Life]:
+        """Whether the process is worth keeping.
+
+        503 when its engine's thread has died: restart it.
+        """
         if self._worker.engine_alive:
-            return JSONResponse({"status": "alive"})
-        return JSONResponse({"status": "dead", **self._reason()}, 503)
+            return Json({"status": "alive"})
+        return Json({"status": "dead", "reason": _DEAD}, 503)
 
-    async def readyz(self, _request: Request) -> Response:
-        """Whether requests would be served now, as a status."""
+    @Operation("GET", "/readyz", tag="worker", statuses=(200, 503))
+    async def readyz(self, _request: Request) -> Json[ReadyStatus]:
+        """Whether requests would be served, as a status."""
         if self._serves():
-            return JSONResponse({"ready": True})
-        answer = {"ready": False, "state": self._worker.state}
-        return JSONResponse(answer, 503, {"Retry-After": str(self._worker.retry_after())})
+            return Json({"ready": True})
+        answer: ReadyStatus = {"ready": False, "state": self._worker.state}
+        return Json(answer, 503, {"Retry-After": str(self._worker.retry_after())})
 
-    async def ready(self, _request: Request) -> Response:
-        """Whether requests would be served now, in words; always 200."""
+    @Operation("GET", "/v1/ready", tag="worker")
+    async def ready(self, _request: Request) -> Json[Readiness]:
+        """The same in words, always 200."""
         worker = self._worker
         if self._serves():
             busy = worker.running > 0 or worker.queued > 0
-            return JSONResponse({"ready": True, "state": "busy" if busy else "idle", "model_loaded": True})
-        answer: dict[str, Any] = {"ready": False, "state": worker.state if worker.engine_alive else "failed"}
+            return Json({"ready": True, "state": "busy" if busy else "idle", "model_loaded": True})
+        answer: Readiness = {"ready": False, "state": worker.state if worker.engine_alive else "failed"}
         if worker.loading or worker.last_loading_event is not None:
             answer["progress_url"] = PROGRESS_PATH
-        return JSONResponse(answer)
+        return Json(answer)
 
+    @Operation("GET", "/metrics", tag="worker", media_type="text/plain")
     async def metrics(self, _request: Request) -> Response:
-        """Figures for Prometheus, during a load too."""
+        """Figures for Prometheus."""
         devices = await anyio.to_thread.run_sync(self._worker.memory)  # asks drivers
         return Response(self._metrics.render(devices), headers={"Content-Type": CONTENT_TYPE})
 
-    async def describe(self, _request: Request) -> Response:
-        """The worker, its model and its devices."""
+    @Operation("GET", "/v1/worker", tag="worker")
+    async def describe(self, _request: Request) -> Json[WorkerDescription]:
+        """The worker, its model and devices."""
         worker = self._worker
         devices = await anyio.to_thread.run_sync(worker.devices)  # asks drivers
-        answer = {
+        answer: WorkerDescription = {
             "id": worker.id,
             "version": __version__,
             "model": worker.model_name,
             "context_length": worker.context_length,
             "state": worker.state,
             "loading": worker.loading,
-            "devices": [asdict(device) for device in devices],
+            "devices": devices,
             "vram_bytes": worker.vram_bytes,
             "running": worker.running,
             "queued": worker.queued,
             "uptime_seconds": round(worker.uptime_seconds, 3),
         }
-        return JSONResponse(answer)
+        return Json(answer)
 
-    async def tokenize(self, request: Request) -> Response:
+    @Operation("POST", "/tokenize", tag="tokens", body=TokenizeBody, errors=(Unavailable, ModelNotLoaded))
+    async def tokenize(self, request: Request) -> Json[TokenIds]:
         """Text to token ids."""
         size = len(await request.body())
         body = await off_loop(size, TokenizeBody.parse, await read_object(request))
         tokenizer = self._worker.tokenizer()
         encode = functools.partial(tokenizer.encode, body.text, add_special_tokens=body.add_special)
-        return JSONResponse({"tokens": await off_loop(size, encode)})
+        return Json({"tokens": await off_loop(size, encode)})
 
-    async def detokenize(self, request: Request) -> Response:
-        """Token ids to text; special tokens are written out, so that it is the way back."""
+    @Operation("POST", "/detokenize", tag="tokens", body=DetokenizeBody, errors=(Unavailable, ModelNotLoaded))
+    async def detokenize(self, request: Request) -> Json[DecodedText]:
+        """Token ids to text."""
         size = len(await request.body())
         body = await off_loop(size, DetokenizeBody.parse, await read_object(request))
         tokenizer = self._worker.tokenizer()
@@ -231,7 +394,7 @@ class Native:
             field = FieldError("tokens", constraint, f"tokens must be {constraint}.")
             raise InvalidRequest(field.message, fields=[field])
         decode = functools.partial(tokenizer.decode, body.tokens, skip_special_tokens=False)
-        return JSONResponse({"text": await off_loop(size, decode)})
+        return Json({"text": await off_loop(size, decode)})
 
     # -- helpers
 
@@ -255,9 +418,3 @@ class Native:
 
     def _serves(self) -> bool:
         return self._worker.serves
-
-    def _reason(self) -> Mapping[str, str]:
-        if not self._worker.engine_alive:
-            return {"reason": "The engine's thread has died; the log says why. Restart the worker."}
-        error = self._worker.load_error
-        return {"reason": str(error), "code": error.code} if error else {"reason": "The load failed."}

@@ -1,49 +1,42 @@
-"""The shapes of what OpenAI's clients are answered, but for responses; see ``answers.py``."""
+"""The shapes of what OpenAI's clients are answered, but for responses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Annotated, Literal, NotRequired
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from rbee_worker.server.http.envelope import ErrorDetail
 from rbee_worker.server.openai.answers import FinishReason
 
-NULL_TOO: Final = {"null": True}
-"""Metadata of a field that may be left out, and may be null too."""
 
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model that serves, or is to.
-
-    Attributes:
-        created: seconds since 1970.
-        max_model_len: tokens of prompt and output together at most; null until the model is ready.
-    """
+class Model(TypedDict):
+    """A model that serves, or is to."""
 
     id: str
     object: Literal["model"]
-    created: int
+    created: Annotated[int, Field(description="Seconds since 1970.")]
     owned_by: str
     status: Literal["ready", "loading", "failed"]
-    max_model_len: int | None
+    max_model_len: Annotated[
+        int | None, Field(description="Tokens of prompt and output together at most; null until the model is ready.")
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelList:
+class ModelList(TypedDict):
     """Every name of the model."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTokensDetails:
+class PromptTokensDetails(TypedDict):
     """Prompt tokens whose keys and values were reused."""
 
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(TypedDict):
     """Tokens of a request, all its answers together."""
 
     prompt_tokens: int
@@ -52,22 +45,16 @@ class Usage:
     prompt_tokens_details: PromptTokensDetails
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionLogprobs:
-    """Log-probabilities in the older shape: lists of one entry for each token.
-
-    Attributes:
-        text_offset: where each token begins in the text, in characters.
-    """
+class CompletionLogprobs(TypedDict):
+    """Log-probabilities in the older shape: lists of one entry for each token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[Mapping[str, float] | None]
-    text_offset: list[int]
+    text_offset: Annotated[list[int], Field(description="Where each token begins in the text, in characters.")]
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionChoice:
+class CompletionChoice(TypedDict):
     """One continuation."""
 
     index: int
@@ -76,8 +63,7 @@ class CompletionChoice:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(TypedDict):
     """The continuations of one prompt or several."""
 
     id: str
@@ -88,25 +74,16 @@ class Completion:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFigures:
-    """How much of the prompt has been processed.
+class PromptFigures(TypedDict):
+    """How much of the prompt has been processed."""
 
-    Attributes:
-        total: its tokens.
-        cache: those whose keys and values were reused.
-        processed: those done, reused ones included.
-        time_ms: milliseconds since it began.
-    """
-
-    total: int
-    cache: int
-    processed: int
-    time_ms: int
+    total: Annotated[int, Field(description="Its tokens.")]
+    cache: Annotated[int, Field(description="Those whose keys and values were reused.")]
+    processed: Annotated[int, Field(description="Those done, reused ones included.")]
+    time_ms: Annotated[int, Field(description="Milliseconds since it began.")]
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionChunk:
+class CompletionChunk(TypedDict):
     """A piece of a streamed completion."""
 
     id: str
@@ -114,12 +91,11 @@ class CompletionChunk:
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = field(default=None, metadata=NULL_TOO)
-    prompt_progress: PromptFigures | None = None
+    usage: NotRequired[Usage | None]
+    prompt_progress: NotRequired[PromptFigures]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatTopLogprob:
+class ChatTopLogprob(TypedDict):
     """One of the likeliest tokens at a place."""
 
     token: str
@@ -127,8 +103,7 @@ class ChatTopLogprob:
     bytes: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatTokenLogprob:
+class ChatTokenLogprob(TypedDict):
     """A token, its natural log-probability, and the likeliest ones at its place."""
 
     token: str
@@ -137,24 +112,21 @@ class ChatTokenLogprob:
     top_logprobs: list[ChatTopLogprob]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatLogprobs:
+class ChatLogprobs(TypedDict):
     """Log-probabilities of an answer's tokens."""
 
     content: list[ChatTokenLogprob]
     refusal: None
 
 
-@dataclass(frozen=True, slots=True)
-class CalledFunction:
+class CalledFunction(TypedDict):
     """The function that is called, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerToolCall:
+class AnswerToolCall(TypedDict):
     """A tool call of an answer."""
 
     id: str
@@ -162,19 +134,17 @@ class AnswerToolCall:
     function: CalledFunction
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerMessage:
+class AnswerMessage(TypedDict):
     """The conversation's next message."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: str | None = None
-    tool_calls: list[AnswerToolCall] | None = None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnswerToolCall]]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatChoice:
+class ChatChoice(TypedDict):
     """One answer."""
 
     index: int
@@ -183,8 +153,7 @@ class ChatChoice:
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class ChatCompletion:
+class ChatCompletion(TypedDict):
     """The answers to a conversation."""
 
     id: str
@@ -195,36 +164,32 @@ class ChatCompletion:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class CalledFunctionDelta:
+class CalledFunctionDelta(TypedDict):
     """More of a call's function."""
 
     arguments: str
-    name: str | None = None
+    name: NotRequired[str]
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
+class ToolCallDelta(TypedDict):
     """More of a tool call; its first piece has the id and the name."""
 
     index: int
     function: CalledFunctionDelta
-    id: str | None = None
-    type: Literal["function"] | None = None
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(TypedDict):
     """What a chunk adds to a message."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatChunkChoice:
+class ChatChunkChoice(TypedDict):
     """What a chunk adds to one answer."""
 
     index: int
@@ -233,8 +198,7 @@ class ChatChunkChoice:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True, slots=True)
-class ChatCompletionChunk:
+class ChatCompletionChunk(TypedDict):
     """A piece of a streamed answer."""
 
     id: str
@@ -242,5 +206,11 @@ class ChatCompletionChunk:
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = field(default=None, metadata=NULL_TOO)
-    prompt_progress: PromptFigures | None = None
+    usage: NotRequired[Usage | None]
+    prompt_progress: NotRequired[PromptFigures]
+
+
+class FailedChunk(TypedDict):
+    """The error with which a stream of chunks ends when it fails."""
+
+    error: ErrorDetail

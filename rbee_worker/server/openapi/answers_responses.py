@@ -1,17 +1,18 @@
-"""The shapes of OpenAI's responses and of the events of their streams; see ``answers.py``."""
+"""The shapes of OpenAI's responses and of the events of their streams."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from rbee_worker.server.http.envelope import ErrorDetail
 from rbee_worker.server.openai.responses.items import ItemStatus
 from rbee_worker.server.openai.responses.object import Status
-from rbee_worker.server.openapi.answers import ErrorDetail
 from rbee_worker.server.openapi.answers_openai import ChatTokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class OutputText:
+class OutputText(TypedDict):
     """What a message says."""
 
     type: Literal["output_text"]
@@ -20,16 +21,14 @@ class OutputText:
     logprobs: list[ChatTokenLogprob]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputReasoningText:
+class OutputReasoningText(TypedDict):
     """What the model thought."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class OutputMessage:
+class OutputMessage(TypedDict):
     """The answer itself."""
 
     id: str
@@ -39,8 +38,7 @@ class OutputMessage:
     content: list[OutputText]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputReasoning:
+class OutputReasoning(TypedDict):
     """What the model thinks before it answers; no summaries are made."""
 
     id: str
@@ -50,8 +48,7 @@ class OutputReasoning:
     content: list[OutputReasoningText]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputCall:
+class OutputCall(TypedDict):
     """A call of a function; its arguments are JSON text."""
 
     id: str
@@ -65,23 +62,20 @@ class OutputCall:
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
-@dataclass(frozen=True, slots=True)
-class InputTokensDetails:
+class InputTokensDetails(TypedDict):
     """Prompt tokens whose keys and values were reused; writing to the cache is not counted."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTokensDetails:
+class OutputTokensDetails(TypedDict):
     """Tokens of the reasoning."""
 
     reasoning_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseUsage:
+class ResponseUsage(TypedDict):
     """Tokens of a response."""
 
     input_tokens: int
@@ -91,54 +85,44 @@ class ResponseUsage:
     total_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class IncompleteDetails:
+class IncompleteDetails(TypedDict):
     """Why a response is not whole."""
 
     reason: Literal["max_output_tokens"]
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseError:
+class ResponseError(TypedDict):
     """Why a response failed."""
 
     code: str
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class RepeatedReasoning:
+class RepeatedReasoning(TypedDict):
     """What was asked of the reasoning."""
 
     effort: str | None
     summary: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseObject:
-    """A response, at every stage of its making; much of it repeats what was asked.
-
-    Attributes:
-        created_at: seconds since 1970.
-        output: its items; empty until it has ended.
-        usage: null until it has ended.
-    """
+class ResponseObject(TypedDict):
+    """A response, at every stage of its making; much of it repeats what was asked."""
 
     id: str
     object: Literal["response"]
-    created_at: int
+    created_at: Annotated[int, Field(description="Seconds since 1970.")]
     completed_at: int | None
     status: Status
     background: Literal[False]
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputItem]
+    output: Annotated[list[OutputItem], Field(description="Its items; empty until it has ended.")]
     previous_response_id: None
     service_tier: Literal["default"]
     store: Literal[False]
     truncation: Literal["disabled"]
-    usage: ResponseUsage | None
+    usage: Annotated[ResponseUsage | None, Field(description="Null until it has ended.")]
     instructions: str | None
     max_output_tokens: int | None
     max_tool_calls: int | None
@@ -158,23 +142,17 @@ class ResponseObject:
     user: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseStageEvent:
+class ResponseStageEvent(TypedDict):
     """How far the response is; the last three end the stream."""
 
     type: Literal[
-        "response.created",
-        "response.in_progress",
-        "response.completed",
-        "response.incomplete",
-        "response.failed",
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
     ]
     sequence_number: int
     response: ResponseObject
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseItemEvent:
+class ResponseItemEvent(TypedDict):
     """An item begins, or is whole."""
 
     type: Literal["response.output_item.added", "response.output_item.done"]
@@ -183,8 +161,7 @@ class ResponseItemEvent:
     item: OutputItem
 
 
-@dataclass(frozen=True, slots=True)
-class ResponsePartEvent:
+class ResponsePartEvent(TypedDict):
     """A part of an item begins, or is whole."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
@@ -195,8 +172,7 @@ class ResponsePartEvent:
     part: OutputText | OutputReasoningText
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseTextDeltaEvent:
+class ResponseTextDeltaEvent(TypedDict):
     """More of the answer."""
 
     type: Literal["response.output_text.delta"]
@@ -208,8 +184,7 @@ class ResponseTextDeltaEvent:
     logprobs: list[ChatTokenLogprob]
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseTextDoneEvent:
+class ResponseTextDoneEvent(TypedDict):
     """The answer is whole."""
 
     type: Literal["response.output_text.done"]
@@ -221,8 +196,7 @@ class ResponseTextDoneEvent:
     logprobs: list[ChatTokenLogprob]
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseReasoningDeltaEvent:
+class ResponseReasoningDeltaEvent(TypedDict):
     """More of the reasoning."""
 
     type: Literal["response.reasoning_text.delta"]
@@ -233,8 +207,7 @@ class ResponseReasoningDeltaEvent:
     delta: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseReasoningDoneEvent:
+class ResponseReasoningDoneEvent(TypedDict):
     """The reasoning is whole."""
 
     type: Literal["response.reasoning_text.done"]
@@ -245,8 +218,7 @@ class ResponseReasoningDoneEvent:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseArgumentsDeltaEvent:
+class ResponseArgumentsDeltaEvent(TypedDict):
     """More of a call's arguments."""
 
     type: Literal["response.function_call_arguments.delta"]
@@ -256,8 +228,7 @@ class ResponseArgumentsDeltaEvent:
     delta: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseArgumentsDoneEvent:
+class ResponseArgumentsDoneEvent(TypedDict):
     """A call's arguments are whole."""
 
     type: Literal["response.function_call_arguments.done"]
@@ -268,8 +239,7 @@ class ResponseArgumentsDoneEvent:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseErrorEvent:
+class ResponseErrorEvent(TypedDict):
     """The stream fails."""
 
     type: Literal["error"]

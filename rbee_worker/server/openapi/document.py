@@ -1,8 +1,7 @@
-"""The OpenAPI 3.1 document: the routes that there are, as the table describes them."""
+"""The OpenAPI 3.1 document: the routes that there are, as their handlers describe them."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any, Final
 
 from starlette.routing import Route
@@ -21,9 +20,13 @@ from rbee_worker.errors import (
     Unavailable,
 )
 from rbee_worker.server.http.access import OPEN_PATHS
-from rbee_worker.server.openapi import answers, answers_openai, answers_responses
-from rbee_worker.server.openapi.operations import EVENT_STREAM, JSON, OPERATIONS, Answer, Errors, Operation
-from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, record_schemas, ref
+from rbee_worker.server.http.envelope import ErrorEnvelope
+from rbee_worker.server.http.operation import Errors, Operation, json_shape, operation_of
+from rbee_worker.server.openapi.operations import OPENAI
+from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, plain, record_schemas, ref
+
+JSON: Final = "application/json"
+EVENT_STREAM: Final = "text/event-stream"
 
 ABOUT: Final = """\
 An LLM worker: its loading progress and its tokens as Server-Sent Events, and OpenAI's API.
@@ -58,14 +61,13 @@ def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
         keyed: an API key is asked for.
 
     Raises:
-        KeyError: a route has no row in the table.
+        LookupError: no operation stands above a route's handler.
     """
+    served = [(method, route) for route in routes for method in sorted((route.methods or set()) - {"HEAD"})]
     paths: dict[str, dict[str, Any]] = {}
-    for route in routes:
-        for method in sorted((route.methods or set()) - {"HEAD"}):
-            described = _operation(method, route.path_format, OPERATIONS[method, route.path_format], keyed=keyed)
-            paths.setdefault(route.path_format, {})[method.lower()] = described
-    components: dict[str, Any] = {"schemas": component_schemas(), "headers": _headers()}
+    for method, route in served:
+        paths.setdefault(route.path_format, {})[method.lower()] = _operation(method, route, keyed=keyed)
+    components: dict[str, Any] = {"schemas": _component_schemas(served), "headers": _headers()}
     if keyed:
         scheme = {"type": "http", "scheme": "bearer", "description": "A key of `--api-key` or `--api-key-file`."}
         components["securitySchemes"] = {"key": scheme}
@@ -84,15 +86,13 @@ def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
     }
 
 
-def component_schemas() -> dict[str, Schema]:
+def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]:
     """Every schema that the document refers to."""
-    modules = (answers, answers_openai, answers_responses)
-    kinds = [kind for module in modules for kind in vars(module).values()]
-    records = dict.fromkeys(
-        kind for kind in kinds if inspect.isclass(kind) and (is_dataclass(kind) or is_typeddict(kind))
-    )
-    bodies = {operation.body for operation in OPERATIONS.values() if operation.body is not None}
-    parts = (event_schemas(), record_schemas(records), body_schemas(sorted(bodies, key=lambda body: body.__name__)))
+    all_described = [described(*one) for one in served]
+    bodies = {operation.body for operation, _, _ in all_described if operation.body is not None}
+    shapes = {shape for operation, _, answer in all_described for shape in (answer, *operation.frames)}
+    sent = [ErrorEnvelope, *(shape for shape in shapes if is_typeddict(shape))]
+    parts = (event_schemas(), record_schemas(sent), body_schemas(sorted(bodies, key=lambda body: body.__name__)))
     schemas: dict[str, Schema] = {}
     for part in parts:
         if shared := schemas.keys() & part.keys():
@@ -101,23 +101,36 @@ def component_schemas() -> dict[str, Schema]:
     return dict(sorted(schemas.items()))
 
 
-def _operation(method: str, path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
+def described(method: str, route: Route) -> tuple[Operation, str, Any]:
+    """A route's operation, the text about it, and the shape of its JSON answers."""
+    operation = operation_of(route.endpoint)
+    if operation is not None:
+        return operation, inspect.getdoc(route.endpoint) or "", json_shape(route.endpoint)
+    if (method, route.path_format) in OPENAI:
+        return OPENAI[method, route.path_format]
+    raise LookupError(f"no @Operation(...) stands above the handler of {route.path}")
+
+
+def _operation(method: str, route: Route, *, keyed: bool) -> dict[str, Any]:
+    operation, text, shape = described(method, route)
+    path = route.path_format
     opened = path in OPEN_PATHS
-    described: dict[str, Any] = {
+    summary, _, description = text.partition("\n\n")
+    out: dict[str, Any] = {
         "tags": [operation.tag],
         "operationId": _operation_id(method, path),
-        "summary": operation.summary,
+        "summary": summary.removesuffix("."),
     }
-    if operation.description:
-        described["description"] = operation.description
+    if description:
+        out["description"] = plain(description)
     if operation.parameters:
-        described["parameters"] = [
+        out["parameters"] = [
             {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
             for name, text in operation.parameters.items()
         ]
     if operation.body is not None:
         content = {JSON: {"schema": ref(operation.body.__name__)}}
-        described["requestBody"] = {"required": True, "content": content}
+        out["requestBody"] = {"required": True, "content": content}
     errors = (
         *operation.errors,
         *(_WITH_BODY if operation.body is not None else ()),
@@ -125,14 +138,14 @@ def _operation(method: str, path: str, operation: Operation, *, keyed: bool) -> 
         *((Unauthorized,) if keyed and not opened else ()),
         *_EVERYWHERE,
     )
-    responses = {status: _answer(answer) for status, answer in operation.answers.items()}
+    responses = dict.fromkeys(operation.statuses, _answer(operation, shape))
     for status in sorted({error.http_status for error in errors} - responses.keys()):
         raised = [error for error in errors if error.http_status == status]
         responses[status] = _error(status, raised, operation)
-    described["responses"] = {str(status): response for status, response in sorted(responses.items())}
+    out["responses"] = {str(status): response for status, response in sorted(responses.items())}
     if keyed:
-        described["security"] = [] if opened else [{"key": []}]
-    return described
+        out["security"] = [] if opened else [{"key": []}]
+    return out
 
 
 def _operation_id(method: str, path: str) -> str:
@@ -141,14 +154,14 @@ def _operation_id(method: str, path: str) -> str:
     return "_".join([method.lower(), *(words or ["index"])])
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
+def _answer(operation: Operation, shape: Any) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if answer.json is not None:
-        content[JSON] = {"schema": {"type": "object"} if answer.json is dict else ref(answer.json.__name__)}
-    if answer.frames:
-        content[EVENT_STREAM] = {"schema": frame_schema(answer.frames)}
-    if answer.text is not None:
-        content[answer.text] = {"schema": {"type": "string"}}
+    if shape is not None:
+        content[JSON] = {"schema": ref(shape.__name__) if is_typeddict(shape) else {"type": "object"}}
+    if operation.frames:
+        content[EVENT_STREAM] = {"schema": frame_schema([shape.__name__ for shape in operation.frames])}
+    if operation.media_type is not None:
+        content[operation.media_type] = {"schema": {"type": "string"}}
     response = {"description": "As asked." if content else "Done.", "headers": _always()}
     return response | ({"content": content} if content else {})
 

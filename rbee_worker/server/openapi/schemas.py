@@ -72,9 +72,9 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
     What may be left out may also be null: the rule of every :class:`Body`, which pydantic's schemas do not know.
     """
     _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_TEMPLATE)
-    schemas: dict[str, Schema] = found["$defs"]
+    schemas: dict[str, Schema] = found.get("$defs", {})
     for kind, schema in schemas.items():
-        schema["description"] = _plain(schema["description"])
+        schema["description"] = plain(schema["description"])
         schema.pop("title", None)
         for name, value in schema["properties"].items():
             described = _tidied(value)
@@ -97,7 +97,7 @@ def record_schemas(records: Iterable[type]) -> dict[str, Schema]:
     known = {record.__name__: record for record in records}
     adapters = [(name, "validation", TypeAdapter[Any](record)) for name, record in known.items()]
     _, found = TypeAdapter.json_schemas(adapters, ref_template=_TEMPLATE)  # type: ignore[arg-type]  # its own Literal
-    schemas: dict[str, Schema] = found["$defs"]
+    schemas: dict[str, Schema] = found.get("$defs", {})
     for name, schema in schemas.items():
         record = known.get(name)
         told: Mapping[str, str] = {}
@@ -106,7 +106,7 @@ def record_schemas(records: Iterable[type]) -> dict[str, Schema]:
             told = _attributes(record)
             absent = [field.name for field in fields(record) if field.default is None and not field.metadata]
             schema["description"] = (inspect.getdoc(record) or "").partition("\n\nAttributes:")[0]
-        schema["description"] = _plain(schema.get("description", ""))
+        schema["description"] = plain(schema.get("description", ""))
         schema.pop("title", None)
         for key, value in schema.get("properties", {}).items():
             tidy = _not_null(_tidied(value)) if key in absent else _tidied(value)
@@ -163,12 +163,12 @@ def _attributes(record: type) -> dict[str, str]:
     """The ``Attributes`` of a class's docstring."""
     _, _, listed = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
     return {
-        name.strip(): _sentence(_plain(text)) for names, text in _ATTRIBUTE.findall(listed) for name in names.split(",")
+        name.strip(): _sentence(plain(text)) for names, text in _ATTRIBUTE.findall(listed) for name in names.split(",")
     }
 
 
-def _plain(text: str) -> str:
-    """A docstring's text: one line, Markdown."""
+def plain(text: str) -> str:
+    """A docstring's text: one line, in Markdown."""
     unmarked = re.sub(r":class:`[~.\w]*?(\w+)`", r"`\1`", text)
     return re.sub(r"\s+", " ", unmarked.replace("``", "`")).strip()
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NotRequired
 import jsonschema_rs
 import pytest
 from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from typing_extensions import TypedDict
 
@@ -27,12 +29,29 @@ from rbee_worker.config import (
 from rbee_worker.events import to_dict
 from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server.app import create_app
-from rbee_worker.server.openapi.document import TAGS, build
-from rbee_worker.server.openapi.operations import OPERATIONS
+from rbee_worker.server.http.envelope import Json
+from rbee_worker.server.http.operation import Operation, routes
+from rbee_worker.server.openapi.document import TAGS, build, described
 from rbee_worker.server.openapi.page import POLICY, STYLE, render
 from rbee_worker.server.openapi.schemas import INFERENCE_EVENTS, LOADING_EVENTS, REF, body_schemas, record_schemas
 from rbee_worker.server.openapi.texts import FIELDS
 from tests.unit import samples
+
+
+class Part(TypedDict):
+    """A part,
+    a ``small`` one."""
+
+    size: int
+
+
+class Whole(TypedDict):
+    """A whole."""
+
+    first: Annotated[Part, Field(description="The first.")]
+    others: list[Part | DeviceInfo]
+    reason: NotRequired[Annotated[str, Field(description="Why.")]]
+    length: int | None
 
 
 def registered(stand_in) -> list[Route]:
@@ -55,7 +74,39 @@ def references(value: Any) -> set[str]:
 def test_every_route_and_method_is_described_and_no_other(stand_in, document):
     there = {(method, route.path_format) for route in registered(stand_in) for method in route.methods - {"HEAD"}}
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert described == there == OPERATIONS.keys()
+    assert described == there
+
+
+def test_a_route_without_an_operation_above_its_handler_is_an_error(stand_in):
+    async def handler(_request: Request) -> Response:
+        return Response()
+
+    routes = [*registered(stand_in), Route("/v1/new", handler, methods=["GET"])]
+    with pytest.raises(LookupError, match="handler of /v1/new"):
+        build(routes, keyed=False)
+
+
+class Handlers:
+    @Operation("POST", "/thing/{id:path}", tag="worker", statuses=(200, 202))
+    async def thing(self, _request: Request) -> Json[Whole] | Response:
+        """Do a thing.
+
+        It is ``small``,
+        and done at once.
+        """
+        return Response(self.__class__.__name__)
+
+
+def test_what_stands_above_a_handler_and_in_it_is_its_route_and_its_description():
+    (route,) = routes(Handlers())
+    assert (route.path_format, route.methods) == ("/thing/{id}", {"POST"})
+    assert route.endpoint.__self__.__class__ is Handlers
+    document = build([route], keyed=False)
+    thing = document["paths"]["/thing/{id}"]["post"]
+    assert (thing["summary"], thing["description"]) == ("Do a thing", "It is `small`, and done at once.")
+    for status in ("200", "202"):
+        assert thing["responses"][status]["content"] == {"application/json": {"schema": {"$ref": REF + "Whole"}}}
+    assert document["components"]["schemas"].keys() >= {"Whole", "Part"}
 
 
 def test_parts_of_paths_are_parameters(document):
@@ -90,9 +141,10 @@ def test_schemas_are_schemas_and_ids_and_tags_are_known(document):
     assert document["openapi"] == "3.1.0"
 
 
-def test_every_field_of_a_body_is_described_and_no_text_is_left_over():
+def test_every_field_of_a_body_is_described_and_no_text_is_left_over(stand_in):
     used, bare = set(), []
-    for kind, schema in body_schemas({operation.body for operation in OPERATIONS.values() if operation.body}).items():
+    bodies = {described(method, route)[0].body for route in registered(stand_in) for method in route.methods - {"HEAD"}}
+    for kind, schema in body_schemas(bodies - {None}).items():
         assert schema["description"]
         for name in schema["properties"]:
             keys = {f"{kind}.{name}", name} & FIELDS.keys()
@@ -138,22 +190,6 @@ def test_events_fit_their_schema_and_nothing_else(document, event):
         optional = {field.name for field in dataclasses.fields(event) if field.default is None}
         without = {other: value for other, value in told.items() if other != key}
         assert jsonschema_rs.validator_for(whole).is_valid(without) == (key in optional), key
-
-
-class Part(TypedDict):
-    """A part,
-    a ``small`` one."""
-
-    size: int
-
-
-class Whole(TypedDict):
-    """A whole."""
-
-    first: Annotated[Part, Field(description="The first.")]
-    others: list[Part | DeviceInfo]
-    reason: NotRequired[Annotated[str, Field(description="Why.")]]
-    length: int | None
 
 
 def test_a_typed_dict_is_described_by_itself_and_its_parts_with_it():

@@ -16,6 +16,7 @@ from rbee_worker.config import MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, EngineConfig
 from rbee_worker.server import run
 from rbee_worker.server.http import access, protocol
 from rbee_worker.server.http.middleware import BODY_SECONDS
+from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.observe.metrics import WorkerMetrics
 from rbee_worker.worker.broadcast import LoadingBroadcast
@@ -26,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGE = (DOCS / "operations.md").read_text("utf-8")
 SERVE = typer.main.get_command(app).commands["serve"]
 OPTIONS = {name for parameter in SERVE.params for name in parameter.opts}
-PATHS = {route.path for route in Native(None, ServerConfig(), AllowedModels(None), None).routes()}
+PATHS = {route.path for route in routes(Native(None, ServerConfig(), AllowedModels(None), None))}
 
 
 @pytest.fixture(scope="module")
