@@ -21,8 +21,9 @@ from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.bodies import InferenceBody, LoadingBody
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.openai import OpenAI
-from rbee_worker.server.openai.bodies import CompletionBody, OpenAIBody
+from rbee_worker.server.openai.bodies import OpenAIBody
 from rbee_worker.server.openai.chat.body import ChatBody
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.refusals import OF_RESPONSES
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openapi import Described

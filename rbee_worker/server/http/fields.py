@@ -4,7 +4,6 @@ Types are strict: ``"1"`` is no number, ``true`` is no integer, an integer will 
 Keys that no field names are ignored, so that clients of newer workers are served. No value is ever repeated.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,33 +12,21 @@ from typing import Annotated, Any, Self, TypeVar, cast
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from rbee_worker.config import (
-    LOGIT_BIAS_RANGE,
-    MAX_LOGIT_BIAS,
-    MAX_STOP_LENGTH,
-    MAX_STOP_SEQUENCES,
-    RANGES,
-    SEED_MAX,
-    SEED_MIN,
-    Range,
-)
+from rbee_worker.config import Range
 from rbee_worker.errors import FieldError, InvalidRequest
 
 T = TypeVar("T")
 
 _MAX_REPORTED = 100
-_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _TAG = "<"
 """Begins the names of a union's members, which are no part of a field's name."""
 
@@ -106,27 +93,6 @@ class _FirstBad:
         return schema
 
 
-def within(name: str) -> Within:
-    """The bounds of a sampling parameter."""
-    return Within(RANGES[name])
-
-
-def _biases(value: dict[str, Any]) -> dict[int, float]:
-    if len(value) > MAX_LOGIT_BIAS:
-        raise broken(f"at most {MAX_LOGIT_BIAS} entries")
-    numbers = (isinstance(bias, int | float) and not isinstance(bias, bool) for bias in value.values())
-    ids = (_TOKEN_ID.fullmatch(key) for key in value)
-    if not all(ids) or not all(numbers) or any(bias not in LOGIT_BIAS_RANGE for bias in value.values()):
-        raise broken(f"an object of token ids and their biases, {LOGIT_BIAS_RANGE}")
-    return {int(key): float(bias) for key, bias in value.items()}
-
-
-def _seed(value: int) -> int:
-    if not SEED_MIN <= value <= SEED_MAX:
-        raise broken("64-bit integer")
-    return value
-
-
 def _unicode(value: str) -> str:
     # JSON can spell half of a surrogate pair; no tokenizer can read one.
     try:
@@ -139,16 +105,6 @@ def _unicode(value: str) -> str:
 def _not_empty(value: str) -> str:
     if not value:
         raise broken("at least 1 character")
-    return value
-
-
-def _stop_list(value: object) -> object:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise broken("string or list of strings")
-    if len(value) > MAX_STOP_SEQUENCES:
-        raise broken(f"at most {MAX_STOP_SEQUENCES} strings")
     return value
 
 
@@ -167,26 +123,6 @@ To name millions of them would take many seconds, in which nothing else happens 
 Text = Annotated[str, AfterValidator(_unicode)]
 NonEmptyText = Annotated[Text, AfterValidator(_not_empty), Shown({"minLength": 1})]
 TokenId = Annotated[int, AfterValidator(_token_id), Shown({"minimum": 0, "maximum": 2**32 - 1})]
-LogitBias = Annotated[
-    dict[str, Any],
-    AfterValidator(_biases),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "maxProperties": MAX_LOGIT_BIAS,
-            "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"},
-            "additionalProperties": {
-                "type": "number",
-                "minimum": LOGIT_BIAS_RANGE.low,
-                "maximum": LOGIT_BIAS_RANGE.high,
-            },
-        }
-    ),
-]
-Seed = Annotated[int, AfterValidator(_seed), Shown({"minimum": SEED_MIN, "maximum": SEED_MAX})]
-_StopText = Annotated[NonEmptyText, Shown({"maxLength": MAX_STOP_LENGTH})]
-_StopTexts = Annotated[list[_StopText], Shown({"maxItems": MAX_STOP_SEQUENCES})]
-Stop = Annotated[list[NonEmptyText], BeforeValidator(_stop_list, json_schema_input_type=_StopText | _StopTexts)]
 
 
 class Body(BaseModel):

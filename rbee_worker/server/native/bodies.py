@@ -1,39 +1,15 @@
-"""What request bodies must look like. Ranges and defaults are those of ``rbee_worker.config``."""
+"""The bodies of the worker's own routes."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from rbee_worker.config import (
-    MAX_JOB_ID_LENGTH,
-    TIMEOUT_RANGE,
-    DTypeName,
-    GenerationRequest,
-    GrammarKind,
-    GrammarSpec,
-    Message,
-    Quantization,
-    SamplingParams,
-)
-from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.http.fields import (
-    Body,
-    LogitBias,
-    Many,
-    NonEmptyText,
-    Seed,
-    Shown,
-    Stop,
-    Text,
-    TokenId,
-    Within,
-    broken,
-    within,
-)
+from rbee_worker.config import MAX_JOB_ID_LENGTH, DTypeName, GenerationRequest, Message, Quantization, SamplingParams
+from rbee_worker.errors import FieldError
+from rbee_worker.server.bodies import SamplingFields, within
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, TokenId, broken
 
 _DEFAULTS = SamplingParams()
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?|mps")
@@ -62,65 +38,6 @@ class ChatMessage(Body):
 
     role: NonEmptyText
     content: Text
-
-
-class SamplingFields(Body):
-    """What every request for text may say of how it is made."""
-
-    max_tokens: Annotated[int, within("max_tokens")] | None = _DEFAULTS.max_tokens
-    temperature: Annotated[float, within("temperature")] = _DEFAULTS.temperature
-    top_p: Annotated[float, within("top_p")] = _DEFAULTS.top_p
-    top_k: Annotated[int, within("top_k")] = _DEFAULTS.top_k
-    min_p: Annotated[float, within("min_p")] = _DEFAULTS.min_p
-    repetition_penalty: Annotated[float, within("repetition_penalty")] = _DEFAULTS.repetition_penalty
-    presence_penalty: Annotated[float, within("presence_penalty")] = _DEFAULTS.presence_penalty
-    frequency_penalty: Annotated[float, within("frequency_penalty")] = _DEFAULTS.frequency_penalty
-    seed: Seed | None = _DEFAULTS.seed
-    stop: Annotated[Stop, Field(default_factory=list)]
-    ignore_eos: bool = _DEFAULTS.ignore_eos
-    skip_special_tokens: bool = _DEFAULTS.skip_special_tokens
-    logit_bias: Annotated[LogitBias, Field(default_factory=dict)]
-    json_schema: dict[str, Any] | None = None
-    regex: NonEmptyText | None = None
-    grammar: NonEmptyText | None = None
-    prompt_progress: bool = False
-    timeout: Annotated[float, Within(TIMEOUT_RANGE)] | None = None
-
-    def sampling(self, **changes: Any) -> SamplingParams:
-        """The sampling parameters, with ``changes`` to them.
-
-        Raises:
-            InvalidRequest: two fields say what the text must match.
-        """
-        values: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "seed": self.seed,
-            "stop": tuple(self.stop),
-            "ignore_eos": self.ignore_eos,
-            "skip_special_tokens": self.skip_special_tokens,
-            "logit_bias": tuple(self.logit_bias.items()),
-            "grammar": only_grammar(self.grammars()),
-        }
-        return SamplingParams(**values | changes)
-
-    def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
-        """Every field that says what the text must match, and what that is."""
-        if self.json_schema is not None:
-            yield "json_schema", schema_grammar(self.json_schema)
-        texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
-            ("regex", "regex", self.regex),
-            ("grammar", "lark", self.grammar),
-        )
-        for field, kind, text in texts:
-            if text is not None:
-                yield field, GrammarSpec(kind, text)
 
 
 JobId = Annotated[Text, AfterValidator(_job_id), Shown({"minLength": 1, "maxLength": MAX_JOB_ID_LENGTH})]
@@ -184,32 +101,3 @@ class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
     tokens: Many[TokenId]
-
-
-def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
-    """The grammar of the JSON texts that match ``schema``.
-
-    Raises:
-        InvalidRequest: it is nested too deeply.
-    """
-    try:
-        return GrammarSpec("json_schema", json.dumps(schema, ensure_ascii=False))
-    except RecursionError:
-        raise InvalidRequest("The JSON schema is nested too deeply.") from None
-
-
-def only_grammar(given: Iterable[tuple[str, GrammarSpec]]) -> GrammarSpec | None:
-    """The only one of ``given``, pairs of a field's name and its grammar; None: there is none.
-
-    Raises:
-        InvalidRequest: there are several.
-    """
-    several = list(given)
-    if len(several) > 1:
-        (first, _), *others = several
-        constraint = f"not together with {first}"
-        fields = [
-            FieldError(name, constraint, f"{name} must not be given together with {first}.") for name, _ in others
-        ]
-        raise InvalidRequest(" ".join(field.message for field in fields), fields=fields)
-    return replace(several[0][1], field=several[0][0]) if several else None

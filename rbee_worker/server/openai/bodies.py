@@ -1,23 +1,32 @@
-"""Fields that completions and chat completions share, and the body of a completion."""
+"""What the bodies of OpenAI's routes share."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, AliasChoices, Discriminator, Field, Tag
 
-from rbee_worker.config import CHOICES_RANGE, RANGES, GrammarSpec, Range
+from rbee_worker.config import CHOICES_RANGE, GrammarSpec
 from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, TokenId, Within, broken, within
-from rbee_worker.server.native.bodies import SamplingFields, only_grammar, schema_grammar
-from rbee_worker.server.openai.refusals import EVERYWHERE, OF_COMPLETIONS, refused
+from rbee_worker.server.bodies import SamplingFields, only_grammar, schema_grammar
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, Within, broken
 
-COMPLETION_TOKENS = 16
-"""``max_tokens`` of a completion that names none: OpenAI's."""
-
-_MOST_ANSWERS = int(CHOICES_RANGE.high or 0)
+_RESERVED_VARIABLES: Final = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 _METACHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if not _RESERVED_VARIABLES.isdisjoint(value):
+        raise broken(f"without {', '.join(sorted(_RESERVED_VARIABLES))}")
+    return value
+
+
+Variables = Annotated[
+    dict[str, Any],
+    AfterValidator(_variables),
+    Shown({"propertyNames": {"not": {"enum": sorted(_RESERVED_VARIABLES)}}}),
+]
 
 
 class StreamOptions(Body):
@@ -153,74 +162,3 @@ def _schema(name: str, schema: dict[str, Any] | str) -> dict[str, Any]:
         field = FieldError(name, "a JSON schema", f"{name} must be a JSON schema: an object, or the text of one.")
         raise InvalidRequest(field.message, fields=[field])
     return value
-
-
-def _prompt_form(value: Any) -> str:
-    if not isinstance(value, list):
-        return "<text>"
-    first = value[0] if value else ""
-    if isinstance(first, list):
-        return "<lists of token ids>"
-    return "<texts>" if isinstance(first, str) else "<token ids>"
-
-
-def _not_empty(value: list[Any]) -> list[Any]:
-    if not value:
-        raise broken("not empty")
-    return value
-
-
-def _few(value: Any) -> Any:
-    # Before each prompt is looked at.
-    if isinstance(value, list) and len(value) > _MOST_ANSWERS:
-        raise broken(f"for at most {_MOST_ANSWERS} answers, n for each")
-    return value
-
-
-def _token_ids(value: Any) -> Any:
-    # Before each item is looked at: a million bad ones are one error.
-    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-        raise broken("not empty, and token ids only")
-    return value
-
-
-_SEVERAL = Shown({"minItems": 1, "maxItems": _MOST_ANSWERS})
-TokenIds = Annotated[Many[TokenId], BeforeValidator(_token_ids), Shown({"minItems": 1})]
-Prompt = Annotated[
-    Annotated[NonEmptyText, Tag("<text>")]
-    | Annotated[Many[NonEmptyText], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<texts>")]
-    | Annotated[TokenIds, Tag("<token ids>")]
-    | Annotated[
-        Many[TokenIds], BeforeValidator(_few), AfterValidator(_not_empty), _SEVERAL, Tag("<lists of token ids>")
-    ],
-    Discriminator(_prompt_form),
-]
-
-
-class CompletionBody(OpenAIBody):
-    """``POST /v1/completions``."""
-
-    prompt: Prompt
-    echo: bool = False
-    logprobs: Annotated[int, within("logprobs")] | None = None
-    max_tokens: Annotated[int, Within(Range(low=0, high=RANGES["max_tokens"].high))] | None = COMPLETION_TOKENS
-
-    @classmethod
-    def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:
-        yield from refused(body, EVERYWHERE, OF_COMPLETIONS)
-        if body.get("max_tokens") == 0 and not body.get("echo"):
-            yield FieldError("max_tokens", ">= 1 without echo", "max_tokens must be >= 1 without echo.")
-        prompt, n = body.get("prompt"), body.get("n") or 1
-        several = len(prompt) if isinstance(prompt, list) and not isinstance([*prompt, 0][0], int) else 1
-        if isinstance(n, int) and n in CHOICES_RANGE and 0 < several <= _MOST_ANSWERS < several * n:
-            constraint = f"at most {_MOST_ANSWERS} answers, n for each"
-            yield FieldError("prompt", constraint, f"prompt must be for {constraint}.")
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """One entry for each prompt: its text, or its token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt

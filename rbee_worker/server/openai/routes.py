@@ -18,9 +18,9 @@ from rbee_worker.server import sse
 from rbee_worker.server.holding import Cancellable, Holding
 from rbee_worker.server.http.access import client_of
 from rbee_worker.server.http.envelope import ALWAYS, off_loop, read_object
-from rbee_worker.server.openai.bodies import CompletionBody
 from rbee_worker.server.openai.chat.body import ChatBody
 from rbee_worker.server.openai.chat.chat import ChatChunks, to_conversation, whole_chat
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.completions.completions import (
     CompletionChunks,
     CompletionReply,

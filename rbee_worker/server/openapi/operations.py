@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from rbee_worker.errors import Cancelled, DeadlineExceeded, InferenceError, ModelNotFound, OutOfMemory
 from rbee_worker.server.http.operation import ERRORS_OF_JOBS, Errors, Operation
-from rbee_worker.server.openai.bodies import CompletionBody
 from rbee_worker.server.openai.chat.body import ChatBody
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openapi import answers_openai, answers_responses
 

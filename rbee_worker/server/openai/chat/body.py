@@ -1,6 +1,5 @@
 """The body of a chat completion: messages, tools and what else only a conversation has."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
@@ -8,14 +7,15 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
 from rbee_worker.config import Message
 from rbee_worker.errors import FieldError
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken, within
-from rbee_worker.server.openai.bodies import OpenAIBody
+from rbee_worker.server.bodies import within
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.openai.bodies import OpenAIBody, Variables
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_CHAT, refused
+from rbee_worker.server.openai.tools import Function, FunctionCall
 
 _OTHER_PARTS: Final = frozenset(
     {"image_url", "image", "input_image", "input_audio", "audio_url", "video_url", "file", "refusal"}
 )
-_RESERVED_VARIABLES: Final = frozenset({"self", "messages", "tools", "documents", "add_generation_prompt"})
 
 
 def _part(value: Any) -> Any:
@@ -30,18 +30,6 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Text
-
-
-def _arguments(value: Any) -> Any:
-    # Some clients send back the object that they have parsed.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-
-
-class FunctionCall(Body):
-    """The function of an earlier tool call, and the JSON text of its arguments."""
-
-    name: NonEmptyText
-    arguments: Annotated[Text, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(Body):
@@ -93,15 +81,6 @@ class MessageBody(Body):
         return message
 
 
-class Function(Body):
-    """A function that the model may call; without ``parameters`` it takes none."""
-
-    name: NonEmptyText
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
 class ToolBody(Body):
     """One of ``tools``."""
 
@@ -136,19 +115,6 @@ def _messages(value: list[MessageBody]) -> list[MessageBody]:
     if not value:
         raise broken("at least 1 message")
     return value
-
-
-def _variables(value: dict[str, Any]) -> dict[str, Any]:
-    if not _RESERVED_VARIABLES.isdisjoint(value):
-        raise broken(f"without {', '.join(sorted(_RESERVED_VARIABLES))}")
-    return value
-
-
-Variables = Annotated[
-    dict[str, Any],
-    AfterValidator(_variables),
-    Shown({"propertyNames": {"not": {"enum": sorted(_RESERVED_VARIABLES)}}}),
-]
 
 
 class ChatBody(OpenAIBody):

@@ -8,7 +8,7 @@ from typing import Any, Self
 from rbee_worker.config import GenerationRequest
 from rbee_worker.events import End, InferenceEvent, PromptLogprobs, PromptProgress, Started, Token
 from rbee_worker.server.openai.answers import Answers, Usage, finish_reason
-from rbee_worker.server.openai.bodies import CompletionBody
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.logprobs import CompletionLogprobs, joined
 from rbee_worker.server.openai.requests import choice_ids, choice_seed, new_id, progress
 from rbee_worker.worker.worker import Worker

@@ -7,11 +7,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from rbee_worker.config import GrammarSpec
 from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken, within
-from rbee_worker.server.native.bodies import SamplingFields, schema_grammar
-from rbee_worker.server.openai.chat.body import Function, Variables
+from rbee_worker.server.bodies import SamplingFields, schema_grammar, within
+from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.openai.bodies import Variables
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_RESPONSES, refused
 from rbee_worker.server.openai.responses.input import Input
+from rbee_worker.server.openai.tools import Function
 
 _MAX_METADATA: Final = 16
 _LOGPROBS: Final = "message.output_text.logprobs"

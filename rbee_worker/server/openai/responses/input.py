@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
 from rbee_worker.config import Message
 from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
-from rbee_worker.server.openai.chat.body import FunctionCall
+from rbee_worker.server.openai.tools import FunctionCall
 
 _OTHER_PARTS: Final = frozenset(
     {"input_image", "input_file", "input_audio", "refusal", "image_url", "computer_screenshot"}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rbee_worker.errors import FieldError, InvalidRequest
-from rbee_worker.server.native.bodies import only_grammar
+from rbee_worker.server.bodies import only_grammar
 from rbee_worker.server.openai.conversation import Conversation, ConversationReply, begin_conversation
 from rbee_worker.server.openai.responses.body import AllowedTools, NamedFunction, ResponsesBody
 from rbee_worker.server.openai.responses.events import ResponseEvents

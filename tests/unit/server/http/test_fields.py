@@ -4,8 +4,8 @@ import pytest
 
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody
-from rbee_worker.server.openai.bodies import CompletionBody
 from rbee_worker.server.openai.chat.body import ChatBody
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.responses.body import ResponsesBody
 
 BAD = [0] * 1000

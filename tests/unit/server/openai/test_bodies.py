@@ -6,9 +6,9 @@ import pytest
 
 from rbee_worker.config import GrammarSpec
 from rbee_worker.errors import InvalidRequest
-from rbee_worker.server.openai.bodies import COMPLETION_TOKENS, CompletionBody
 from rbee_worker.server.openai.chat.body import ChatBody
 from rbee_worker.server.openai.chat.chat import to_conversation
+from rbee_worker.server.openai.completions.body import COMPLETION_TOKENS, CompletionBody
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rbee_worker.events import PromptLogprobs, Token
-from rbee_worker.server.openai.bodies import CompletionBody
+from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.completions.completions import CompletionChunks, begin_completion, whole_completion
 from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, started, texts
 

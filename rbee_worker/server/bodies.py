@@ -1,0 +1,169 @@
+"""What every request for text may say of how it is made, whichever API it speaks."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from rbee_worker.config import (
+    LOGIT_BIAS_RANGE,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    RANGES,
+    SEED_MAX,
+    SEED_MIN,
+    TIMEOUT_RANGE,
+    GrammarKind,
+    GrammarSpec,
+    SamplingParams,
+)
+from rbee_worker.errors import FieldError, InvalidRequest
+from rbee_worker.server.http.fields import Body, NonEmptyText, Shown, Within, broken
+
+_DEFAULTS = SamplingParams()
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
+
+
+def within(name: str) -> Within:
+    """The bounds of a sampling parameter."""
+    return Within(RANGES[name])
+
+
+def _biases(value: dict[str, Any]) -> dict[int, float]:
+    if len(value) > MAX_LOGIT_BIAS:
+        raise broken(f"at most {MAX_LOGIT_BIAS} entries")
+    numbers = (isinstance(bias, int | float) and not isinstance(bias, bool) for bias in value.values())
+    ids = (_TOKEN_ID.fullmatch(key) for key in value)
+    if not all(ids) or not all(numbers) or any(bias not in LOGIT_BIAS_RANGE for bias in value.values()):
+        raise broken(f"an object of token ids and their biases, {LOGIT_BIAS_RANGE}")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _seed(value: int) -> int:
+    if not SEED_MIN <= value <= SEED_MAX:
+        raise broken("64-bit integer")
+    return value
+
+
+def _stop_list(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise broken("string or list of strings")
+    if len(value) > MAX_STOP_SEQUENCES:
+        raise broken(f"at most {MAX_STOP_SEQUENCES} strings")
+    return value
+
+
+LogitBias = Annotated[
+    dict[str, Any],
+    AfterValidator(_biases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_LOGIT_BIAS,
+            "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"},
+            "additionalProperties": {
+                "type": "number",
+                "minimum": LOGIT_BIAS_RANGE.low,
+                "maximum": LOGIT_BIAS_RANGE.high,
+            },
+        }
+    ),
+]
+Seed = Annotated[int, AfterValidator(_seed), Shown({"minimum": SEED_MIN, "maximum": SEED_MAX})]
+_StopText = Annotated[NonEmptyText, Shown({"maxLength": MAX_STOP_LENGTH})]
+_StopTexts = Annotated[list[_StopText], Shown({"maxItems": MAX_STOP_SEQUENCES})]
+Stop = Annotated[list[NonEmptyText], BeforeValidator(_stop_list, json_schema_input_type=_StopText | _StopTexts)]
+
+
+class SamplingFields(Body):
+    """What every request for text may say of how it is made."""
+
+    max_tokens: Annotated[int, within("max_tokens")] | None = _DEFAULTS.max_tokens
+    temperature: Annotated[float, within("temperature")] = _DEFAULTS.temperature
+    top_p: Annotated[float, within("top_p")] = _DEFAULTS.top_p
+    top_k: Annotated[int, within("top_k")] = _DEFAULTS.top_k
+    min_p: Annotated[float, within("min_p")] = _DEFAULTS.min_p
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = _DEFAULTS.repetition_penalty
+    presence_penalty: Annotated[float, within("presence_penalty")] = _DEFAULTS.presence_penalty
+    frequency_penalty: Annotated[float, within("frequency_penalty")] = _DEFAULTS.frequency_penalty
+    seed: Seed | None = _DEFAULTS.seed
+    stop: Annotated[Stop, Field(default_factory=list)]
+    ignore_eos: bool = _DEFAULTS.ignore_eos
+    skip_special_tokens: bool = _DEFAULTS.skip_special_tokens
+    logit_bias: Annotated[LogitBias, Field(default_factory=dict)]
+    json_schema: dict[str, Any] | None = None
+    regex: NonEmptyText | None = None
+    grammar: NonEmptyText | None = None
+    prompt_progress: bool = False
+    timeout: Annotated[float, Within(TIMEOUT_RANGE)] | None = None
+
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """The sampling parameters, with ``changes`` to them.
+
+        Raises:
+            InvalidRequest: two fields say what the text must match.
+        """
+        values: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": self.seed,
+            "stop": tuple(self.stop),
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+            "logit_bias": tuple(self.logit_bias.items()),
+            "grammar": only_grammar(self.grammars()),
+        }
+        return SamplingParams(**values | changes)
+
+    def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
+        """Every field that says what the text must match, and what that is."""
+        if self.json_schema is not None:
+            yield "json_schema", schema_grammar(self.json_schema)
+        texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
+            ("regex", "regex", self.regex),
+            ("grammar", "lark", self.grammar),
+        )
+        for field, kind, text in texts:
+            if text is not None:
+                yield field, GrammarSpec(kind, text)
+
+
+def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
+    """The grammar of the JSON texts that match ``schema``.
+
+    Raises:
+        InvalidRequest: it is nested too deeply.
+    """
+    try:
+        return GrammarSpec("json_schema", json.dumps(schema, ensure_ascii=False))
+    except RecursionError:
+        raise InvalidRequest("The JSON schema is nested too deeply.") from None
+
+
+def only_grammar(given: Iterable[tuple[str, GrammarSpec]]) -> GrammarSpec | None:
+    """The only one of ``given``, pairs of a field's name and its grammar; None: there is none.
+
+    Raises:
+        InvalidRequest: there are several.
+    """
+    several = list(given)
+    if len(several) > 1:
+        (first, _), *others = several
+        constraint = f"not together with {first}"
+        fields = [
+            FieldError(name, constraint, f"{name} must not be given together with {first}.") for name, _ in others
+        ]
+        raise InvalidRequest(" ".join(field.message for field in fields), fields=fields)
+    return replace(several[0][1], field=several[0][0]) if several else None
