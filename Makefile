@@ -2,7 +2,7 @@
 # make test     everything that CI runs
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
-# make docs     regenerate completions/, docs/cli.md, docs/files.md and the table of docs/models.md
+# make docs     regenerate completions/, docs/cli.md, docs/files.md and tables of docs/models.md, http-api.md and openai.md
 # make snapshots  write tests/snapshots anew: what users rely on
 # make clean    remove the environment and the prepared model
 
@@ -46,6 +46,7 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python -m rbee_worker.cli.reference
 	$(BIN)/python -m tests.files
+	$(BIN)/python -m tests.fields
 	$(BIN)/python -m tests.reference.families
 
 snapshots: $(READY)

@@ -1,9 +1,9 @@
 """Frozen settings. The command line and the request schemas read their defaults and ranges from here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Self, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, get_args
 
 from rbee_worker.errors import FieldError, InvalidRequest
 
@@ -98,20 +98,6 @@ MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_BYTES = 64 * 1024
 """UTF-8 bytes of a JSON schema, regular expression or grammar."""
 
-RANGES: Mapping[str, Range] = {
-    "max_tokens": Range(low=1),
-    "temperature": Range(low=0, high=2),
-    "top_p": Range(low=0, high=1),
-    "top_k": Range(low=0),
-    "min_p": Range(low=0, high=1),
-    "repetition_penalty": Range(above=0, high=2),
-    "presence_penalty": Range(low=-2, high=2),
-    "frequency_penalty": Range(low=-2, high=2),
-    "logprobs": Range(low=0, high=MAX_LOGPROBS),
-    "prompt_logprobs": Range(low=0, high=MAX_LOGPROBS),
-}
-"""Bounds of the numeric sampling parameters (see docs/http-api.md)."""
-
 LOGIT_BIAS_RANGE = Range(low=-100, high=100)
 CHOICES_RANGE = Range(low=1, high=128)
 """Answers that one request may ask for (OpenAI's ``n``), all its prompts together."""
@@ -120,46 +106,134 @@ TIMEOUT_RANGE = Range(above=0, high=86_400)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How tokens are chosen and when to stop.
+class Param:
+    """What is to be said of a sampling parameter: once, for every place that takes it.
 
     Attributes:
-        max_tokens: tokens to generate at most; None: what is left of the context.
-        temperature: 0 is greedy.
-        top_p: nucleus; 1 is off. 0 keeps the likeliest token only.
-        top_k: 0 is off.
-        min_p: drops tokens less likely than ``min_p`` times the likeliest; 0 is off.
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output
-            (CTRL, arXiv:1909.05858).
-        presence_penalty: subtracted from the logits of tokens generated before (OpenAI's definition).
-        frequency_penalty: subtracted once per earlier occurrence in the output (OpenAI's definition).
-        seed: None: chosen at random and reported.
-        stop: strings that end generation; they are not part of the text.
-        ignore_eos: go on past end-of-sequence tokens.
-        logit_bias: added to the logits of token ids (OpenAI's definition), as pairs of id and bias from -100 to 100.
-        logprobs: tell each generated token's log-probability and those of this many likeliest ones; None: tell none.
-            They are the model's own, before penalties, bias, temperature and truncation.
-        prompt_logprobs: the same for the tokens of the prompt, told before the first token.
-        grammar: what the text must match; None: anything.
-        skip_special_tokens: leave special tokens out of the text.
+        help: a sentence for the description of requests, in Markdown.
+        range: the numbers that it may be; None: it is no number, or is checked in a way of its own.
+        option: a sentence for ``--help``; None: commands have no such option. Numbers, tuples of strings, and booleans
+            that are false by default can be options.
+        unset: what the default None or ``()`` means, for tables.
     """
 
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: GrammarSpec | None = None
-    skip_special_tokens: bool = True
+    help: str
+    range: Range | None = None
+    option: str | None = None
+    unset: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. What a field means and may be stands in its ``Param``.
+
+    Request bodies, the options of commands and the tables in ``docs`` take the fields from here, in this order.
+
+    ``repetition_penalty`` is that of CTRL (arXiv:1909.05858), the other penalties are OpenAI's; so is ``logit_bias``,
+    here as pairs of token id and bias. Log-probabilities are the model's own, before penalties, bias, temperature and
+    truncation; None tells none.
+    """
+
+    max_tokens: Annotated[
+        int | None,
+        Param(
+            help="Tokens to generate at most; by default what is left of the context.",
+            range=Range(low=1),
+            option="Tokens to make at most; without it: what is left of the context.",
+            unset="what is left of the context",
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        Param(
+            help="0 takes the likeliest token.",
+            range=Range(low=0, high=2),
+            option="0 always takes the likeliest token.",
+        ),
+    ] = 1.0
+    top_p: Annotated[
+        float,
+        Param(
+            help="Nucleus sampling; 1 is off, 0 keeps the likeliest token only.",
+            range=Range(low=0, high=1),
+            option="Keep the likeliest tokens up to this probability; 1 is off.",
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        Param(
+            help="0 is off.",
+            range=Range(low=0),
+            option="Keep this many of the likeliest tokens; 0 is off.",
+        ),
+    ] = 0
+    min_p: Annotated[
+        float,
+        Param(
+            help="Drops tokens less likely than this times the likeliest; 0 is off.",
+            range=Range(low=0, high=1),
+            option="Drop tokens less likely than this share of the likeliest; 0 is off.",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Param(
+            help="Divides positive and multiplies negative logits of tokens seen in prompt or text.",
+            range=Range(above=0, high=2),
+            option="Divides the logits of tokens seen before; 1 is off.",
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        Param(
+            help="Subtracted from the logits of tokens generated before.",
+            range=Range(low=-2, high=2),
+            option="Taken from the logits of tokens made before; 0 is off.",
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        Param(
+            help="Subtracted once for each earlier occurrence in the text.",
+            range=Range(low=-2, high=2),
+            option="Taken once for each time a token was made; 0 is off.",
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        Param(
+            help="64 bits, signed or unsigned; by default random.",
+            option="64 bits; the same seed gives the same text. Without it: random.",
+        ),
+    ] = None
+    stop: Annotated[
+        tuple[str, ...],
+        Param(
+            help="Strings that end the text; they are not part of it.",
+            option=f"Stop before this text; may be given up to {MAX_STOP_SEQUENCES} times.",
+        ),
+    ] = ()
+    ignore_eos: Annotated[bool, Param(help="Go on past end-of-sequence tokens, for benchmarks.")] = False
+    skip_special_tokens: Annotated[bool, Param(help="Leave special tokens out of the text.")] = True
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...],
+        Param(help="Token ids and what is added to their logits; -100 bans a token."),
+    ] = ()
+    logprobs: Annotated[
+        int | None,
+        Param(
+            help="Tell each token's log-probability and those of this many likeliest ones.",
+            range=Range(low=0, high=MAX_LOGPROBS),
+        ),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        Param(
+            help="The same for the tokens of the prompt, before the first token.",
+            range=Range(low=0, high=MAX_LOGPROBS),
+        ),
+    ] = None
+    grammar: Annotated[GrammarSpec | None, Param(help="What the text must match.")] = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -190,6 +264,13 @@ class SamplingParams:
             bad.append(FieldError("logit_bias", f"biases {LOGIT_BIAS_RANGE}", message))
         if bad:
             raise InvalidRequest(" ".join(error.message for error in bad), fields=bad)
+
+
+PARAMS: Mapping[str, Param] = {field.name: get_args(field.type)[1] for field in fields(SamplingParams)}
+"""What is said of each sampling parameter, by its name."""
+
+RANGES: Mapping[str, Range] = {name: param.range for name, param in PARAMS.items() if param.range is not None}
+"""Bounds of the numeric sampling parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

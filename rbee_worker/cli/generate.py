@@ -4,7 +4,7 @@ import functools
 import sys
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -12,8 +12,9 @@ from rbee_worker import log
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.cli.load import load_here, show
+from rbee_worker.cli.sampling import sampling_options
 from rbee_worker.cli.structured import Grammar, JsonSchema, Regex, read_grammar
-from rbee_worker.config import MAX_STOP_SEQUENCES, RANGES, EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.errors import InferenceError, InvalidRequest
 from rbee_worker.events import InferenceFailed
 
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 
 
 _LOCAL_OPTIONS = ("model", "device", "dtype", "quantize", "max_context", "kv_cache_memory", "speculate")
-
-
-def _number(option: str, help_text: str) -> typer.models.OptionInfo:
-    """An option of the sampling panel; its range comes from config, which also checks it."""
-    name = option.removeprefix("--").replace("-", "_")
-    bounds = f" Range: {RANGES[name]}." if name in RANGES else ""
-    info: typer.models.OptionInfo = typer.Option(
-        option, metavar="N", help=help_text + bounds, rich_help_panel=opt.SAMPLING_PANEL
-    )
-    return info
 
 
 Prompt = Annotated[
@@ -44,50 +35,16 @@ System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system message for the model's chat template.")
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
-MaxTokens = Annotated[
-    int | None, _number("--max-tokens", "Tokens to make at most; without it: what is left of the context.")
-]
-Temperature = Annotated[float, _number("--temperature", "0 always takes the likeliest token.")]
-TopP = Annotated[float, _number("--top-p", "Keep the likeliest tokens up to this probability; 1 is off.")]
-TopK = Annotated[int, _number("--top-k", "Keep this many of the likeliest tokens; 0 is off.")]
-MinP = Annotated[float, _number("--min-p", "Drop tokens less likely than this share of the likeliest; 0 is off.")]
-RepetitionPenalty = Annotated[
-    float, _number("--repetition-penalty", "Divides the logits of tokens seen before; 1 is off.")
-]
-PresencePenalty = Annotated[
-    float, _number("--presence-penalty", "Taken from the logits of tokens made before; 0 is off.")
-]
-FrequencyPenalty = Annotated[
-    float, _number("--frequency-penalty", "Taken once for each time a token was made; 0 is off.")
-]
-Seed = Annotated[int | None, _number("--seed", "64 bits; the same seed gives the same text. Without it: random.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help=f"Stop before this text; may be given up to {MAX_STOP_SEQUENCES} times.",
-        rich_help_panel=opt.SAMPLING_PANEL,
-    ),
-]
 
 
+@sampling_options
 def generate(
     ctx: typer.Context,
     *,
     prompt: Prompt,
     system: System = None,
     raw: Raw = False,
-    max_tokens: MaxTokens = opt.SAMPLING.max_tokens,
-    temperature: Temperature = opt.SAMPLING.temperature,
-    top_p: TopP = opt.SAMPLING.top_p,
-    top_k: TopK = opt.SAMPLING.top_k,
-    min_p: MinP = opt.SAMPLING.min_p,
-    repetition_penalty: RepetitionPenalty = opt.SAMPLING.repetition_penalty,
-    presence_penalty: PresencePenalty = opt.SAMPLING.presence_penalty,
-    frequency_penalty: FrequencyPenalty = opt.SAMPLING.frequency_penalty,
-    seed: Seed = opt.SAMPLING.seed,
-    stop: Stop = None,
+    sampling: dict[str, Any],
     json_schema: JsonSchema = None,
     regex: Regex = None,
     grammar: Grammar = None,
@@ -110,22 +67,10 @@ def generate(
     Example: rbee-worker generate --prompt "Why is the sky blue?" --max-tokens 100
     """
     log.configure(log_level, log_format)
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        grammar=read_grammar(json_schema, regex, grammar),
-    )
+    params = SamplingParams(**sampling, grammar=read_grammar(json_schema, regex, grammar))
     if raw and system is not None:
         raise InvalidRequest("--system: no effect with --raw, which uses no chat template.", hint="Leave out one.")
-    request = GenerationRequest.from_text(read_prompt(prompt), system=system, raw=raw, sampling=sampling)
+    request = GenerationRequest.from_text(read_prompt(prompt), system=system, raw=raw, sampling=params)
     if addr is None:
         config = EngineConfig(
             device=device,

@@ -16,14 +16,12 @@ from rbee_worker.config import (
     DTypeName,
     EngineConfig,
     Quantization,
-    SamplingParams,
     ServerConfig,
 )
 from rbee_worker.errors import InvalidRequest
 
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
-SAMPLING = SamplingParams()
 
 _UNITS = {"": 1, "b": 1} | {
     name: base**power

@@ -4,15 +4,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 
 from rbee_worker.config import (
     LOGIT_BIAS_RANGE,
     MAX_LOGIT_BIAS,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
+    PARAMS,
     RANGES,
     SEED_MAX,
     SEED_MIN,
@@ -24,7 +26,6 @@ from rbee_worker.config import (
 from rbee_worker.errors import FieldError, InvalidRequest
 from rbee_worker.server.http.fields import Body, NonEmptyText, Shown, Within, broken
 
-_DEFAULTS = SamplingParams()
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 
@@ -33,14 +34,14 @@ def within(name: str) -> Within:
     return Within(RANGES[name])
 
 
-def _biases(value: dict[str, Any]) -> dict[int, float]:
+def _biases(value: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     if len(value) > MAX_LOGIT_BIAS:
         raise broken(f"at most {MAX_LOGIT_BIAS} entries")
     numbers = (isinstance(bias, int | float) and not isinstance(bias, bool) for bias in value.values())
     ids = (_TOKEN_ID.fullmatch(key) for key in value)
     if not all(ids) or not all(numbers) or any(bias not in LOGIT_BIAS_RANGE for bias in value.values()):
         raise broken(f"an object of token ids and their biases, {LOGIT_BIAS_RANGE}")
-    return {int(key): float(bias) for key, bias in value.items()}
+    return tuple({int(key): float(bias) for key, bias in value.items()}.items())
 
 
 def _seed(value: int) -> int:
@@ -78,25 +79,55 @@ LogitBias = Annotated[
 Seed = Annotated[int, AfterValidator(_seed), Shown({"minimum": SEED_MIN, "maximum": SEED_MAX})]
 _StopText = Annotated[NonEmptyText, Shown({"maxLength": MAX_STOP_LENGTH})]
 _StopTexts = Annotated[list[_StopText], Shown({"maxItems": MAX_STOP_SEQUENCES})]
-Stop = Annotated[list[NonEmptyText], BeforeValidator(_stop_list, json_schema_input_type=_StopText | _StopTexts)]
+Stop = Annotated[
+    list[NonEmptyText],
+    BeforeValidator(_stop_list, json_schema_input_type=_StopText | _StopTexts),
+    AfterValidator(tuple),
+]
 
 
-class SamplingFields(Body):
-    """What every request for text may say of how it is made."""
+_SPELLED: Final[Mapping[str, Any]] = {"seed": Seed, "stop": Stop, "logit_bias": LogitBias}
+"""Parameters that are spelled or checked in a way of their own; the others are numbers in a range, and booleans."""
 
-    max_tokens: Annotated[int, within("max_tokens")] | None = _DEFAULTS.max_tokens
-    temperature: Annotated[float, within("temperature")] = _DEFAULTS.temperature
-    top_p: Annotated[float, within("top_p")] = _DEFAULTS.top_p
-    top_k: Annotated[int, within("top_k")] = _DEFAULTS.top_k
-    min_p: Annotated[float, within("min_p")] = _DEFAULTS.min_p
-    repetition_penalty: Annotated[float, within("repetition_penalty")] = _DEFAULTS.repetition_penalty
-    presence_penalty: Annotated[float, within("presence_penalty")] = _DEFAULTS.presence_penalty
-    frequency_penalty: Annotated[float, within("frequency_penalty")] = _DEFAULTS.frequency_penalty
-    seed: Seed | None = _DEFAULTS.seed
-    stop: Annotated[Stop, Field(default_factory=list)]
-    ignore_eos: bool = _DEFAULTS.ignore_eos
-    skip_special_tokens: bool = _DEFAULTS.skip_special_tokens
-    logit_bias: Annotated[LogitBias, Field(default_factory=dict)]
+_ELSEWHERE: Final = frozenset({"logprobs", "prompt_logprobs", "grammar"})
+"""Parameters that each API has in its own way: its bodies say how, and give them to :meth:`SamplingFields.sampling`."""
+
+
+def _fields() -> dict[str, Any]:
+    """Name -> type and default of every other sampling parameter, as pydantic takes them."""
+    kinds, defaults = get_type_hints(SamplingParams), SamplingParams()
+    return {name: _field(name, kinds[name], getattr(defaults, name)) for name in PARAMS if name not in _ELSEWHERE}
+
+
+def _field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
+    if name in _SPELLED:
+        kind = _SPELLED[name]
+    elif name in RANGES:
+        # No `| None`: null is taken for absent, in every body.
+        number = get_args(kind)[0] if isinstance(kind, UnionType) else kind
+        kind = Annotated[number, within(name)]
+    # A schema that says "[] by default" says nothing.
+    return kind, Field(default_factory=tuple) if default == () else default
+
+
+if TYPE_CHECKING:
+
+    class _Parameters(Body):
+        """Those that code reads from a body by name, for type checkers; :meth:`SamplingFields.sampling` reads all."""
+
+        max_tokens: int | None
+        temperature: float
+        top_p: float
+        presence_penalty: float
+        frequency_penalty: float
+        seed: int | None
+else:
+    _Parameters = create_model("_Parameters", __base__=Body, **_fields())
+
+
+class SamplingFields(_Parameters):
+    """What every request for text may say of how it is made: the sampling parameters, and the fields below."""
+
     json_schema: dict[str, Any] | None = None
     regex: NonEmptyText | None = None
     grammar: NonEmptyText | None = None
@@ -109,23 +140,8 @@ class SamplingFields(Body):
         Raises:
             InvalidRequest: two fields say what the text must match.
         """
-        values: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "seed": self.seed,
-            "stop": tuple(self.stop),
-            "ignore_eos": self.ignore_eos,
-            "skip_special_tokens": self.skip_special_tokens,
-            "logit_bias": tuple(self.logit_bias.items()),
-            "grammar": only_grammar(self.grammars()),
-        }
-        return SamplingParams(**values | changes)
+        values = {name: getattr(self, name) for name in PARAMS if name not in _ELSEWHERE}
+        return SamplingParams(**values | {"grammar": only_grammar(self.grammars())} | changes)
 
     def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
         """Every field that says what the text must match, and what that is."""

@@ -12,8 +12,8 @@ from rbee_worker.config import (
     MAX_JOB_ID_LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
+    PARAMS,
     RANGES,
-    SamplingParams,
     ServerConfig,
 )
 from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
@@ -27,7 +27,7 @@ from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.refusals import OF_RESPONSES
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openapi import Described
-from tests import files
+from tests import fields, files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,18 +92,29 @@ def test_links_lead_somewhere(page: Path):
 
 def test_the_table_of_inference_fields_is_the_schema():
     table = rows(section(read("docs/http-api.md"), "`POST /v1/inference`"))
-    fields = {name: cells for name, cells in table.items() if name in InferenceBody.model_fields}
-    assert fields.keys() == InferenceBody.model_fields.keys()
-    defaults = dataclasses.asdict(SamplingParams())
-    for name, bounds in RANGES.items():
-        _, default, allowed = fields[name]
-        assert allowed == str(bounds), name
-        if defaults[name] is not None:
-            assert default == repr(defaults[name]), name
-    assert fields["max_tokens"][1] == "what is left of the context"
-    assert fields["ignore_eos"][1] == str(defaults["ignore_eos"]).lower()
-    assert fields["stop"][2] == f"up to {MAX_STOP_SEQUENCES}, each 1 to {MAX_STOP_LENGTH} characters"
-    assert f"1 to {MAX_JOB_ID_LENGTH} " in fields["job_id"][2]
+    cells = {name: cells for name, cells in table.items() if name in InferenceBody.model_fields}
+    assert cells.keys() == InferenceBody.model_fields.keys()
+    assert cells["stop"][2] == f"up to {MAX_STOP_SEQUENCES}, each 1 to {MAX_STOP_LENGTH} characters"
+    assert f"1 to {MAX_JOB_ID_LENGTH} " in cells["job_id"][2]
+
+
+def test_the_rows_of_sampling_parameters_are_made_from_them():
+    page = read("docs/http-api.md")
+    written = [row for name in PARAMS if (row := fields.row(name)) is not None]
+    assert len(written) > len(RANGES)
+    assert set(written) <= set(page.splitlines())
+    assert fields.insert_rows(page) == page, "run make docs"
+    page = read("docs/openai.md")
+    assert fields.insert_names(page) == page, "run make docs"
+
+
+def test_a_row_that_lacks_or_is_out_of_date_is_written_where_it_belongs():
+    page = read("docs/http-api.md")
+    for name in ("max_tokens", "min_p", "skip_special_tokens", "prompt_logprobs"):
+        row = fields.row(name)
+        assert fields.insert_rows(page.replace(row, f"| `{name}` | text | 7 | |")) == page
+        if name != "max_tokens":
+            assert fields.insert_rows(page.replace(f"{row}\n", "")) == page
 
 
 def test_the_table_of_loading_fields_is_the_schema():

@@ -3,27 +3,15 @@
 from collections.abc import Mapping
 from typing import Final
 
+from rbee_worker.config import PARAMS
+
 FIELDS: Final[Mapping[str, str]] = {
-    # How text is made.
-    "max_tokens": "Tokens to generate at most; by default what is left of the context.",
+    # How text is made: each parameter says it itself.
+    **{name: param.help for name, param in PARAMS.items()},
     "CompletionBody.max_tokens": "Tokens to generate at most. 0 with `echo` only: nothing but the prompt comes back.",
     "max_completion_tokens": "Goes before `max_tokens`.",
-    "temperature": "0 takes the likeliest token.",
-    "top_p": "Nucleus sampling; 1 is off, 0 keeps the likeliest token only.",
-    "top_k": "0 is off.",
-    "min_p": "Drops tokens less likely than this times the likeliest; 0 is off.",
-    "repetition_penalty": "Divides positive and multiplies negative logits of tokens seen in prompt or text.",
-    "presence_penalty": "Subtracted from the logits of tokens generated before.",
-    "frequency_penalty": "Subtracted once for each earlier occurrence in the text.",
-    "seed": "64 bits, signed or unsigned; by default random.",
-    "stop": "Strings that end the text; they are not part of it.",
-    "ignore_eos": "Go on past end-of-sequence tokens, for benchmarks.",
-    "skip_special_tokens": "Leave special tokens out of the text.",
-    "logit_bias": "Token ids and what is added to their logits; -100 bans a token.",
-    "logprobs": "Tell each token's log-probability and those of this many likeliest ones.",
     "ChatBody.logprobs": "Tell each token's log-probability.",
     "top_logprobs": "How many of the likeliest tokens to tell with each; with `logprobs` only.",
-    "prompt_logprobs": "The same for the tokens of the prompt, before the first token.",
     "json_schema": "A JSON schema that the text must match; at most one field says what it must match.",
     "regex": "A regular expression that the text must match.",
     "grammar": "A grammar, in llguidance's dialect of Lark, that the text must match.",

@@ -1,0 +1,58 @@
+"""Options for the sampling parameters, made from what ``rbee_worker.config`` says of each."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from rbee_worker.cli.options import SAMPLING_PANEL
+from rbee_worker.config import PARAMS, SamplingParams
+
+T = TypeVar("T")
+
+
+def sampling_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Give ``command`` an option for every sampling parameter that may be one, where its parameter ``sampling`` stands.
+
+    ``command`` gets their values as ``sampling``: keyword arguments of :class:`~rbee_worker.config.SamplingParams`,
+    which checks them.
+    """
+    kinds, defaults = get_type_hints(SamplingParams), SamplingParams()
+    options = {
+        name: _option(name, kinds[name], getattr(defaults, name)) for name, param in PARAMS.items() if param.option
+    }
+
+    @functools.wraps(command)
+    def run(**given: Any) -> T:
+        values = {name: given.pop(name) for name in options}
+        # Only an option that may be repeated gives a list.
+        sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return command(**given, sampling=sampling)
+
+    signature = inspect.signature(command)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += options.values() if parameter.name == "sampling" else [parameter]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what inspect looks for
+    return run
+
+
+def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    """The parameter from which Typer makes the option."""
+    param = PARAMS[name]
+    texts = kind == tuple[str, ...]
+    bounds = f" Range: {param.range}." if param.range is not None else ""
+    info = typer.Option(
+        "--" + name.replace("_", "-"),
+        metavar=None if kind is bool else "TEXT" if texts else "N",
+        help=f"{param.option}{bounds}",
+        rich_help_panel=SAMPLING_PANEL,
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=list(default) if texts else default,
+        annotation=Annotated[list[str] if texts else kind, info],
+    )
