@@ -22,7 +22,7 @@ import numpy.typing as npt
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
-from rbee_worker.runtime.formats.quantized.methods import quantization_section
+from rbee_worker.runtime.formats.quantized.options import quantization_section
 from rbee_worker.runtime.formats.safetensors import DTYPE_BYTES, SINGLE_NAME, TensorInfo, quoted, read_header
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.runtime.untrusted import ConfigReader
@@ -122,8 +122,7 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
     checkpoint = source.checkpoint()
-    quantized = source.format == "safetensors" and quantization_section(ConfigReader(source.config(), "config.json"))
-    if dtype != "auto" and quantized:
+    if dtype != "auto" and _is_quantized(source):
         raise ModelUnsupported(
             f"{source.name} is quantized; in {dtype} its scales would be rounded, and every weight with them.",
             hint="Copy it as it is, with --dtype auto.",
@@ -140,6 +139,12 @@ def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
         "dtype": dtype,
     }
     return _Plan(source, out, tuple(typed), _header(typed, metadata), metadata, _small_files(source, typed))
+
+
+def _is_quantized(source: ModelSource) -> bool:
+    """Whether several tensors of a safetensors model make one matrix, which GGUF never does."""
+    config = ConfigReader(source.config(), "config.json")
+    return source.format == "safetensors" and quantization_section(config) is not None
 
 
 def _target(info: TensorInfo, dtype: DTypeName) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architecture.config import ExpertsConfig, LayerTraits
 from rbee_worker.runtime.architecture.rope import GLOBAL, LOCAL, scaling
+from rbee_worker.runtime.formats.quantized.options import quantization_section
 from rbee_worker.runtime.untrusted import MAX_COUNT, ConfigReader
 
 Traits = dict[str, Any]
@@ -174,7 +175,7 @@ def cohere2(config: ConfigReader, layers: int) -> Traits:
 def gpt_oss(config: ConfigReader, layers: int) -> Traits:
     """gpt-oss: attention sinks, windows in every other layer, experts with biases and a clamped activation."""
     windows = kinds(config, layers, [index % 2 == 0 for index in range(layers)])
-    quantized = config.section("quantization_config")
+    quantized = quantization_section(config)
     experts = ExpertsConfig(
         count=_either(config, "num_local_experts", "num_experts"),
         active=config.integer("num_experts_per_tok", 4),

@@ -257,3 +257,14 @@ def test_scaled_8_bit_floats_are_only_copied(model_folder: Folder, files: Simple
         convert(source, tmp_path / "out", dtype="float16")
     assert "--dtype auto" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantized_checkpoints_are_only_copied(model_folder: Folder, tmp_path: Path, key: str) -> None:
+    section = {"quant_method": "compressed-tensors"}
+    source = resolve(str(model_folder(**{"config.json": json.dumps({"model_type": "llama", key: section}).encode()})))
+    with pytest.raises(ModelUnsupported, match="tiny is quantized; in float16 its scales would be rounded") as caught:
+        convert(source, tmp_path / "out", dtype="float16")
+    assert caught.value.hint == "Copy it as it is, with --dtype auto."
+    list(convert(source, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == section

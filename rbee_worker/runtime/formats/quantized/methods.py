@@ -12,13 +12,12 @@ from rbee_worker.runtime.formats.quantized.bitsandbytes import read_bitsandbytes
 from rbee_worker.runtime.formats.quantized.compressed import read_compressed
 from rbee_worker.runtime.formats.quantized.fp8 import read_fp8
 from rbee_worker.runtime.formats.quantized.gptq import read_awq, read_gptq
-from rbee_worker.runtime.formats.quantized.options import QuantizationReader
+from rbee_worker.runtime.formats.quantized.options import QuantizationReader, quantization_section
 from rbee_worker.runtime.formats.quantized.tensor import Format, QuantizedTensor, Stored
 from rbee_worker.runtime.formats.safetensors import Checkpoint
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.runtime.untrusted import ConfigReader
 
-_KEYS = ("quantization_config", "compression_config")
 _MXFP4, _MXFP4_ARCHITECTURE = "mxfp4", "GptOssForCausalLM"
 
 Read = Callable[[QuantizationReader], tuple[Format, tuple[str, ...]]]
@@ -36,12 +35,6 @@ METHODS: Mapping[str, Read] = MappingProxyType(
 """By ``quant_method``."""
 
 
-def quantization_section(reader: ConfigReader) -> tuple[ConfigReader, str] | None:
-    """The section of ``config.json`` that says how the checkpoint is quantized, and its key; None: it is not."""
-    sections = [(section, key) for key in _KEYS if (section := reader.section(key)) is not None]
-    return sections[-1] if sections else None
-
-
 def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | None:
     """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantised.
 
@@ -51,11 +44,9 @@ def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | 
         ModelUnsupported: another method, or an option that is not handled, by name.
         ModelMalformed: an option of the wrong type.
     """
-    found = quantization_section(reader)
-    if found is None:
+    options = quantization_section(reader)
+    if options is None:
         return None
-    section, key = found
-    options = QuantizationReader(section.values, reader.file, where=key)
     method = options.text("quant_method", "unnamed")
     if method == _MXFP4 and _MXFP4_ARCHITECTURE in (reader.values.get("architectures") or ()):
         return None

@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.untrusted import ConfigReader
+
+_KEYS: Final = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +79,20 @@ class QuantizationReader(ConfigReader):
         return ModelUnsupported(
             f"{self.file}: {self.where}.{key} is {value!r:.80}, which this worker does not read.", hint=hint
         )
+
+
+def quantization_section(config: ConfigReader) -> QuantizationReader | None:
+    """The object of ``config.json`` that says how the checkpoint is quantized; None: it is not.
+
+    compressed-tensors once wrote ``compression_config``, everyone else writes ``quantization_config``; where both
+    stand, the former goes before.
+
+    Raises:
+        ModelMalformed: one of them is no object.
+    """
+    found = None
+    for key in _KEYS:
+        section = config.section(key)
+        if section is not None:
+            found = QuantizationReader(section.values, config.file, where=key)
+    return found

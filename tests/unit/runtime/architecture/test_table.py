@@ -93,6 +93,7 @@ def test_what_does_not_matter_may_be_there(name: str, key: str, value: object) -
         ("StableLm", {"partial_rotary_factor": 0.95}, ModelMalformed, "15 of 16 .* an even number"),
         ("StableLm", {"partial_rotary_factor": 1.5}, ModelMalformed, "24 of 16"),
         ("GptOss", {"quantization_config": {"quant_method": "awq"}}, ModelUnsupported, "mxfp4 and plain"),
+        ("GptOss", {"compression_config": {"quant_method": "awq"}}, ModelUnsupported, "mxfp4 and plain"),
         ("Qwen2", {"quantization_config": {"quant_method": "spqr"}}, ModelUnsupported, "spqr"),
         (
             "Phi3",
