@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, get_ar
 from rbee_worker.errors import FieldError, InvalidRequest
 
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
-DTYPES: tuple[DTypeName, ...] = ("auto", "bfloat16", "float16", "float32")
+DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 
 Quantization = Literal["none", "int8"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8")
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Name of the embedded default model."""
