@@ -1,5 +1,7 @@
 """The installed program as a process, and its HTTP as bytes on a socket."""
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -20,6 +22,8 @@ from openai import OpenAI
 
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
+from .forking import Forked, ForkServer
+
 PROGRAM = str(Path(sys.executable).parent / "rbee-worker")
 SECONDS = 60.0
 
@@ -31,20 +35,35 @@ WITHOUT_AVX512 = {
 }
 """Environment in which torch and its libraries use no more of a CPU than AVX2; `make test` sets the same."""
 
+CAN_FORK = hasattr(os, "pidfd_open")
+READ_AT_THE_START = (*WITHOUT_AVX512, "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "PYTHONPATH")
+"""Variables that the interpreter, torch or their libraries read once."""
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """This test process's; it ends with it."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def start(*arguments: str, **env: str) -> "subprocess.Popen[str] | Forked":
+    """Start the program, its output piped: forked where that makes no difference, else as it is installed."""
+    command, own = [PROGRAM, *arguments], environment(**env)
+    if CAN_FORK and not any(name in own and own[name] != os.environ.get(name) for name in READ_AT_THE_START):
+        return Forked(fork_server(), command, own)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=own)
+
 
 def run(
     *arguments: str, stdin: str | None = None, timeout: float = SECONDS, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, its output piped."""
-    return subprocess.run(
-        [PROGRAM, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**env),
-        check=False,
-    )
+    process = start(*arguments, **env)
+    out, err = process.communicate(stdin, timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -57,7 +76,7 @@ def environment(**changes: str) -> dict[str, str]:
 class Served:
     """A running ``rbee-worker serve``."""
 
-    process: subprocess.Popen[str]
+    process: "subprocess.Popen[str] | Forked"
     url: str
     log: list[str]
 
@@ -86,8 +105,12 @@ def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> 
 
     ``command`` is run in its place.
     """
-    command = command or [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process: subprocess.Popen[str] | Forked
+    if command:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment())
+    else:
+        process = start("serve", "--addr", "127.0.0.1:0", *arguments)
     assert process.stderr is not None
     log: list[str] = []
     try:
@@ -111,6 +134,8 @@ def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> 
         process.stdout.close()
         reader.join()
         process.stderr.close()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 
 from tests.hub_server import LISTING, HubServer, Repo, sharded_repo, tiny_repo
 
-from .conftest import PROGRAM, SECONDS, environment, events_of, run, serving
+from .conftest import SECONDS, events_of, run, serving, start
 
 WEIGHTS = "model.safetensors"
 NEEDED = ("config.json", "generation_config.json", "tokenizer.json", WEIGHTS)
@@ -60,12 +60,6 @@ def downloads(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def size_of(hub: HubServer, name: str = "org/tiny") -> int:
     return sum(len(hub.repos[name].files[file]) for file in NEEDED)
-
-
-def starting(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
 
 
 def until_weights(hub: HubServer, folder: Path, more_than: int = 0) -> None:
@@ -166,7 +160,7 @@ def test_a_connection_cut_at_any_stage_is_resumed(hub: HubServer, name: str) -> 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_download_goes_on_where_it_was(hub: HubServer, tmp_path: Path, signum: int) -> None:
     hub.rate = 100_000
-    process = starting("load", "org/tiny", "--json", "--device", "cpu")
+    process = start("load", "org/tiny", "--json", "--device", "cpu")
     until_weights(hub, tmp_path, 10_000)
     process.send_signal(signum)
     out, errors = process.communicate(timeout=SECONDS)
@@ -188,7 +182,7 @@ def test_an_interrupted_download_goes_on_where_it_was(hub: HubServer, tmp_path: 
 
 def test_two_processes_fetch_once(hub: HubServer) -> None:
     hub.rate = 500_000
-    processes = [starting("load", "org/tiny", "--quiet", "--device", "cpu") for _ in range(2)]
+    processes = [start("load", "org/tiny", "--quiet", "--device", "cpu") for _ in range(2)]
     assert [process.wait(SECONDS) for process in processes] == [0, 0]
     for process in processes:
         process.communicate()
