@@ -2,7 +2,7 @@
 
 import pytest
 
-from rbee_worker.config import GrammarSpec, SamplingParams
+from rbee_worker.config import PARAMS, GrammarSpec, SamplingParams
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.server.http.envelope import parse_object
 from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
@@ -60,6 +60,12 @@ GOOD_VALUES = {
     "logprobs": [0, 20],
     "prompt_logprobs": [0, 20],
 }
+
+
+def test_every_sampling_parameter_is_a_field_and_tried_here():
+    assert PARAMS.keys() <= InferenceBody.model_fields.keys()
+    assert PARAMS.keys() <= BAD_VALUES.keys()
+    assert PARAMS.keys() - {"logit_bias", "grammar"} <= GOOD_VALUES.keys()  # those two have other forms in JSON
 
 
 def fields_of(raised):
