@@ -106,6 +106,7 @@ def _field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
         # No `| None`: null is taken for absent, in every body.
         number = get_args(kind)[0] if isinstance(kind, UnionType) else kind
         kind = Annotated[number, within(name)]
+    kind = Annotated[kind, Field(description=PARAMS[name].help)]
     # A schema that says "[] by default" says nothing.
     return kind, Field(default_factory=tuple) if default == () else default
 
@@ -128,11 +129,21 @@ else:
 class SamplingFields(_Parameters):
     """What every request for text may say of how it is made: the sampling parameters, and the fields below."""
 
-    json_schema: dict[str, Any] | None = None
-    regex: NonEmptyText | None = None
-    grammar: NonEmptyText | None = None
-    prompt_progress: bool = False
-    timeout: Annotated[float, Within(TIMEOUT_RANGE)] | None = None
+    json_schema: Annotated[
+        dict[str, Any] | None,
+        Field(description="A JSON schema that the text must match; at most one field says what it must match."),
+    ] = None
+    regex: Annotated[NonEmptyText | None, Field(description="A regular expression that the text must match.")] = None
+    grammar: Annotated[
+        NonEmptyText | None, Field(description="A grammar, in llguidance's dialect of Lark, that the text must match.")
+    ] = None
+    prompt_progress: Annotated[
+        bool, Field(description="Tell how much of the prompt has been processed, as it is; on streams only.")
+    ] = False
+    timeout: Annotated[
+        Annotated[float, Within(TIMEOUT_RANGE)] | None,
+        Field(description="Seconds that the request may take, waiting included."),
+    ] = None
 
     def sampling(self, **changes: Any) -> SamplingParams:
         """The sampling parameters, with ``changes`` to them.

@@ -7,12 +7,13 @@ Keys that no field names are ignored, so that clients of newer workers are serve
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Annotated, Any, Final, Self, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
@@ -119,6 +120,9 @@ Many = Annotated[list[T], _FirstBad()]
 
 To name millions of them would take many seconds, in which nothing else happens in the process.
 """
+
+KIND: Final = Field(description="Which kind of part, item, tool or format this is.")
+"""Describes the field ``type``."""
 
 Text = Annotated[str, AfterValidator(_unicode)]
 NonEmptyText = Annotated[Text, AfterValidator(_not_empty), Shown({"minLength": 1})]

@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-from rbee_worker.config import MAX_JOB_ID_LENGTH, DTypeName, GenerationRequest, Message, Quantization, SamplingParams
+from rbee_worker.config import (
+    MAX_JOB_ID_LENGTH,
+    PARAMS,
+    DTypeName,
+    GenerationRequest,
+    Message,
+    Quantization,
+    SamplingParams,
+)
 from rbee_worker.errors import FieldError
 from rbee_worker.server.bodies import SamplingFields, within
 from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, TokenId, broken
@@ -36,8 +44,8 @@ def _device(value: str) -> str:
 class ChatMessage(Body):
     """One message of a conversation; which roles there are is the chat template's business."""
 
-    role: NonEmptyText
-    content: Text
+    role: Annotated[NonEmptyText, Field(description="Which roles there are is the chat template's business.")]
+    content: Annotated[Text, Field(description="The text.")]
 
 
 JobId = Annotated[Text, AfterValidator(_job_id), Shown({"minLength": 1, "maxLength": MAX_JOB_ID_LENGTH})]
@@ -46,11 +54,20 @@ JobId = Annotated[Text, AfterValidator(_job_id), Shown({"minLength": 1, "maxLeng
 class InferenceBody(SamplingFields):
     """``POST /v1/inference``."""
 
-    prompt: NonEmptyText | None = None
-    messages: Annotated[Many[ChatMessage], AfterValidator(_messages), Shown({"minItems": 1})] | None = None
-    job_id: JobId | None = None
-    logprobs: Annotated[int, within("logprobs")] | None = _DEFAULTS.logprobs
-    prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = _DEFAULTS.prompt_logprobs
+    prompt: Annotated[NonEmptyText | None, Field(description="Continued as it is. Either this or `messages`.")] = None
+    messages: Annotated[
+        Annotated[Many[ChatMessage], AfterValidator(_messages), Shown({"minItems": 1})] | None,
+        Field(description="Rendered with the model's chat template. Either this or `prompt`."),
+    ] = None
+    job_id: Annotated[
+        JobId | None, Field(description="Printable characters, unique among running jobs; by default a new UUID.")
+    ] = None
+    logprobs: Annotated[Annotated[int, within("logprobs")] | None, Field(description=PARAMS["logprobs"].help)] = (
+        _DEFAULTS.logprobs
+    )
+    prompt_logprobs: Annotated[
+        Annotated[int, within("prompt_logprobs")] | None, Field(description=PARAMS["prompt_logprobs"].help)
+    ] = _DEFAULTS.prompt_logprobs
 
     @classmethod
     def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:
@@ -81,10 +98,19 @@ class InferenceBody(SamplingFields):
 class LoadingBody(Body):
     """``POST /v1/loading``; without ``model``: the one given at start."""
 
-    model: NonEmptyText | None = None
-    device: Annotated[NonEmptyText, AfterValidator(_device), Shown({"pattern": f"^({_DEVICE.pattern})$"})] | None = None
-    dtype: DTypeName | None = None
-    quantize: Quantization | None = None
+    model: Annotated[
+        NonEmptyText | None,
+        Field(description="The model given at start, or one of `--allow-model`; by default the former."),
+    ] = None
+    device: Annotated[
+        Annotated[NonEmptyText, AfterValidator(_device), Shown({"pattern": f"^({_DEVICE.pattern})$"})] | None,
+        Field(description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; by default that of `serve`."),
+    ] = None
+    dtype: Annotated[DTypeName | None, Field(description="Of the weights; by default that of `serve`.")] = None
+    quantize: Annotated[
+        Quantization | None,
+        Field(description="`int8` quantises the weights as they are loaded; by default that of `serve`."),
+    ] = None
 
 
 class TokenizeBody(Body):
@@ -93,11 +119,22 @@ class TokenizeBody(Body):
     Other servers call the text ``content`` or ``prompt``.
     """
 
-    text: Annotated[Text, Field(validation_alias=AliasChoices("text", "content", "prompt"))]
-    add_special: Annotated[bool, Field(validation_alias=AliasChoices("add_special", "add_special_tokens"))] = False
+    text: Annotated[
+        Text,
+        Field(
+            validation_alias=AliasChoices("text", "content", "prompt"), description="Also called `content` or `prompt`."
+        ),
+    ]
+    add_special: Annotated[
+        bool,
+        Field(
+            validation_alias=AliasChoices("add_special", "add_special_tokens"),
+            description="Also called `add_special_tokens`: add what the tokenizer puts around a prompt, such as BOS.",
+        ),
+    ] = False
 
 
 class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
-    tokens: Many[TokenId]
+    tokens: Annotated[Many[TokenId], Field(description="Ids of the vocabulary.")]

@@ -29,28 +29,49 @@ Variables = Annotated[
 ]
 
 
+MODEL: Final = Field(
+    description="The model's name, what it was loaded by, or a `--served-model-name`; by default the one that serves."
+)
+"""Describes the field ``model``."""
+
+
 class StreamOptions(Body):
     """``stream_options``."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, Field(description="One chunk more, without choices, with the usage.")] = False
 
 
 class JsonSchemaFormat(Body):
     """``response_format.json_schema``; the text matches the schema whether or not ``strict`` is said."""
 
-    name: Text | None = None
-    json_schema: Annotated[dict[str, Any], Field(validation_alias="schema", serialization_alias="schema")]
-    strict: bool | None = None
+    name: Annotated[Text | None, Field(description="Not looked at.")] = None
+    json_schema: Annotated[
+        dict[str, Any],
+        Field(
+            validation_alias="schema",
+            serialization_alias="schema",
+            description="A JSON schema, for the type `json_schema`.",
+        ),
+    ]
+    strict: Annotated[bool | None, Field(description="Not looked at: the text always matches.")] = None
 
 
 class ResponseFormat(Body):
     """``response_format``; ``schema`` beside ``json_object`` is how llama.cpp spells a JSON schema."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-    inline_schema: Annotated[dict[str, Any] | None, Field(validation_alias="schema", serialization_alias="schema")] = (
-        None
-    )
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        Field(description="`json_schema` with a schema, `json_object` for any JSON object."),
+    ]
+    json_schema: Annotated[JsonSchemaFormat | None, Field(description="For the type `json_schema`.")] = None
+    inline_schema: Annotated[
+        dict[str, Any] | None,
+        Field(
+            validation_alias="schema",
+            serialization_alias="schema",
+            description="The schema itself, as llama.cpp takes it.",
+        ),
+    ] = None
 
     def to_grammar(self) -> GrammarSpec | None:
         """What the text must match; None: anything.
@@ -85,27 +106,50 @@ Choices = Annotated[Many[NonEmptyText], AfterValidator(_choices), Shown({"minIte
 class StructuredOutputs(Body):
     """``structured_outputs``, as vLLM has it."""
 
-    schema_: Annotated[Schema | None, Field(validation_alias="json", serialization_alias="json")] = None
-    regex: NonEmptyText | None = None
-    grammar: NonEmptyText | None = None
-    choice: Choices | None = None
-    json_object: bool = False
+    schema_: Annotated[
+        Schema | None,
+        Field(
+            validation_alias="json",
+            serialization_alias="json",
+            description="A JSON schema: an object, or the text of one.",
+        ),
+    ] = None
+    regex: Annotated[NonEmptyText | None, Field(description="A regular expression that the text must match.")] = None
+    grammar: Annotated[
+        NonEmptyText | None, Field(description="A grammar, in llguidance's dialect of Lark, that the text must match.")
+    ] = None
+    choice: Annotated[Choices | None, Field(description="The text is one of these strings.")] = None
+    json_object: Annotated[bool, Field(description="The text is a JSON object.")] = False
 
 
 class OpenAIBody(SamplingFields):
     """What completions and chat completions have in common."""
 
-    model: Text | None = None
-    n: Annotated[int, Within(CHOICES_RANGE)] = 1
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    guided_regex: NonEmptyText | None = None
-    guided_grammar: NonEmptyText | None = None
-    guided_choice: Choices | None = None
-    prompt_progress: Annotated[bool, Field(validation_alias=AliasChoices("return_progress", "prompt_progress"))] = False
+    model: Annotated[Text | None, MODEL] = None
+    n: Annotated[
+        int, Within(CHOICES_RANGE), Field(description="Answers to each prompt; at most 128 for all prompts together.")
+    ] = 1
+    stream: Annotated[bool, Field(description="Send the answer as it is made.")] = False
+    stream_options: Annotated[StreamOptions | None, Field(description="For streams.")] = None
+    response_format: Annotated[ResponseFormat | None, Field(description="What the text must be.")] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Field(description="vLLM's spelling of what the text must match.")
+    ] = None
+    guided_json: Annotated[
+        Schema | None, Field(description="vLLM's older spelling: a JSON schema, an object or the text of one.")
+    ] = None
+    guided_regex: Annotated[NonEmptyText | None, Field(description="vLLM's older spelling of `regex`.")] = None
+    guided_grammar: Annotated[NonEmptyText | None, Field(description="vLLM's older spelling of `grammar`.")] = None
+    guided_choice: Annotated[
+        Choices | None, Field(description="vLLM's older spelling: the text is one of these strings.")
+    ] = None
+    prompt_progress: Annotated[
+        bool,
+        Field(
+            validation_alias=AliasChoices("return_progress", "prompt_progress"),
+            description="Also called `prompt_progress`: tell how much of the prompt has been processed; streams only.",
+        ),
+    ] = False
 
     @property
     def include_usage(self) -> bool:

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from rbee_worker.server.http.fields import Body, NonEmptyText, Text
 
@@ -11,10 +11,12 @@ from rbee_worker.server.http.fields import Body, NonEmptyText, Text
 class Function(Body):
     """A function that the model may call; without ``parameters`` it takes none."""
 
-    name: NonEmptyText
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    description: Annotated[Text | None, Field(description="What it is for, for the model.")] = None
+    parameters: Annotated[
+        dict[str, Any] | None, Field(description="JSON schema of the arguments; without it there are none.")
+    ] = None
+    strict: Annotated[bool | None, Field(description="Arguments match the schema wherever the call is forced.")] = None
 
 
 def _arguments(value: Any) -> Any:
@@ -25,5 +27,9 @@ def _arguments(value: Any) -> Any:
 class FunctionCall(Body):
     """The function of an earlier tool call, and the JSON text of its arguments."""
 
-    name: NonEmptyText
-    arguments: Annotated[Text, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])]
+    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    arguments: Annotated[
+        Text,
+        BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any]),
+        Field(description="JSON text, or the object itself."),
+    ]

@@ -12,7 +12,6 @@ from pydantic.json_schema import models_json_schema
 from rbee_worker import events
 from rbee_worker.events import InferenceEvent, LoadingEvent
 from rbee_worker.server.http.fields import Body
-from rbee_worker.server.openapi.texts import FIELDS
 
 Schema = dict[str, Any]
 
@@ -73,15 +72,12 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
     """
     _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_TEMPLATE)
     schemas: dict[str, Schema] = found.get("$defs", {})
-    for kind, schema in schemas.items():
+    for schema in schemas.values():
         schema["description"] = plain(schema["description"])
         schema.pop("title", None)
         for name, value in schema["properties"].items():
-            described = _tidied(value)
-            if name not in schema.get("required", ()):
-                described = _or_null(described)
-            text = FIELDS.get(f"{kind}.{name}") or FIELDS.get(name)
-            schema["properties"][name] = described | ({"description": text} if text is not None else {})
+            required = name in schema.get("required", ())
+            schema["properties"][name] = _tidied(value) if required else _or_null(_tidied(value))
     for kind in _ACROSS.keys() & schemas.keys():
         schemas[kind] |= _ACROSS[kind]
     return schemas
@@ -146,7 +142,7 @@ def _or_null(schema: Schema) -> Schema:
     options = schema.get("anyOf")
     if options is not None:
         return schema if _NULL in options else schema | {"anyOf": [*options, _NULL]}
-    outside = {key: schema[key] for key in ("default",) if key in schema}
+    outside = {key: schema[key] for key in ("default", "description") if key in schema}
     return {"anyOf": [{key: value for key, value in schema.items() if key not in outside}, _NULL]} | outside
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from rbee_worker.config import Message
 from rbee_worker.errors import FieldError
 from rbee_worker.server.bodies import within
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.http.fields import KIND, Body, Many, NonEmptyText, Shown, Text, broken
 from rbee_worker.server.openai.bodies import OpenAIBody, Variables
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_CHAT, refused
 from rbee_worker.server.openai.tools import Function, FunctionCall
@@ -28,16 +28,16 @@ def _part(value: Any) -> Any:
 class TextPart(Body):
     """A part of a message's content."""
 
-    type: Literal["text"]
-    text: Text
+    type: Annotated[Literal["text"], KIND]
+    text: Annotated[Text, Field(description="The text.")]
 
 
 class ToolCall(Body):
     """A tool call of an earlier answer."""
 
-    id: Text | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    id: Annotated[Text | None, Field(description="Of the call.")] = None
+    type: Annotated[Literal["function"], KIND] = "function"
+    function: Annotated[FunctionCall, Field(description="The function.")]
 
 
 def _content_form(value: Any) -> str:
@@ -53,12 +53,17 @@ Content = Annotated[
 class MessageBody(Body):
     """One message; which roles there are is the chat template's business."""
 
-    role: NonEmptyText
-    content: Content | None = None
-    name: Text | None = None
-    reasoning_content: Text | None = None
-    tool_calls: Many[ToolCall] | None = None
-    tool_call_id: Text | None = None
+    role: Annotated[NonEmptyText, Field(description="Which roles there are is the chat template's business.")]
+    content: Annotated[
+        Content | None,
+        Field(description="A text, or parts of type `text`; required, save in an assistant's `tool_calls`."),
+    ] = None
+    name: Annotated[Text | None, Field(description="Who speaks, for chat templates that know it.")] = None
+    reasoning_content: Annotated[
+        Text | None, Field(description="An earlier answer's reasoning, for chat templates that know it.")
+    ] = None
+    tool_calls: Annotated[Many[ToolCall] | None, Field(description="Those of an earlier answer.")] = None
+    tool_call_id: Annotated[Text | None, Field(description="The call that a tool's message answers.")] = None
 
     @property
     def text(self) -> str:
@@ -84,21 +89,21 @@ class MessageBody(Body):
 class ToolBody(Body):
     """One of ``tools``."""
 
-    type: Literal["function"]
-    function: Function
+    type: Annotated[Literal["function"], KIND]
+    function: Annotated[Function, Field(description="The function.")]
 
 
 class FunctionName(Body):
     """The function that must be called."""
 
-    name: NonEmptyText
+    name: Annotated[NonEmptyText, Field(description="Of the function.")]
 
 
 class NamedTool(Body):
     """``tool_choice`` that names a function."""
 
-    type: Literal["function"]
-    function: FunctionName
+    type: Annotated[Literal["function"], KIND]
+    function: Annotated[FunctionName, Field(description="The function.")]
 
 
 def _choice_form(value: Any) -> str:
@@ -120,16 +125,31 @@ def _messages(value: list[MessageBody]) -> list[MessageBody]:
 class ChatBody(OpenAIBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[Many[MessageBody], AfterValidator(_messages), Shown({"minItems": 1})]
-    max_completion_tokens: Annotated[int, within("max_tokens")] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, within("logprobs")] | None = None
-    tools: Many[ToolBody] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool = True
-    documents: Many[dict[str, Any]] | None = None
-    chat_template_kwargs: Variables | None = None
-    reasoning_effort: Text | None = None
+    messages: Annotated[
+        Many[MessageBody],
+        AfterValidator(_messages),
+        Shown({"minItems": 1}),
+        Field(description="The conversation so far."),
+    ]
+    max_completion_tokens: Annotated[
+        Annotated[int, within("max_tokens")] | None, Field(description="Goes before `max_tokens`.")
+    ] = None
+    logprobs: Annotated[bool, Field(description="Tell each token's log-probability.")] = False
+    top_logprobs: Annotated[
+        Annotated[int, within("logprobs")] | None,
+        Field(description="How many of the likeliest tokens to tell with each; with `logprobs` only."),
+    ] = None
+    tools: Annotated[Many[ToolBody] | None, Field(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[
+        ToolChoice | None,
+        Field(description="Whether they may or must be called, or the one that must; `auto` by default."),
+    ] = None
+    parallel_tool_calls: Annotated[bool, Field(description="Allow several calls in one answer.")] = True
+    documents: Annotated[Many[dict[str, Any]] | None, Field(description="For chat templates that know them.")] = None
+    chat_template_kwargs: Annotated[Variables | None, Field(description="Further values for the chat template.")] = None
+    reasoning_effort: Annotated[
+        Text | None, Field(description="For chat templates that know it; `none` also says `enable_thinking` false.")
+    ] = None
 
     @classmethod
     def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:

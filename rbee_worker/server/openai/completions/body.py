@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from rbee_worker.config import CHOICES_RANGE, RANGES, Range
+from rbee_worker.config import CHOICES_RANGE, PARAMS, RANGES, Range
 from rbee_worker.errors import FieldError
 from rbee_worker.server.bodies import within
 from rbee_worker.server.http.fields import Many, NonEmptyText, Shown, TokenId, Within, broken
@@ -63,10 +63,13 @@ Prompt = Annotated[
 class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
-    prompt: Prompt
-    echo: bool = False
-    logprobs: Annotated[int, within("logprobs")] | None = None
-    max_tokens: Annotated[int, Within(Range(low=0, high=RANGES["max_tokens"].high))] | None = COMPLETION_TOKENS
+    prompt: Annotated[Prompt, Field(description="A text, token ids, or a list of either.")]
+    echo: Annotated[bool, Field(description="Give the prompt back before the text.")] = False
+    logprobs: Annotated[Annotated[int, within("logprobs")] | None, Field(description=PARAMS["logprobs"].help)] = None
+    max_tokens: Annotated[
+        Annotated[int, Within(Range(low=0, high=RANGES["max_tokens"].high))] | None,
+        Field(description="Tokens to generate at most. 0 with `echo` only: nothing but the prompt comes back."),
+    ] = COMPLETION_TOKENS
 
     @classmethod
     def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from rbee_worker.config import GrammarSpec
 from rbee_worker.errors import FieldError, InvalidRequest
 from rbee_worker.server.bodies import SamplingFields, schema_grammar, within
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
-from rbee_worker.server.openai.bodies import Variables
+from rbee_worker.server.http.fields import KIND, Body, Many, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.openai.bodies import MODEL, Variables
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_RESPONSES, refused
 from rbee_worker.server.openai.responses.input import Input
 from rbee_worker.server.openai.tools import Function
@@ -23,14 +23,24 @@ _BUILT_IN_TOOLS: Final = frozenset(
 )
 
 
+Repeated = Annotated[Text | None, Field(description="Repeated in the answer.")]
+
+
 class TextFormat(Body):
     """``text.format``; the text matches the schema whether or not ``strict`` is said."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    name: Text | None = None
-    description: Text | None = None
-    json_schema: Annotated[dict[str, Any] | None, Field(validation_alias="schema", serialization_alias="schema")] = None
-    strict: bool | None = None
+    type: Annotated[Literal["text", "json_object", "json_schema"], KIND]
+    name: Repeated = None
+    description: Repeated = None
+    json_schema: Annotated[
+        dict[str, Any] | None,
+        Field(
+            validation_alias="schema",
+            serialization_alias="schema",
+            description="A JSON schema, for the type `json_schema`.",
+        ),
+    ] = None
+    strict: Annotated[bool | None, Field(description="Repeated in the answer: the text always matches.")] = None
 
     def to_grammar(self) -> GrammarSpec | None:
         """What the text must match; None: anything.
@@ -56,14 +66,14 @@ class TextFormat(Body):
 class TextConfig(Body):
     """``text``."""
 
-    format: TextFormat = TextFormat(type="text")
+    format: Annotated[TextFormat, Field(description="What the text must be.")] = TextFormat(type="text")
 
 
 class Reasoning(Body):
     """``reasoning``; no summaries are made, so ``summary`` is only repeated."""
 
-    effort: Text | None = None
-    summary: Text | None = None
+    effort: Annotated[Text | None, Field(description="As `reasoning_effort` of chat completions.")] = None
+    summary: Annotated[Text | None, Field(description="Repeated in the answer: no summaries are made.")] = None
 
 
 def _tool(value: Any) -> Any:
@@ -76,7 +86,7 @@ def _tool(value: Any) -> Any:
 class FunctionTool(Function):
     """One of ``tools``."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], KIND]
 
     def to_tool(self) -> dict[str, Any]:
         """As chat completions have it."""
@@ -91,16 +101,16 @@ class FunctionTool(Function):
 class NamedFunction(Body):
     """The function that must be called, or one that may be."""
 
-    type: Literal["function"]
-    name: NonEmptyText
+    type: Annotated[Literal["function"], KIND]
+    name: Annotated[NonEmptyText, Field(description="Of the function.")]
 
 
 class AllowedTools(Body):
     """Those of ``tools`` that may be called, or of which one must be."""
 
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Many[NamedFunction]
+    type: Annotated[Literal["allowed_tools"], KIND]
+    mode: Annotated[Literal["auto", "required"], Field(description="Whether one of them must be called.")]
+    tools: Annotated[Many[NamedFunction], Field(description="Those that may be called.")]
 
 
 def _choice_form(value: Any) -> str:
@@ -130,29 +140,43 @@ Metadata = Annotated[dict[str, Text], BeforeValidator(_metadata), Shown({"maxPro
 class ResponsesBody(SamplingFields):
     """``POST /v1/responses``."""
 
-    model: Text | None = None
-    input: Input
-    instructions: Text | None = None
+    model: Annotated[Text | None, MODEL] = None
+    input: Annotated[Input, Field(description="A text, or the conversation so far as items.")]
+    instructions: Annotated[Text | None, Field(description="Put before the system message.")] = None
     max_tokens: Annotated[
         Annotated[int, within("max_tokens")] | None,
-        Field(validation_alias="max_output_tokens", serialization_alias="max_output_tokens"),
+        Field(
+            validation_alias="max_output_tokens",
+            serialization_alias="max_output_tokens",
+            description="Tokens to generate at most; by default what is left of the context.",
+        ),
     ] = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    text: TextConfig = TextConfig()
-    tools: Many[Annotated[FunctionTool, BeforeValidator(_tool)]] | None = None
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
-    max_tool_calls: int | None = None
-    reasoning: Reasoning = Reasoning()
-    include: Many[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    top_logprobs: Annotated[int, within("logprobs")] = 0
-    store: bool = True
-    metadata: Metadata | None = None
-    user: Text | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
-    chat_template_kwargs: Variables | None = None
+    stream: Annotated[bool, Field(description="Send the answer as it is made.")] = False
+    stream_options: Annotated[dict[str, Any] | None, Field(description="Not looked at.")] = None
+    text: Annotated[TextConfig, Field(description="What the text must be.")] = TextConfig()
+    tools: Annotated[
+        Many[Annotated[FunctionTool, BeforeValidator(_tool)]] | None,
+        Field(description="Functions that the model may call."),
+    ] = None
+    tool_choice: Annotated[
+        ToolChoice, Field(description="Whether they may or must be called, or the one that must; `auto` by default.")
+    ] = "auto"
+    parallel_tool_calls: Annotated[bool, Field(description="Allow several calls in one answer.")] = True
+    max_tool_calls: Annotated[int | None, Field(description="Repeated in the answer, and not looked at.")] = None
+    reasoning: Annotated[Reasoning, Field(description="How much to think.")] = Reasoning()
+    include: Annotated[
+        Many[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None,
+        Field(description="`message.output_text.logprobs` tells each token's log-probability."),
+    ] = None
+    top_logprobs: Annotated[
+        int, within("logprobs"), Field(description="How many of the likeliest tokens to tell with each.")
+    ] = 0
+    store: Annotated[bool, Field(description="Not looked at: nothing is kept.")] = True
+    metadata: Annotated[Metadata | None, Field(description="Repeated in the answer; at most 16 entries.")] = None
+    user: Repeated = None
+    safety_identifier: Repeated = None
+    prompt_cache_key: Repeated = None
+    chat_template_kwargs: Annotated[Variables | None, Field(description="Further values for the chat template.")] = None
 
     @classmethod
     def _across_fields(cls, body: Mapping[str, Any]) -> Iterable[FieldError]:

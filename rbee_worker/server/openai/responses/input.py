@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from rbee_worker.config import Message
-from rbee_worker.server.http.fields import Body, Many, NonEmptyText, Shown, Text, broken
+from rbee_worker.server.http.fields import KIND, Body, Many, NonEmptyText, Shown, Text, broken
 from rbee_worker.server.openai.tools import FunctionCall
 
 _OTHER_PARTS: Final = frozenset(
@@ -30,8 +30,8 @@ def _part(value: Any) -> Any:
 class InputPart(Body):
     """A part of a message's content, of a client or of an earlier answer."""
 
-    type: Literal["input_text", "output_text", "text"]
-    text: Text
+    type: Annotated[Literal["input_text", "output_text", "text"], KIND]
+    text: Annotated[Text, Field(description="The text.")]
 
 
 def _content_form(value: Any) -> str:
@@ -51,16 +51,16 @@ def _text(content: str | list[InputPart]) -> str:
 class MessageItem(Body):
     """A message, also one of an earlier answer."""
 
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content
+    type: Annotated[Literal["message"], KIND] = "message"
+    role: Annotated[Literal["user", "assistant", "system", "developer"], Field(description="Who speaks.")]
+    content: Annotated[Content, Field(description="A text, or parts of it.")]
 
 
 class FunctionCallItem(FunctionCall):
     """A tool call of an earlier answer."""
 
-    type: Literal["function_call"]
-    call_id: NonEmptyText
+    type: Annotated[Literal["function_call"], KIND]
+    call_id: Annotated[NonEmptyText, Field(description="The call that this is, or answers.")]
 
     def to_call(self) -> dict[str, Any]:
         """As messages have it."""
@@ -71,24 +71,24 @@ class FunctionCallItem(FunctionCall):
 class FunctionCallOutputItem(Body):
     """What a tool call gave."""
 
-    type: Literal["function_call_output"]
-    call_id: NonEmptyText
-    output: Content
+    type: Annotated[Literal["function_call_output"], KIND]
+    call_id: Annotated[NonEmptyText, Field(description="The call that this is, or answers.")]
+    output: Annotated[Content, Field(description="What the call gave.")]
 
 
 class ReasoningPart(Body):
     """A part of the reasoning, or of its summary."""
 
-    type: Literal["reasoning_text", "summary_text"]
-    text: Text
+    type: Annotated[Literal["reasoning_text", "summary_text"], KIND]
+    text: Annotated[Text, Field(description="The text.")]
 
 
 class ReasoningItem(Body):
     """The reasoning of an earlier answer; ``encrypted_content`` is somebody else's, and left alone."""
 
-    type: Literal["reasoning"]
-    content: Many[ReasoningPart] | None = None
-    summary: Many[ReasoningPart] | None = None
+    type: Annotated[Literal["reasoning"], KIND]
+    content: Annotated[Many[ReasoningPart] | None, Field(description="The reasoning.")] = None
+    summary: Annotated[Many[ReasoningPart] | None, Field(description="Taken where there is no `content`.")] = None
 
     @property
     def text(self) -> str:
