@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from rbee_worker.errors import ModelError, ModelNotFound
 from rbee_worker.events import Ready
@@ -13,24 +15,24 @@ from rbee_worker.worker.worker import Worker
 Status = Literal["ready", "loading", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
+class Model(TypedDict):
     """A model that serves, or is to."""
 
-    name: str
+    id: str
+    object: Literal["model"]
+    created: Annotated[int, Field(description="Seconds since 1970.")]
+    owned_by: str
     status: Status
-    max_model_len: int | None
+    max_model_len: Annotated[
+        int | None, Field(description="Tokens of prompt and output together at most; null until the model is ready.")
+    ]
 
-    def to_dict(self, created: int) -> dict[str, Any]:
-        """OpenAI's ``model`` object, with ``status`` and ``max_model_len``."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": created,
-            "owned_by": "rbee-worker",
-            "status": self.status,
-            "max_model_len": self.max_model_len,
-        }
+
+class ModelList(TypedDict):
+    """Every name of the model."""
+
+    object: Literal["list"]
+    data: list[Model]
 
 
 class Models:
@@ -46,7 +48,7 @@ class Models:
         self._names = tuple(dict.fromkeys(names))
         self._created = int(time.time())
 
-    def listed(self) -> list[dict[str, Any]]:
+    def listed(self) -> list[Model]:
         """Every name of the model that serves, or else of the one that was asked for last; touches the disk."""
         worker = self._worker
         if worker.model_name is not None:
@@ -57,10 +59,9 @@ class Models:
             own = _name_of(asked)
         else:
             return []
-        served = (ServedModel(name, status, worker.context_length) for name in self._names or (own,))
-        return [model.to_dict(self._created) for model in served]
+        return [self._model(name, status) for name in self._names or (own,)]
 
-    def find(self, name: str) -> dict[str, Any]:
+    def find(self, name: str) -> Model:
         """The model of a name.
 
         Raises:
@@ -68,7 +69,7 @@ class Models:
         """
         listed = self.listed()
         if listed and name == self._worker.model_name:
-            return listed[0] | {"id": name}
+            return {**listed[0], "id": name}
         for model in listed:
             if model["id"] == name:
                 return model
@@ -92,6 +93,16 @@ class Models:
     def name(self) -> str:
         """What the model that serves is called in answers."""
         return self._names[0] if self._names else self._worker.model_name or ""
+
+    def _model(self, name: str, status: Status) -> Model:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "rbee-worker",
+            "status": status,
+            "max_model_len": self._worker.context_length,
+        }
 
     def _asked(self) -> str:
         broadcast = self._worker.broadcast

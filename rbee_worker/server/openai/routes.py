@@ -12,12 +12,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rbee_worker.config import ServerConfig
-from rbee_worker.errors import RbeeError
+from rbee_worker.errors import ModelNotFound, RbeeError
 from rbee_worker.events import Event
 from rbee_worker.server import sse
 from rbee_worker.server.holding import Cancellable, Holding
 from rbee_worker.server.http.access import client_of
-from rbee_worker.server.http.envelope import ALWAYS, off_loop, read_object
+from rbee_worker.server.http.envelope import ALWAYS, Json, off_loop, read_object
+from rbee_worker.server.http.operation import Operation, routes
 from rbee_worker.server.openai.chat.body import ChatBody
 from rbee_worker.server.openai.chat.chat import ChatChunks, to_conversation, whole_chat
 from rbee_worker.server.openai.completions.body import CompletionBody
@@ -29,7 +30,7 @@ from rbee_worker.server.openai.completions.completions import (
     whole_completion,
 )
 from rbee_worker.server.openai.conversation import ChatStep, ConversationReply, begin_conversation
-from rbee_worker.server.openai.models import Models
+from rbee_worker.server.openai.models import Model, ModelList, Models
 from rbee_worker.server.openai.requests import new_id
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openai.responses.events import encode_events
@@ -73,21 +74,27 @@ class OpenAI:
     def routes(self) -> list[Route]:
         """Every route of this package."""
         return [
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{model:path}", self.model, methods=["GET"]),
+            *routes(self),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/responses", self.respond, methods=["POST"]),
         ]
 
-    async def models(self, _request: Request) -> Response:
-        """The model that serves or loads, by each of its names."""
-        listed = await anyio.to_thread.run_sync(self._models.listed)
-        return JSONResponse({"object": "list", "data": listed})
+    @Operation("GET", "/v1/models", tag="openai")
+    async def models(self, _request: Request) -> Json[ModelList]:
+        """The model, by its names."""
+        return Json({"object": "list", "data": await anyio.to_thread.run_sync(self._models.listed)})
 
-    async def model(self, request: Request) -> Response:
-        """One of them."""
-        return JSONResponse(await anyio.to_thread.run_sync(self._models.find, request.path_params["model"]))
+    @Operation(
+        "GET",
+        "/v1/models/{model:path}",
+        tag="openai",
+        parameters={"model": "The name; it may hold slashes."},
+        errors=(ModelNotFound,),
+    )
+    async def model(self, request: Request) -> Json[Model]:
+        """One of the names."""
+        return Json(await anyio.to_thread.run_sync(self._models.find, request.path_params["model"]))
 
     async def complete(self, request: Request) -> Response:
         """Continue one prompt or several."""

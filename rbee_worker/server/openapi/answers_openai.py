@@ -10,26 +10,6 @@ from rbee_worker.server.http.envelope import ErrorDetail
 from rbee_worker.server.openai.answers import FinishReason
 
 
-class Model(TypedDict):
-    """A model that serves, or is to."""
-
-    id: str
-    object: Literal["model"]
-    created: Annotated[int, Field(description="Seconds since 1970.")]
-    owned_by: str
-    status: Literal["ready", "loading", "failed"]
-    max_model_len: Annotated[
-        int | None, Field(description="Tokens of prompt and output together at most; null until the model is ready.")
-    ]
-
-
-class ModelList(TypedDict):
-    """Every name of the model."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
 class PromptTokensDetails(TypedDict):
     """Prompt tokens whose keys and values were reused."""
 

@@ -17,22 +17,6 @@ _REFUSED: Final = (
 )
 
 OPENAI: Final[Mapping[tuple[str, str], tuple[Operation, str, Any]]] = {
-    ("GET", "/v1/models"): (
-        Operation("GET", "/v1/models", tag="openai"),
-        "The model, by its names.",
-        answers_openai.ModelList,
-    ),
-    ("GET", "/v1/models/{model}"): (
-        Operation(
-            "GET",
-            "/v1/models/{model:path}",
-            tag="openai",
-            parameters={"model": "The name; it may hold slashes."},
-            errors=(ModelNotFound,),
-        ),
-        "One of the names.",
-        answers_openai.Model,
-    ),
     ("POST", "/v1/completions"): (
         Operation(
             "POST",
