@@ -2,12 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, Final
 
 from pydantic import TypeAdapter
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic_core.core_schema import DataclassSchema
 
 from rbee_worker import events
 from rbee_worker.events import InferenceEvent, LoadingEvent
@@ -83,30 +84,33 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
     return schemas
 
 
-def record_schemas(records: Iterable[type]) -> dict[str, Schema]:
+class _Generator(GenerateJsonSchema):
+    """Has the docstrings of dataclasses: pydantic leaves out the ``Attributes``, and old versions leave out all."""
+
+    def dataclass_schema(self, schema: DataclassSchema) -> Schema:
+        """Without null where a field whose default is None is left out of the JSON instead."""
+        generated, record = super().dataclass_schema(schema), schema["cls"]
+        generated["description"] = (inspect.getdoc(record) or "").partition("\n\nAttributes:")[0]
+        told, absent = _attributes(record), {field.name for field in fields(record) if field.default is None}
+        for name, value in generated.get("properties", {}).items():
+            described = value | ({"description": told[name]} if name in told else {})
+            generated["properties"][name] = _not_null(described) if name in absent else described
+        return generated
+
+
+def record_schemas(records: Iterable[Any]) -> dict[str, Schema]:
     """Schemas of what is sent: TypedDicts and dataclasses, those of their parts among them.
 
-    A TypedDict says everything itself: its docstring, a field's ``Field(description=...)``, ``NotRequired`` for a
-    key that may be absent. Of a dataclass that is named here, the docstring's ``Attributes`` tell of the fields, and
-    a field whose default is None is left out of the JSON instead of being null.
+    Both have their docstring. The fields of a TypedDict are told of by ``Field(description=...)``, and ``NotRequired``
+    may be absent; those of a dataclass by the docstring's ``Attributes``, and None by default means absent.
     """
-    known = {record.__name__: record for record in records}
-    adapters = [(name, "validation", TypeAdapter[Any](record)) for name, record in known.items()]
-    _, found = TypeAdapter.json_schemas(adapters, ref_template=_TEMPLATE)  # type: ignore[arg-type]  # its own Literal
+    adapters = [(record.__name__, "validation", TypeAdapter[Any](record)) for record in records]
+    _, found = TypeAdapter.json_schemas(adapters, ref_template=_TEMPLATE, schema_generator=_Generator)  # type: ignore[arg-type]  # its own Literal
     schemas: dict[str, Schema] = found.get("$defs", {})
-    for name, schema in schemas.items():
-        record = known.get(name)
-        told: Mapping[str, str] = {}
-        absent: Container[str] = ()
-        if is_dataclass(record):
-            told = _attributes(record)
-            absent = [field.name for field in fields(record) if field.default is None and not field.metadata]
-            schema["description"] = (inspect.getdoc(record) or "").partition("\n\nAttributes:")[0]
-        schema["description"] = plain(schema.get("description", ""))
+    for schema in schemas.values():
+        schema["description"] = plain(schema["description"])
         schema.pop("title", None)
-        for key, value in schema.get("properties", {}).items():
-            tidy = _not_null(_tidied(value)) if key in absent else _tidied(value)
-            schema["properties"][key] = tidy | ({"description": told[key]} if key in told else {})
+        schema["properties"] = {name: _tidied(value) for name, value in schema.get("properties", {}).items()}
     return schemas
 
 
