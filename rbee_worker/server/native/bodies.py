@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
 
 from rbee_worker.config import (
     MAX_JOB_ID_LENGTH,
@@ -53,6 +53,15 @@ JobId = Annotated[Text, AfterValidator(_job_id), Shown({"minLength": 1, "maxLeng
 
 class InferenceBody(SamplingFields):
     """``POST /v1/inference``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
 
     prompt: Annotated[NonEmptyText | None, Field(description="Continued as it is. Either this or `messages`.")] = None
     messages: Annotated[

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Final
 
@@ -37,25 +37,6 @@ INFERENCE_EVENTS: Final[tuple[type[InferenceEvent], ...]] = (
     events.InferenceFailed,
 )
 
-_ACROSS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "InferenceBody": {
-        "oneOf": [
-            {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
-            {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
-        ]
-    },
-    "MessageBody": {
-        "anyOf": [
-            {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
-            {
-                "required": ["role", "tool_calls"],
-                "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
-            },
-        ]
-    },
-}
-"""What bodies check beyond single fields, where a JSON schema can say it."""
-
 _NULL: Final = {"type": "null"}
 _TEMPLATE: Final = REF + "{model}"
 _ATTRIBUTE = re.compile(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", re.MULTILINE)
@@ -79,8 +60,6 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
         for name, value in schema["properties"].items():
             required = name in schema.get("required", ())
             schema["properties"][name] = _tidied(value) if required else _or_null(_tidied(value))
-    for kind in _ACROSS.keys() & schemas.keys():
-        schemas[kind] |= _ACROSS[kind]
     return schemas
 
 

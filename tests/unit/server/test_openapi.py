@@ -137,6 +137,7 @@ def test_schemas_are_schemas_and_ids_and_tags_are_known(document):
     ids = [operation["operationId"] for operation in operations]
     assert len(ids) == len(set(ids))
     assert {tag for operation in operations for tag in operation["tags"]} == TAGS.keys()
+    assert all(operation["summary"] for operation in operations)
     assert document["openapi"] == "3.1.0"
 
 

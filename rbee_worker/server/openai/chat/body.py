@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from rbee_worker.config import Message
 from rbee_worker.errors import FieldError
@@ -52,6 +52,18 @@ Content = Annotated[
 
 class MessageBody(Body):
     """One message; which roles there are is the chat template's business."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+                {
+                    "required": ["role", "tool_calls"],
+                    "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
+                },
+            ]
+        }
+    )
 
     role: Annotated[NonEmptyText, Field(description="Which roles there are is the chat template's business.")]
     content: Annotated[
