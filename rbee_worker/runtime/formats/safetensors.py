@@ -57,6 +57,8 @@ UNREADABLE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FN
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""Where a model's folder has chat templates beside its default one."""
 
 _DOWNLOAD_AGAIN = "Download the file again."
 _SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")

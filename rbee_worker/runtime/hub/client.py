@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rbee_worker import __version__
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.formats.safetensors import INDEX_NAME, SINGLE_NAME, quoted, read_json_object
+from rbee_worker.runtime.formats.safetensors import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TEMPLATES_FOLDER,
+    quoted,
+    read_json_object,
+)
 from rbee_worker.runtime.hub.transfer import ConnectionLost, Refused, RemoteFile, Transfer
 
 if TYPE_CHECKING:
@@ -43,6 +49,10 @@ TOKENIZER_NAMES: Final = (
 )
 """What a tokenizer can be made of, fetched where there is no tokenizer.json."""
 
+MAX_TEMPLATES: Final = 64
+MAX_TEMPLATE_BYTES: Final = 1024 * 1024
+"""Bounds for the chat templates in a repository's folder of them, beside ``chat_template.jinja``."""
+
 LISTING_RETRY_SECONDS: tuple[float, ...] = (0.5, 1.0)
 """Pauses before asking for a repository's listing again."""
 
@@ -50,6 +60,9 @@ _DESCRIBING: Final = frozenset({*CONFIG_NAMES, *TOKENIZER_NAMES, INDEX_NAME})
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 """A revision that names one commit for ever."""
+
+_TEMPLATE: Final = re.compile(rf"{TEMPLATES_FOLDER}/\w[\w.-]{{0,99}}\.jinja", re.ASCII)
+"""The only files in a folder that are fetched: plain names, since the hub's paths become paths here."""
 
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -78,7 +91,7 @@ class HubModel:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files at the root of one commit of a repository.
+    """The files at the root of one commit of a repository, and its further chat templates.
 
     Attributes:
         names: of all of them.
@@ -193,13 +206,26 @@ class HubClient:
             found = self._hub.try_to_load_from_cache(self._model.repo, name, cache_dir=self.cache, revision=info.sha)
             return Path(found) if isinstance(found, str) else None
 
-        at_root = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
+        siblings = {file.rfilename: file for file in info.siblings or ()}
+        templates = {name for name in siblings if _TEMPLATE.fullmatch(name)}
+        if len(templates) > MAX_TEMPLATES:
+            raise ModelMalformed(
+                f"{self._model}: {len(templates)} chat templates in {TEMPLATES_FOLDER}; "
+                f"at most {MAX_TEMPLATES} are read."
+            )
+        names = templates | {name for name in siblings if "/" not in name}
         files = {
-            name: self._remote(file, info.sha)
-            for name, file in at_root.items()
-            if name in _DESCRIBING or is_weights(name)
+            name: self._remote(siblings[name], info.sha)
+            for name in sorted(names)
+            if name in templates or name in _DESCRIBING or is_weights(name)
         }
-        return Listing(self._model, info.sha, frozenset(at_root), files, path)
+        for name in sorted(templates):
+            if files[name].size > MAX_TEMPLATE_BYTES:
+                raise ModelMalformed(
+                    f"{self._model}: {name} has {files[name].size:,} bytes, too many for a chat template "
+                    f"(at most {MAX_TEMPLATE_BYTES:,})."
+                )
+        return Listing(self._model, info.sha, frozenset(names), files, path)
 
     def _remote(self, file: "RepoSibling", commit: str) -> RemoteFile:
         url = self._hub.hf_hub_url(self._model.repo, file.rfilename, revision=commit, endpoint=self._endpoint)
@@ -296,7 +322,7 @@ def choose_files(what: str, names: Iterable[str], shards: Iterable[str] | None) 
 
     Args:
         what: names the repository in messages.
-        names: of its files, those in folders left out.
+        names: of its files, those in folders left out but for chat templates.
         shards: that the index of the weights names; None: there is no index.
 
     Raises:
@@ -307,6 +333,7 @@ def choose_files(what: str, names: Iterable[str], shards: Iterable[str] | None) 
     names = set(names)
     described = CONFIG_NAMES if "tokenizer.json" in names else (*CONFIG_NAMES, *TOKENIZER_NAMES)
     configs = [name for name in described if name in names]
+    configs += sorted(name for name in names if _TEMPLATE.fullmatch(name))
     if shards is not None:
         shards = sorted(shards)
         missing = [name for name in shards if name not in names]

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound
 from rbee_worker.panics import Panic, one_line, panics_as_errors
-from rbee_worker.runtime.formats.safetensors import quoted, read_json_object
+from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER, quoted, read_json_object
 from rbee_worker.runtime.tokenizer.ranks import (
     MERGES_FAMILIES,
     RANK_FAMILIES,
@@ -32,7 +32,6 @@ SPECIAL_TOKEN_KEYS: Final = (
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
 )  # fmt: skip
 
-TEMPLATES_FOLDER: Final = "additional_chat_templates"
 
 _CONFIG_LIMIT: Final = 16 * 1024 * 1024
 _TOKENIZER_LIMIT: Final = 256 * 1024 * 1024

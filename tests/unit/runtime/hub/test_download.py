@@ -1,6 +1,7 @@
 """Hub models: what is fetched and counted, the cache, and what the hub refuses, against a hub on this machine."""
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -8,8 +9,10 @@ import pytest
 from huggingface_hub import constants
 
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.hub.client import choose_files
+from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER as FOLDER
+from rbee_worker.runtime.hub.client import MAX_TEMPLATE_BYTES, MAX_TEMPLATES, choose_files
 from rbee_worker.runtime.hub.download import DownloadProgress
+from rbee_worker.runtime.source import resolve
 from tests.hub_server import LISTING, HubServer, Repo
 from tests.unit.runtime.hub.case import NEEDED, SHARDS, WEIGHTS, downloaders, fetch, folder
 
@@ -45,6 +48,51 @@ CHOICES: list[tuple[set[str], set[str] | None, list[str]]] = [
 @pytest.mark.parametrize(("names", "shards", "chosen"), CHOICES)
 def test_choice(names: set[str], shards: set[str] | None, chosen: list[str]) -> None:
     assert choose_files("org/name", names, shards) == chosen
+
+
+def names_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_chat_templates_in_their_folder_are_fetched(hub: HubServer) -> None:
+    repo = hub.repos["org/tiny"]
+    texts = {"tool_use": b"with tools", "rag": b"with documents", "other": b"with tools"}  # two of one content
+    templates = {f"{FOLDER}/{name}.jinja": text for name, text in texts.items()}
+    others = (f"{FOLDER}/deeper/a.jinja", f"{FOLDER}/.jinja", f"{FOLDER}/.a.jinja", f"{FOLDER}/a.txt", "b/a.jinja")
+    repo.files |= templates | dict.fromkeys(others, b"not needed")
+    path = folder()
+    assert hub.fetched() <= NEEDED | templates.keys()  # one content may be fetched once
+    assert names_below(path) == NEEDED | templates.keys()
+    assert resolve("org/tiny").chat_templates() == {name: text.decode() for name, text in texts.items()}
+    hub.bare = True
+    repo.commit = "d" * 40
+    assert names_below(folder()) == NEEDED | templates.keys()
+
+
+@pytest.mark.parametrize("name", [f"{FOLDER}/../../a.jinja", f"{FOLDER}//a.jinja", f"/{FOLDER}/a.jinja", "../a.jinja"])
+def test_paths_that_lead_elsewhere_are_not_followed(hub: HubServer, tmp_path: Path, name: str) -> None:
+    hub.repos["org/tiny"].files[name] = b"not needed"
+    path = folder()
+    assert hub.fetched() == NEEDED
+    assert names_below(path) == NEEDED
+    assert list(tmp_path.rglob("a.jinja")) == []
+
+
+def test_chat_templates_are_bounded(hub: HubServer) -> None:
+    repo = hub.repos["org/tiny"]
+    templates = {f"{FOLDER}/{i}.jinja": b"%d" % i for i in range(MAX_TEMPLATES)}
+    repo.files |= templates
+    assert names_below(folder()) == NEEDED | templates.keys()
+    more = f"{FOLDER}/more.jinja"
+    repo.files[more] = b"one more"
+    hub.asked.clear()
+    with pytest.raises(ModelMalformed, match=rf"^org/tiny: {MAX_TEMPLATES + 1} chat templates in {FOLDER}; at most"):
+        fetch()
+    repo.files = {name: data for name, data in repo.files.items() if name not in templates}
+    repo.files[more] = b" " * (MAX_TEMPLATE_BYTES + 1)
+    with pytest.raises(ModelMalformed, match=rf"^org/tiny: {more} has {MAX_TEMPLATE_BYTES + 1:,} bytes, too many"):
+        fetch()
+    assert hub.fetched() == set()
 
 
 REFUSED: list[tuple[set[str], set[str] | None, type[ModelError], str]] = [
