@@ -203,12 +203,11 @@ class Server(uvicorn.Server):
         """The first load, and the end of the process when it fails and that was asked for."""
         begin()
         last = None
-        async for event in self._worker.progress():
+        async for event in self._worker.loads.progress():
             last = event
         if isinstance(last, LoadFailed) and self._limits.exit_on_load_error:
-            # Its thread sends the event first, then notes the error.
-            await _until(lambda: not self._worker.loading)
-            self.exit_code = self._worker.load_error.exit_code if self._worker.load_error else 1
+            error = self._worker.loads.error
+            self.exit_code = error.exit_code if error is not None else 1
             await self._drain(0.0, "--exit-on-load-error")
 
     async def _drain(self, grace: float, reason: str) -> None:

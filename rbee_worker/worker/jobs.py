@@ -3,27 +3,31 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rbee_worker.errors import Conflict, FieldError, InferenceError, InvalidRequest, QueueFull
 from rbee_worker.events import InferenceEvent, InferenceFailed
 from rbee_worker.worker.job import Job, JobObserver, deliver
 from rbee_worker.worker.pace import Pace
 
-_POLL_SECONDS = 0.02
-
 
 class Jobs:
     """The register of jobs: filled from any thread, emptied on the event loop.
+
+    Args:
+        places: jobs that run at a time at most.
+        max_queue: jobs that wait at most.
+        placed: how many have a place in the batch now.
 
     Attributes:
         observers: told of the jobs as their events arrive.
         capacity: jobs that can run and wait at a time.
     """
 
-    def __init__(self, places: int, max_queue: int) -> None:
-        self._places = places
+    def __init__(self, places: int, max_queue: int, placed: Callable[[], int]) -> None:
         self._max_queue = max_queue
+        self._placed = placed
+        self._ended = asyncio.Event()
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
         self._pace = Pace()
@@ -42,8 +46,8 @@ class Jobs:
 
     @property
     def running(self) -> int:
-        """Jobs with a place in the batch."""
-        return min(len(self._jobs), self._places)
+        """Jobs with a place in the batch. One may have ended whose end is still on its way here."""
+        return min(self._placed(), len(self._jobs))
 
     @property
     def queued(self) -> int:
@@ -85,6 +89,8 @@ class Jobs:
         for job_id in deliver(events, self._jobs, self.observers):
             with self._lock:
                 del self._jobs[job_id]
+            ended, self._ended = self._ended, asyncio.Event()
+            ended.set()
 
     def fail_all(self, message: str) -> None:
         """End every job with an error; on the event loop."""
@@ -95,6 +101,5 @@ class Jobs:
         """Return when every job has ended, or after ``seconds``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                # Polled, since jobs are registered on any thread and asyncio's events are not thread-safe.
-                while self._jobs:  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_SECONDS)
+                while self._jobs:
+                    await self._ended.wait()

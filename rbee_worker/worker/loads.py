@@ -1,4 +1,4 @@
-"""Loads: the worker's loads, one at a time, each on a thread of its own, told through a broadcast."""
+"""Loads: the worker's loads and unloads, one at a time. A load runs on a thread of its own and tells a broadcast."""
 
 import contextlib
 import contextvars
@@ -6,105 +6,144 @@ import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Generator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Literal
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
-from rbee_worker.errors import RbeeError
+from rbee_worker.errors import Conflict, RbeeError, Unavailable
 from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
-from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan, failure_message, load_model, release_memory
+from rbee_worker.runtime.loading.load import LoadPlan, failure_message, load_model, release_memory
 from rbee_worker.worker.broadcast import LoadingBroadcast
+from rbee_worker.worker.engine_thread import Cancellation, EngineThread
 
 logger = logging.getLogger(__name__)
 
 Loading = Generator[LoadingEvent, None, None]
-
-
-class Host(Protocol):
-    """What a load asks of its worker."""
-
-    def publish(self, broadcast: LoadingBroadcast, event: LoadingEvent) -> None:
-        """Tell an event, on the event loop."""
-        ...
-
-    def make_room(self, cancel: threading.Event) -> None:
-        """Unload the resident model once its jobs have ended.
-
-        Raises:
-            Cancelled: ``cancel`` was set before that.
-        """
-        ...
-
-    def take_over(self, model: LoadedModel, cancel: threading.Event) -> None:
-        """Make a loaded model the one that serves, once the jobs of the one before have ended.
-
-        Raises:
-            Cancelled: ``cancel`` was set before that.
-        """
-        ...
-
-    def load_has_ended(self) -> None:
-        """Let another load begin."""
-        ...
+OnLoop = Callable[..., None]
+"""Runs a function, with its arguments, on the event loop."""
 
 
 class Loads:
-    """Runs loads and keeps what is known of the latest.
+    """Runs loads and unloads, and keeps what is known of the latest load.
+
+    Args:
+        engine: takes the models.
+        on_loop: runs what touches the broadcast.
+        changed: called, on any thread, when a load or unload has begun or ended.
 
     Attributes:
-        broadcast: the latest load's events; None before the first and after :meth:`forget`.
+        broadcast: the latest load's events; None before the first and after an unload.
         error: why the latest load failed; None after one that did not.
         outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, engine: EngineThread, on_loop: OnLoop, changed: Callable[[], None]) -> None:
         self.broadcast: LoadingBroadcast | None = None
         self.error: RbeeError | None = None
         self.outcomes: Counter[str] = Counter()
-        self._host = host
-        self._cancel = threading.Event()
+        self._engine = engine
+        self._on_loop = on_loop
+        self._changed = changed
+        self._cancel = Cancellation()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._busy_with: Literal["load", "unload"] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a load is under way."""
+        return self._busy_with == "load"
+
+    @property
+    def latest(self) -> LoadingEvent | None:
+        """The newest event of the latest load."""
+        return self.broadcast.latest if self.broadcast is not None else None
+
+    def progress(self) -> AsyncIterator[LoadingEvent]:
+        """The latest state of the load at once, then what follows, until its terminal event.
+
+        Raises:
+            Unavailable: there is no load to speak of.
+        """
+        if self.broadcast is None:
+            raise Unavailable("No model was asked for, so nothing is loading.", retry_after=5)
+        return self.broadcast.subscribe()
 
     def begin(self, model: str | None, config: EngineConfig, plan: LoadPlan | None, *, unload_first: bool) -> None:
-        """Start a load; the one before must have ended.
+        """Start a load.
 
         Args:
             model: what MODEL means on the command line.
             config: where and how it is to run.
             plan: of it, where there is one already.
             unload_first: have the resident model unloaded before the new one takes memory.
+
+        Raises:
+            Conflict: another load, or an unload, is under way.
         """
-        self.error = None
-        logger.info("loading %s", model or DEFAULT_MODEL)
-        self._cancel = cancel = threading.Event()
-        self.broadcast = broadcast = LoadingBroadcast()
-        make_room = functools.partial(self._host.make_room, cancel) if unload_first else None
-        install = functools.partial(self._host.take_over, cancel=cancel)
-        loading = load_model(model, config, cancel, install, plan=plan, make_room=make_room)
-        # The context carries the request's correlation id into the load's log lines.
-        run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
-        self._thread = threading.Thread(target=run, name="loader", daemon=True)
-        self._thread.start()
+        self._claim("load")
+        try:
+            self.error = None
+            logger.info("loading %s", model or DEFAULT_MODEL)
+            self._cancel = cancel = Cancellation()
+            self.broadcast = broadcast = LoadingBroadcast()
+            make_room = functools.partial(self._engine.unload, cancel) if unload_first else None
+            install = functools.partial(self._engine.install, cancel=cancel)
+            loading = load_model(model, config, cancel, install, plan=plan, make_room=make_room)
+            # The context carries the request's correlation id into the load's log lines.
+            run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
+            self._thread = threading.Thread(target=run, name="loader", daemon=True)
+            self._thread.start()
+        except BaseException:  # the system has no thread to give
+            self._release()
+            raise
 
-    def cancel(self) -> None:
-        """Ask the running load to end with ``cancelled``."""
+    def cancel(self) -> bool:
+        """Ask the running load to end with ``cancelled``; False when there is none."""
+        running = self.running
         self._cancel.set()
+        return running
 
-    def forget(self) -> None:
-        """There is no load to speak of any more."""
-        self.broadcast = self.error = None
+    def unload(self) -> int:
+        """Free the model once its jobs have ended, and forget its load; returns the bytes of weights freed.
+
+        Raises:
+            Conflict: a load, or another unload, is under way.
+            InferenceError: the engine has died.
+        """
+        self._claim("unload")
+        try:
+            freed = self._engine.unload()
+            self.broadcast = self.error = None
+            return freed
+        finally:
+            self._release()
 
     def join(self, seconds: float) -> None:
         """Wait for the running load's thread, for a while."""
         if self._thread is not None:
             self._thread.join(seconds)
 
+    def _claim(self, operation: Literal["load", "unload"]) -> None:
+        """Take the one place there is for a load or an unload."""
+        with self._lock:
+            if self._busy_with == "load":
+                raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
+            if self._busy_with is not None:
+                raise Conflict("The model is being unloaded.", hint="Ask again in a moment.")
+            self._busy_with = operation
+        self._changed()
+
+    def _release(self) -> None:
+        self._busy_with = None
+        self._changed()
+
     def _run(self, loading: Loading, broadcast: LoadingBroadcast) -> None:
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
         try:
             for event in loading:
                 if not event.terminal:
-                    self._host.publish(broadcast, event)
+                    self._on_loop(broadcast.publish, event)
             end = event
         except BaseException as error:  # noqa: BLE001  (whatever it was, watchers get their terminal event)
             end = self._failed(error, event)
@@ -112,8 +151,8 @@ class Loads:
         self.outcomes[end.stage] += 1
         if not isinstance(end, LoadFailed):
             logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
-        self._host.load_has_ended()
-        self._host.publish(broadcast, end)
+        self._release()
+        self._on_loop(broadcast.publish, end)
 
     def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:
         """Note why the load failed; the event that says so."""

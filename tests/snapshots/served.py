@@ -185,7 +185,7 @@ class _Exchanges:
         """Until the stream has ended, and the worker's state has followed."""
         self._server.ask("GET", "/v1/loading/progress", headers=KEY)
         deadline = time.monotonic() + SECONDS
-        while self._server.worker.loading:
+        while self._server.worker.loads.running:
             assert time.monotonic() < deadline
             time.sleep(0.005)
 

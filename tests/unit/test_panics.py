@@ -96,7 +96,7 @@ def test_whatever_ends_a_load_it_has_an_end_and_another_can_begin(
         assert isinstance(events[-1], LoadFailed)
         assert [event.terminal for event in events].count(True) == 1
         assert worker.state == "failed"
-        assert worker.load_outcomes["error"] == 1
+        assert worker.loads.outcomes["error"] == 1
         assert isinstance((await load(worker, tiny))[-1], Ready)
 
     with_worker(body)
@@ -119,13 +119,13 @@ def test_a_load_whose_thread_cannot_start_claims_nothing(tiny: str, monkeypatch:
 def test_a_panic_in_a_step_fails_its_jobs_and_the_engine_goes_on(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        model = worker._engine.model
+        model = worker.model
         assert model is not None
         with monkeypatch.context() as patch:
             patch.setattr(type(model.transformer), "forward", panic)
             events = await events_of(worker.submit(request()).events())
         assert isinstance(events[-1], InferenceFailed)
-        assert worker.engine_alive
+        assert worker.engine.alive
         assert isinstance((await events_of(worker.submit(request()).events()))[-1], End)
 
     with_worker(body)
@@ -162,9 +162,9 @@ def test_an_engine_that_dies_of_anything_fails_its_jobs(
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=500))
         await anext(job)
-        monkeypatch.setattr(worker._engine, "step", raising(error))
+        monkeypatch.setattr(worker.engine._engine, "step", raising(error))
         assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
-        while worker.engine_alive:
+        while worker.engine.alive:
             await asyncio.sleep(0.01)
         assert worker.state == "failed"
 

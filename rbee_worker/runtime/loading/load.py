@@ -155,7 +155,7 @@ def load_model(
     install: Callable[[LoadedModel], None],
     *,
     plan: LoadPlan | None = None,
-    make_room: Callable[[], None] | None = None,
+    make_room: Callable[[], object] | None = None,
 ) -> Generator[LoadingEvent, None, None]:
     """Load a model and put it in its place, yielding what happens.
 
@@ -212,7 +212,7 @@ class _Asked:
     cancel: threading.Event
     install: Callable[[LoadedModel], None]
     plan: LoadPlan | None
-    make_room: Callable[[], None] | None
+    make_room: Callable[[], object] | None
 
 
 def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, None]:

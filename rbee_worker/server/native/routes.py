@@ -28,7 +28,7 @@ from rbee_worker.errors import (
     Unavailable,
 )
 from rbee_worker.events import Event, InferenceEvent, LoadingEvent
-from rbee_worker.runtime.machine.devices import DeviceInfo
+from rbee_worker.runtime.machine.devices import DeviceInfo, list_devices
 from rbee_worker.server import sse
 from rbee_worker.server.holding import Holding
 from rbee_worker.server.http.access import client_of
@@ -248,7 +248,7 @@ class Native:
 
         The latest state first, then what follows, to the terminal event. Leaving cancels nothing.
         """
-        return self._stream(self._worker.progress(), sse.loading_failed, encoder=self._progress_frames)
+        return self._stream(self._worker.loads.progress(), sse.loading_failed, encoder=self._progress_frames)
 
     @Operation(
         "POST",
@@ -279,7 +279,7 @@ class Native:
     @Operation("DELETE", "/v1/loading", tag="loading", statuses=(202,), errors=(NotFound,))
     async def cancel_load(self, _request: Request) -> Json[CancelAccepted]:
         """Cancel the load."""
-        if not self._worker.cancel_load():
+        if not self._worker.loads.cancel():
             raise NotFound("Nothing is being loaded.")
         return Json({"progress_url": PROGRESS_PATH}, 202)
 
@@ -306,11 +306,11 @@ class Native:
         503 when its load failed and left it without a model, or when its engine died.
         """
         worker = self._worker
-        if worker.engine_alive and worker.state != "failed":
+        if worker.engine.alive and worker.state != "failed":
             return Json({"status": "healthy", "state": worker.state, "vram_bytes": worker.vram_bytes})
         answer: Health = {"status": "unhealthy", "state": "failed", "vram_bytes": worker.vram_bytes}
-        error = worker.load_error
-        if not worker.engine_alive:
+        error = worker.loads.error
+        if not worker.engine.alive:
             answer["reason"] = _DEAD
         elif error is None:
             answer["reason"] = "The load failed."
@@ -324,7 +324,7 @@ class Native:
 
         503 when its engine's thread has died: restart it.
         """
-        if self._worker.engine_alive:
+        if self._worker.engine.alive:
             return Json({"status": "alive"})
         return Json({"status": "dead", "reason": _DEAD}, 503)
 
@@ -341,10 +341,10 @@ class Native:
         """The same in words, always 200."""
         worker = self._worker
         if self._serves():
-            busy = worker.running > 0 or worker.queued > 0
+            busy = len(worker.jobs) > 0
             return Json({"ready": True, "state": "busy" if busy else "idle", "model_loaded": True})
-        answer: Readiness = {"ready": False, "state": worker.state if worker.engine_alive else "failed"}
-        if worker.loading or worker.last_loading_event is not None:
+        answer: Readiness = {"ready": False, "state": worker.state if worker.engine.alive else "failed"}
+        if worker.loads.running or worker.loads.latest is not None:
             answer["progress_url"] = PROGRESS_PATH
         return Json(answer)
 
@@ -357,19 +357,19 @@ class Native:
     @Operation("GET", "/v1/worker", tag="worker")
     async def describe(self, _request: Request) -> Json[WorkerDescription]:
         """The worker, its model and devices."""
-        worker = self._worker
-        devices = await anyio.to_thread.run_sync(worker.devices)  # asks drivers
+        worker, model = self._worker, self._worker.model
+        devices = await anyio.to_thread.run_sync(list_devices)  # asks drivers
         answer: WorkerDescription = {
             "id": worker.id,
             "version": __version__,
-            "model": worker.model_name,
-            "context_length": worker.context_length,
+            "model": model.name if model is not None else None,
+            "context_length": model.context_length if model is not None else None,
             "state": worker.state,
-            "loading": worker.loading,
+            "loading": worker.loads.running,
             "devices": devices,
             "vram_bytes": worker.vram_bytes,
-            "running": worker.running,
-            "queued": worker.queued,
+            "running": worker.jobs.running,
+            "queued": worker.jobs.queued,
             "uptime_seconds": round(worker.uptime_seconds, 3),
         }
         return Json(answer)

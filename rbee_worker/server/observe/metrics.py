@@ -34,7 +34,7 @@ class WorkerMetrics(Collector):
     def __init__(self, worker: Worker, *, by_client: bool = False) -> None:
         self._worker = worker
         self._jobs = JobFigures(by_client=by_client)
-        worker.observers.append(self._jobs)
+        worker.jobs.observers.append(self._jobs)
         self._responses: Counter[tuple[str, str, int]] = Counter()
         self._devices: Sequence[DeviceInfo] = ()
         self._registry = CollectorRegistry(auto_describe=False)
@@ -51,13 +51,12 @@ class WorkerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every figure."""
-        worker = self._worker
-        yield InfoMetricFamily(
-            "rbee_worker", "The worker.", {"id": worker.id, "version": __version__, "model": worker.model_name or ""}
-        )
+        worker, loads, model = self._worker, self._worker.loads, self._worker.model
+        name = model.name if model is not None else ""
+        yield InfoMetricFamily("rbee_worker", "The worker.", {"id": worker.id, "version": __version__, "model": name})
         state = GaugeMetricFamily("rbee_state", "1 for the worker's state, 0 for the others.", labels=["state"])
-        for name in STATES:
-            state.add_metric([name], float(worker.state == name))
+        for word in STATES:
+            state.add_metric([word], float(worker.state == word))
         yield state
         yield _gauge("rbee_uptime_seconds", "Seconds since the worker started.", worker.uptime_seconds)
         responses = CounterMetricFamily(
@@ -67,20 +66,21 @@ class WorkerMetrics(Collector):
             responses.add_metric([method, route, str(status)], count)
         yield responses
         yield _counter("rbee_log_lines_dropped", "Log lines lost because stderr took none.", lines_dropped())
-        yield _gauge("rbee_requests_running", "Requests with a place in the batch.", worker.running)
-        yield _gauge("rbee_requests_waiting", "Requests waiting for a place.", worker.queued)
+        yield _gauge("rbee_requests_running", "Requests with a place in the batch.", worker.jobs.running)
+        yield _gauge("rbee_requests_waiting", "Requests waiting for a place.", worker.jobs.queued)
         yield from self._jobs.collect()
-        yield from _engine(worker.engine_stats())
+        yield from _engine(worker.engine.stats)
         yield from _memory(self._devices)
         yield _gauge("rbee_weights_bytes", "Bytes of weights on the devices, a load's included.", worker.vram_bytes)
         yield _gauge("rbee_host_peak_memory_bytes", "The process's peak resident memory.", peak_host_bytes())
-        loads = CounterMetricFamily("rbee_loads", "Loads that have ended, by outcome.", labels=["outcome"])
+        ended = CounterMetricFamily("rbee_loads", "Loads that have ended, by outcome.", labels=["outcome"])
         for outcome in ("ready", "error", "cancelled"):
-            loads.add_metric([outcome], worker.load_outcomes[outcome])
-        yield loads
-        yield _gauge("rbee_load_watchers", "Subscribers of the load's progress.", worker.watchers)
-        if worker.broadcast is not None:
-            yield from _load(worker.broadcast)
+            ended.add_metric([outcome], loads.outcomes[outcome])
+        yield ended
+        watchers = loads.broadcast.subscribers if loads.broadcast is not None else 0
+        yield _gauge("rbee_load_watchers", "Subscribers of the load's progress.", watchers)
+        if loads.broadcast is not None:
+            yield from _load(loads.broadcast)
 
 
 def _engine(stats: EngineStats) -> Iterator[Metric]:

@@ -50,12 +50,11 @@ class Models:
 
     def listed(self) -> list[Model]:
         """Every name of the model that serves, or else of the one that was asked for last; touches the disk."""
-        worker = self._worker
-        if worker.model_name is not None:
+        loads = self._worker.loads
+        if (own := self._served()) is not None:
             status: Status = "ready"
-            own = worker.model_name
-        elif (asked := self._asked()) and (worker.loading or worker.load_error is not None):
-            status = "loading" if worker.loading else "failed"
+        elif (asked := self._asked()) and (loads.running or loads.error is not None):
+            status = "loading" if loads.running else "failed"
             own = _name_of(asked)
         else:
             return []
@@ -68,7 +67,7 @@ class Models:
             ModelNotFound: there is none.
         """
         listed = self.listed()
-        if listed and name == self._worker.model_name:
+        if listed and name == self._served():
             return {**listed[0], "id": name}
         for model in listed:
             if model["id"] == name:
@@ -81,10 +80,10 @@ class Models:
         Raises:
             ModelNotFound: the model that serves has other names.
         """
-        served = self._worker.model_name
+        served = self._served()
         if not name or served is None or name in (served, *self._names):
             return
-        last = self._worker.last_loading_event
+        last = self._worker.loads.latest
         if isinstance(last, Ready) and name == self._asked():
             return  # as it was named when it was loaded: a path, a revision
         raise ModelNotFound(f"The requested model is not served here.{self._hint()}")
@@ -92,24 +91,30 @@ class Models:
     @property
     def name(self) -> str:
         """What the model that serves is called in answers."""
-        return self._names[0] if self._names else self._worker.model_name or ""
+        return self._names[0] if self._names else self._served() or ""
+
+    def _served(self) -> str | None:
+        """The own name of the model that serves."""
+        model = self._worker.model
+        return model.name if model is not None else None
 
     def _model(self, name: str, status: Status) -> Model:
+        model = self._worker.model
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "rbee-worker",
             "status": status,
-            "max_model_len": self._worker.context_length,
+            "max_model_len": model.context_length if model is not None else None,
         }
 
     def _asked(self) -> str:
-        broadcast = self._worker.broadcast
+        broadcast = self._worker.loads.broadcast
         return broadcast.model if broadcast is not None else ""
 
     def _hint(self) -> str:
-        return f" This worker serves {self.name}." if self._worker.model_name is not None else ""
+        return f" This worker serves {self.name}." if self._served() is not None else ""
 
 
 def _name_of(asked: str) -> str:

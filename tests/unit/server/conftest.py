@@ -61,6 +61,48 @@ class StandInTokenizer:
         return "".join(map(chr, ids)) + ("" if skip_special_tokens else "!")
 
 
+class StandInJobs:
+    """Stands in for ``worker.jobs``."""
+
+    def __init__(self):
+        self.running = self.queued = 0
+        self.observers = []
+
+    def __len__(self):
+        return self.running + self.queued
+
+
+class StandInLoads:
+    """Stands in for ``worker.loads``: plays a script as the progress of a load."""
+
+    def __init__(self, play, progress, *, running):
+        self.running = running
+        self.error = self.latest = self.broadcast = None
+        self.outcomes = Counter()
+        self.watchers = 0
+        self.cancelled = asyncio.Event()
+        self._play = play
+        self._script = progress
+
+    def cancel(self):
+        self.cancelled.set()
+        return self.running
+
+    def progress(self):
+        if self._script is None:
+            raise Unavailable("No model was asked for.")
+        return self._watch()
+
+    async def _watch(self):
+        self.watchers += 1
+        end = LoadCancelled(seq=9, elapsed_seconds=1.0, vram_mb_freed=3)
+        try:
+            async for event in self._play(self._script, self.cancelled, end):
+                yield event
+        finally:
+            self.watchers -= 1
+
+
 class StandInWorker:
     """Stands in for ``rbee_worker.worker.worker.Worker``: plays scripts instead of running a model.
 
@@ -73,37 +115,27 @@ class StandInWorker:
     def __init__(self, script=(), progress=None, state="ready"):
         self.id = "stand-in"
         self.state = state
-        self.loading = state == "loading"
-        self.running = self.queued = self.vram_bytes = 0
-        self.model_name = "m"
-        self.context_length = 64
-        self.engine_alive = True
+        self.vram_bytes = 0
         self.uptime_seconds = 1.0
-        self.load_error = None
-        self.last_loading_event = None
+        self.model = SimpleNamespace(name="m", context_length=64)
+        self.engine = SimpleNamespace(alive=True, stats=EngineStats())
+        self.jobs = StandInJobs()
+        self.loads = StandInLoads(self._play, progress, running=state == "loading")
         self.script = list(script)
-        self.progress_script = progress
         self.refusal = None  # raised by submit()
         self.requests = []
-        self.loads = []
-        self.observers = []
-        self.load_outcomes = Counter()
-        self.broadcast = None
-        self.stats = EngineStats()
+        self.asked_to_load = []
         self.cancelled = []
         self.calls = Counter()
         self.closed_sources = 0
-        self.watchers = 0
         self.resident_keeps = False
         self.the_tokenizer = StandInTokenizer()
         self._cancellations = {}
-        self._load_cancelled = None
         self.thread = None
 
     def start(self):
         self.calls["start"] += 1
         self.thread = threading.current_thread()
-        self._load_cancelled = asyncio.Event()
 
     async def close(self):
         self.calls["close"] += 1
@@ -111,7 +143,7 @@ class StandInWorker:
     async def drain(self, grace):
         self.calls["drain"] += 1
         self.state = "draining"
-        self.cancel_load()
+        self.loads.cancel()
         deadline = time.monotonic() + grace
         while self._cancellations and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -119,30 +151,11 @@ class StandInWorker:
             self.cancel(job_id)
 
     def load(self, model, *, device=None, dtype=None, quantize=None):
-        self.loads.append((model, device, dtype, quantize))
+        self.asked_to_load.append((model, device, dtype, quantize))
         return self.resident_keeps
-
-    def cancel_load(self):
-        if self._load_cancelled is not None:
-            self._load_cancelled.set()
-        return self.loading
 
     async def unload(self):
         return 5
-
-    def progress(self):
-        if self.progress_script is None:
-            raise Unavailable("No model was asked for.")
-        return self._watch()
-
-    async def _watch(self):
-        self.watchers += 1
-        cancelled = LoadCancelled(seq=9, elapsed_seconds=1.0, vram_mb_freed=3)
-        try:
-            async for event in self._play(self.progress_script, self._load_cancelled, cancelled):
-                yield event
-        finally:
-            self.watchers -= 1
 
     def submit(self, request):
         self.requests.append(request)
@@ -184,7 +197,7 @@ class StandInWorker:
 
     @property
     def serves(self):
-        return self.state == "ready" and self.engine_alive
+        return self.state == "ready" and self.engine.alive
 
     def retry_after(self):
         return 7
@@ -192,14 +205,8 @@ class StandInWorker:
     def tokenizer(self):
         return self.the_tokenizer
 
-    def devices(self):
-        return []
-
     def memory(self):
         return [DeviceInfo("cpu", "CPU", 100, 60, 40)]
-
-    def engine_stats(self):
-        return self.stats
 
 
 @dataclass

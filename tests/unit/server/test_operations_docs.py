@@ -36,12 +36,12 @@ def families():
     from tests.unit.server.conftest import StandInWorker
 
     worker = StandInWorker()
-    worker.broadcast = LoadingBroadcast()
+    worker.loads.broadcast = LoadingBroadcast()
     for event in LOAD:
-        worker.broadcast.publish(event)
+        worker.loads.broadcast.publish(event)
     metrics = WorkerMetrics(worker, by_client=True)
     metrics.responded("GET", "/livez", 200)
-    figures = worker.observers[0]
+    figures = worker.jobs.observers[0]
     figures._client_requests["c"] = figures._client_tokens["c", "prompt"] = 1
     found = {}
     for family in text_string_to_metric_families(metrics.render(worker.memory()).decode()):

@@ -45,7 +45,7 @@ def test_after_the_grace_streams_end_with_their_terminal_frame(start, stand_in):
     server = start(worker, shutdown_grace_seconds=0.3)
     stream, watcher = server.open("POST", "/v1/inference", REQUEST), server.open("GET", PROGRESS)
     stream.read_until(b"started")
-    server.wait(lambda: worker.watchers == 1)
+    server.wait(lambda: worker.loads.watchers == 1)
     began = time.monotonic()
     server.server.handle_exit(signal.SIGINT, None)
     ended = watcher.finish().frames
@@ -89,7 +89,7 @@ def test_a_second_signal_ends_the_process_at_once(start, stand_in, monkeypatch):
 def failing_worker(stand_in):
     failure = LoadFailed(seq=1, elapsed_seconds=0.1, code="OUT_OF_MEMORY", message="too big")
     worker = stand_in.Worker(progress=[Resolving(seq=0, elapsed_seconds=0.0, model="m"), 0.3, failure])
-    worker.load_error = OutOfMemory("too big")
+    worker.loads.error = OutOfMemory("too big")
     return worker
 
 

@@ -187,11 +187,11 @@ def test_a_watcher_that_leaves_leaves_the_load_alone(start, stand_in):
     stays.read_until(b"loading_to_vram")
     leaves.read_until(b"loading_to_vram")
     leaves.leave()
-    server.wait(lambda: server.worker.watchers == 1)
-    assert not server.worker._load_cancelled.is_set()
+    server.wait(lambda: server.worker.loads.watchers == 1)
+    assert not server.worker.loads.cancelled.is_set()
     assert server.ask("DELETE", "/v1/loading").status == 202
     assert [b'"stage":"cancelled"' in f for f in stays.finish().frames[-2:]] == [True, False]
-    server.worker.loading = False
+    server.worker.loads.running = False
     assert server.ask("DELETE", "/v1/loading").status == 404
 
 

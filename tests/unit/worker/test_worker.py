@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.errors import Conflict, InvalidRequest, ModelNotLoaded, QueueFull, Unavailable
+from rbee_worker.errors import Conflict, InferenceError, InvalidRequest, ModelNotLoaded, QueueFull, Unavailable
 from rbee_worker.events import (
     End,
     InferenceEvent,
@@ -26,7 +26,7 @@ from rbee_worker.runtime.loading import load as load_module
 from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.worker.worker import Job, Worker
-from tests.tiny import write_tiny_model
+from tests.tiny import CONFIG, write_tiny_model
 
 Body = Callable[[Worker], Awaitable[None]]
 
@@ -36,12 +36,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model(tmp_path_factory.mktemp("tiny")))
 
 
-def with_worker(body: Body, *, max_queue: int = 64, max_batch_size: int = 8) -> None:
+def with_worker(body: Body, *, max_queue: int = 64, **config: int) -> None:
     """Run ``body`` with a started worker, and check that it leaves no thread."""
 
     async def main() -> None:
-        config = EngineConfig(device="cpu", dtype="float32", max_batch_size=max_batch_size)
-        worker = Worker(config, max_queue=max_queue)
+        worker = Worker(EngineConfig(device="cpu", dtype="float32", **config), max_queue=max_queue)
         worker.start()
         try:
             await asyncio.wait_for(body(worker), 60)
@@ -59,7 +58,7 @@ def request(job_id: str | None = None, **sampling: object) -> GenerationRequest:
 
 async def load(worker: Worker, model: str) -> list[LoadingEvent]:
     worker.load(model)
-    return [event async for event in worker.progress()]
+    return [event async for event in worker.loads.progress()]
 
 
 async def events_of(stream: AsyncIterator[InferenceEvent]) -> list[InferenceEvent]:
@@ -75,12 +74,12 @@ def test_a_load_is_followed_and_then_served(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         assert worker.state == "no_model"
         with pytest.raises(Unavailable):
-            worker.progress()
+            worker.loads.progress()
         with pytest.raises(ModelNotLoaded):
             worker.submit(request())
         events = await load(worker, tiny)
         assert isinstance(events[-1], Ready)
-        assert (worker.state, worker.context_length) == ("ready", 512)
+        assert (worker.state, worker.model.context_length) == ("ready", 512)
         assert worker.vram_bytes > 0
         job = worker.submit(request("mine"))
         assert job.id == "mine"
@@ -112,7 +111,7 @@ def test_cancelling_ends_the_stream_with_its_terminal_event(tiny: str) -> None:
         worker.cancel("unknown")
         assert end_of(await events_of(job.events())).stop_reason == "cancelled"
         assert end_of(await events_of(waiting.events())).stop_reason == "cancelled"
-        assert worker.running == worker.queued == 0
+        assert worker.jobs.running == worker.jobs.queued == 0
 
     with_worker(body, max_batch_size=1)
 
@@ -125,9 +124,69 @@ def test_a_consumer_that_leaves_cancels_its_job(tiny: str) -> None:
         await anext(job)
         await job.aclose()
         await never_read.aclose()
-        while worker.running:
+        while worker.jobs.running:
             await asyncio.sleep(0.01)
         assert end_of(await events_of(worker.submit(request()).events())).tokens_out == 10
+
+    with_worker(body)
+
+
+def test_running_and_waiting_are_what_the_engine_says(tiny: str) -> None:
+    """Places are free in the batch, and yet the second job waits: the KV cache has no room for both prompts."""
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        jobs = [worker.submit(replace(request(f"job-{i}", max_tokens=60), prompt=str(i) * 120)) for i in range(2)]
+        first = jobs[0].events()
+        while not isinstance(await anext(first), Token):
+            pass
+        assert (worker.jobs.running, worker.jobs.queued) == (1, 1)
+        assert worker.engine.running == 1
+        for job in jobs:
+            await job.aclose()
+
+    bytes_of_one = 224 * CONFIG["num_hidden_layers"] * 2 * CONFIG["num_key_value_heads"] * 16 * 4
+    with_worker(body, kv_cache_memory=bytes_of_one, max_context=224)
+
+
+def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unloaded_by = []
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        engine, going_on = worker.engine._engine, threading.Event()
+        unload = engine.unload
+        monkeypatch.setattr(
+            engine, "unload", lambda: (unloaded_by.append(threading.current_thread().name), unload())[1]
+        )
+        worker.engine._commands.put(lambda: going_on.wait(10))
+        worker.engine.stop(0.01)
+        assert not unloaded_by  # not beside a step, on this thread
+        going_on.set()
+
+    with_worker(body)
+    assert unloaded_by == ["engine"]
+
+
+def test_waiting_for_a_swap_ends_with_the_engine(tiny: str) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        job = worker.submit(request(max_tokens=400))
+        unloading = asyncio.create_task(worker.unload())
+        while not worker.changing:
+            await asyncio.sleep(0.001)
+        settled = asyncio.create_task(worker.settled())
+
+        def broken() -> None:
+            raise RuntimeError
+
+        worker.engine._commands.put(broken)
+        with pytest.raises(InferenceError, match="has died"):
+            await unloading
+        await settled
+        assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
 
     with_worker(body)
 
@@ -157,8 +216,8 @@ def test_a_failed_load_is_told_and_the_resident_model_goes_on(tiny: str, tmp_pat
         events = await load(worker, str(tmp_path / "nothing-here"))
         assert isinstance(events[-1], LoadFailed)
         assert (worker.state, events[-1].code) == ("failed", "MODEL_NOT_FOUND")
-        assert worker.load_error is not None
-        assert worker.load_error.exit_code == 3
+        assert worker.loads.error is not None
+        assert worker.loads.error.exit_code == 3
         await load(worker, tiny)
         assert worker.state == "ready"
         events = await load(worker, str(tmp_path / "nothing-here"))
@@ -173,15 +232,15 @@ def test_a_cancelled_load_ends_with_cancelled_and_only_one_runs_at_a_time(tmp_pa
     path = write_tiny_model(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
 
     async def body(worker: Worker) -> None:
-        assert not worker.cancel_load()
+        assert not worker.loads.cancel()
         assert worker.load(str(path)) is False
         with pytest.raises(Conflict):
             worker.load(str(path))
         with pytest.raises(Unavailable):
             worker.submit(request())
-        stream = worker.progress()
+        stream = worker.loads.progress()
         await anext(stream)
-        assert worker.cancel_load()
+        assert worker.loads.cancel()
         events = [event async for event in stream]
         assert isinstance(events[-1], LoadCancelled)
         assert worker.vram_bytes == 0
@@ -199,7 +258,7 @@ def test_a_new_model_takes_over_when_the_jobs_of_the_old_have_ended(tiny: str, t
         loading = asyncio.create_task(load_to_end(worker))
         assert end_of(await events_of(job.events())).tokens_out == 200
         assert isinstance((await loading)[-1], Ready)
-        assert (worker.model_name, worker.context_length) == ("other", 128)
+        assert (worker.model.name, worker.model.context_length) == ("other", 128)
 
     with_worker(body)
 
@@ -212,13 +271,13 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         monkeypatch.setattr("rbee_worker.worker.worker.has_room", lambda _plan, _config: False)
-        unload, unloads = worker._engine.unload, []
+        unload, unloads = worker.engine._engine.unload, []
 
         def spy() -> int:
-            unloads.append(worker._engine.has_work)
+            unloads.append(worker.engine._engine.has_work)
             return unload()
 
-        monkeypatch.setattr(worker._engine, "unload", spy)
+        monkeypatch.setattr(worker.engine._engine, "unload", spy)
         job = worker.submit(request(max_tokens=200))
         assert worker.load(other) is False
         loading = asyncio.create_task(load_to_end(worker))
@@ -227,7 +286,7 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
         assert unloads == [False]
         assert events[0].stage == "resolving"
         assert isinstance(events[-1], Ready)
-        assert worker.model_name == "other"
+        assert worker.model.name == "other"
 
     with_worker(body)
 
@@ -249,15 +308,13 @@ def test_a_load_beside_a_resident_model_reads_its_headers_once(tiny: str, monkey
     with_worker(body)
 
 
-def test_a_job_prepared_on_one_model_never_runs_on_another(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_prepared_on_one_model_never_runs_on_another(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        add = worker._add
         late = threading.Event()
-        monkeypatch.setattr(worker, "_add", lambda *arguments: (late.wait(10), add(*arguments)))
+        worker.engine._commands.put(lambda: late.wait(10))
         job = worker.submit(request())
-        model = worker._engine.model
-        worker._engine.model = replace(model, name="swapped")  # as a swap in between would
+        worker.engine._engine.model = replace(worker.model, name="swapped")  # as a swap in between would
         late.set()
         (event,) = await events_of(job.events())
         assert isinstance(event, InferenceFailed)
@@ -283,10 +340,10 @@ def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: s
             worker.load(other)
         with pytest.raises(Conflict):
             await worker.unload()
-        assert worker.cancel_load()
+        assert worker.loads.cancel()
         assert isinstance((await loading)[-1], LoadCancelled)
         assert worker.serves
-        assert worker.model_name == Path(tiny).name
+        assert worker.model.name == Path(tiny).name
         job.cancel()
         await events_of(job.events())
 
@@ -318,14 +375,14 @@ def test_a_cancel_waits_for_one_step_however_many_commands_wait(tiny: str) -> No
         others = [worker.submit(request(f"job-{i}", max_tokens=500)) for i in range(40)]
         await anext(job)
         steps = 0
-        step = worker._engine.step
+        step = worker.engine._engine.step
 
         def counted() -> object:
             nonlocal steps
             steps += 1
             return step()
 
-        worker._engine.step = counted  # type: ignore[method-assign]
+        worker.engine._engine.step = counted  # type: ignore[method-assign]
         for other in others:
             other.cancel()
         worker.cancel("mine")
@@ -357,7 +414,7 @@ def test_a_failed_load_keeps_nothing_alive(tiny: str, monkeypatch: pytest.Monkey
 
 
 async def load_to_end(worker: Worker) -> list[LoadingEvent]:
-    return [event async for event in worker.progress()]
+    return [event async for event in worker.loads.progress()]
 
 
 def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
@@ -372,7 +429,7 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
         with pytest.raises(ModelNotLoaded):
             worker.tokenizer()
         with pytest.raises(Unavailable):
-            worker.progress()
+            worker.loads.progress()
 
     with_worker(body)
 
@@ -416,10 +473,10 @@ def test_an_engine_that_dies_fails_its_jobs_and_says_so(tiny: str, monkeypatch: 
 
         job = worker.submit(request(max_tokens=500))
         await anext(job)
-        monkeypatch.setattr(worker._engine, "step", die)
+        monkeypatch.setattr(worker.engine._engine, "step", die)
         events = await events_of(job.events())
         assert isinstance(events[-1], InferenceFailed)
-        while worker.engine_alive:
+        while worker.engine.alive:
             await asyncio.sleep(0.01)
         assert worker.state == "failed"
         with pytest.raises(ModelNotLoaded, match="the engine has died; restart the worker"):
@@ -445,7 +502,7 @@ def test_the_model_is_built_on_one_thread_and_run_on_another(tiny: str, monkeypa
         monkeypatch.setattr(Transformer, "forward", spy)
         await asyncio.gather(*(events_of(worker.submit(request()).events()) for _ in range(4)))
         assert threads == {"engine"}
-        assert isinstance(worker._engine.model, LoadedModel)
+        assert isinstance(worker.model, LoadedModel)
 
     monkeypatch.setattr(Transformer, "forward", spy)
     with_worker(body)

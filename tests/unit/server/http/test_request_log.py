@@ -61,7 +61,7 @@ def test_the_line_of_a_client_that_leaves(real, lines):
     (line,) = lines()
     assert (line.client, line.stop_reason) == ("127.0.0.1", "cancelled")
     assert 0 < line.tokens_out < 3000
-    server.wait(lambda: server.worker.running == 0)
+    server.wait(lambda: server.worker.jobs.running == 0)
 
 
 def test_refused_requests_name_no_client(start, lines):
@@ -78,7 +78,7 @@ def test_probes_and_scrapes_are_logged_at_debug_while_all_is_well(start, lines):
     server = start()
     for path in ("/livez", "/readyz", "/metrics", "/v1/worker"):
         server.ask("GET", path)
-    server.worker.engine_alive = False
+    server.worker.engine.alive = False
     server.ask("GET", "/livez")
     server.wait(lambda: len(lines()) == 5)
     levels = [(record.getMessage(), record.levelname) for record in lines()]

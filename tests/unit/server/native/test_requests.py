@@ -298,7 +298,7 @@ def test_loading_takes_only_the_models_that_were_allowed(start):
     assert server.ask("POST", "/v1/loading", {}).json["model"] == "given"
     refused = server.ask("POST", "/v1/loading", {"model": "/etc/passwd"})
     assert (refused.status, refused.json["error"]["type"]) == (403, "permission_error")
-    assert server.worker.loads == [
+    assert server.worker.asked_to_load == [
         ("other", "cuda:1", "float16", "int8"),
         ("given", None, None, None),
         ("given", None, None, None),
@@ -309,7 +309,7 @@ def test_loading_the_embedded_default_by_its_name_or_by_none(start):
     server = start()
     for body in ({}, {"model": "SmolLM2-135M-Instruct"}):
         assert server.ask("POST", "/v1/loading", body).json["model"] == "SmolLM2-135M-Instruct"
-    assert server.worker.loads == [(None, None, None, None)] * 2
+    assert server.worker.asked_to_load == [(None, None, None, None)] * 2
 
 
 def test_a_worker_started_without_a_model_asks_for_one(start):
@@ -343,7 +343,7 @@ READINESS = [
 def test_health_and_readiness_by_state(start, stand_in, case):
     state, running, health, ready, readyz = case
     server = start(stand_in.Worker(state=state))
-    server.worker.running = running
+    server.worker.jobs.running = running
     reply = server.ask("GET", "/health")
     assert (reply.status, reply.json["status"], reply.json["state"]) == health
     assert reply.json["vram_bytes"] == 0
@@ -356,7 +356,7 @@ def test_health_and_readiness_by_state(start, stand_in, case):
 
 def test_a_dead_engine_is_neither_alive_nor_healthy(start):
     server = start()
-    server.worker.engine_alive = False
+    server.worker.engine.alive = False
     for path, status in [("/livez", 503), ("/health", 503), ("/readyz", 503), ("/v1/ready", 200)]:
         assert server.ask("GET", path).status == status
     assert server.ask("GET", "/health").json["reason"]
@@ -365,7 +365,7 @@ def test_a_dead_engine_is_neither_alive_nor_healthy(start):
 
 def test_the_reason_of_a_failed_load_is_in_the_health(start, stand_in):
     server = start(stand_in.Worker(state="failed"))
-    server.worker.load_error = ContextTooLong("too small")
+    server.worker.loads.error = ContextTooLong("too small")
     assert json.loads(server.ask("GET", "/health").body)["reason"] == "too small"
 
 

@@ -53,16 +53,16 @@ def page(stand_in):
     return SimpleNamespace(
         worker=worker,
         metrics=metrics,
-        figures=worker.observers[0],
+        figures=worker.jobs.observers[0],
         read=lambda: samples(metrics.render(worker.memory())),
     )
 
 
 def test_names_follow_the_conventions_of_prometheus(page):
     worker = page.worker
-    worker.broadcast = LoadingBroadcast()
+    worker.loads.broadcast = LoadingBroadcast()
     for event in LOAD:
-        worker.broadcast.publish(event)
+        worker.loads.broadcast.publish(event)
     for family in page.metrics.collect():
         # A suffix that says "counter", or that a kind adds by itself, misleads whoever reads the name alone.
         assert not re.search(r"_(total|count|sum|bucket|info)$", family.name), family.name
@@ -122,7 +122,9 @@ def test_every_end_is_an_outcome(page):
 def test_gaps_are_counted_as_they_come(page):
     job = Job("j", lambda _: None, GenerationRequest(prompt="p"))
     for i in range(3):
-        deliver([("j", Token(t="x", i=2 * i)), ("j", Token(t="x", i=2 * i + 1))], {"j": job}, page.worker.observers)
+        deliver(
+            [("j", Token(t="x", i=2 * i)), ("j", Token(t="x", i=2 * i + 1))], {"j": job}, page.worker.jobs.observers
+        )
     assert page.read()["rbee_inter_token_latency_seconds_count"] == 2
 
 
@@ -142,7 +144,7 @@ def test_without_keys_clients_are_not_counted(page):
 
 
 def test_the_engine_and_the_devices(page):
-    page.worker.stats = EngineStats(
+    page.worker.engine.stats = EngineStats(
         steps=7,
         batch_sizes=(0, 4, 2, 1),
         prefilled_tokens=20,

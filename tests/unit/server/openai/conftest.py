@@ -94,8 +94,6 @@ def worker_of(stand_in):
     """Makes workers whose jobs play a script: events, seconds to wait, and HANG, which waits to be cancelled."""
 
     class LiveWorker(stand_in.Worker):
-        broadcast = None
-
         def __init__(self, *scripts):
             super().__init__()
             self.scripts = scripts
@@ -113,9 +111,9 @@ def worker_of(stand_in):
             return jobs
 
         async def play(self, job, script):
-            self.running += 1
+            self.jobs.running += 1
             async for event in self._play(script, self._cancellations[job.id], end("cancelled")):
                 job.deliver(event, time.monotonic())
-            self.running -= 1
+            self.jobs.running -= 1
 
     return LiveWorker

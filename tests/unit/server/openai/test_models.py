@@ -8,13 +8,13 @@ from rbee_worker.errors import ModelNotFound, RbeeError
 from rbee_worker.events import Ready, Resolving
 from rbee_worker.server.openai.models import Models
 
+SERVED = SimpleNamespace(name="m", context_length=9)
 
-def worker(asked=None, **state):
+
+def worker(asked=None, model=None, **state):
     broadcast = SimpleNamespace(model=asked) if asked is not None else None
-    defaults = {
-        "model_name": None, "context_length": None, "loading": False, "load_error": None, "last_loading_event": None,
-    }  # fmt: skip
-    return SimpleNamespace(broadcast=broadcast, **defaults | state)
+    loads = {"running": False, "error": None, "latest": None} | state
+    return SimpleNamespace(model=model, loads=SimpleNamespace(broadcast=broadcast, **loads))
 
 
 def test_none_was_asked_for():
@@ -25,9 +25,7 @@ def test_none_was_asked_for():
         models.find("whatever")
 
 
-@pytest.mark.parametrize(
-    ("state", "status"), [({"loading": True}, "loading"), ({"load_error": RbeeError("x")}, "failed")]
-)
+@pytest.mark.parametrize(("state", "status"), [({"running": True}, "loading"), ({"error": RbeeError("x")}, "failed")])
 @pytest.mark.parametrize(
     ("asked", "name"), [("org/name@main", "org/name"), ("/nowhere/at/all.gguf", "/nowhere/at/all.gguf")]
 )
@@ -43,7 +41,7 @@ def test_a_load_that_was_cancelled_is_no_model():
 
 def test_names_that_requests_may_say():
     ready = Ready(seq=1, elapsed_seconds=1.0, report=None)
-    models = Models(worker("models/m", model_name="m", last_loading_event=ready, context_length=9), ["alias"])
+    models = Models(worker("models/m", SERVED, latest=ready), ["alias"])
     for name in ("m", "alias", "models/m", "", None):
         models.check(name)
     assert models.name == "alias"
@@ -55,7 +53,7 @@ def test_names_that_requests_may_say():
 
 def test_what_another_load_is_called_is_no_name_of_the_model_that_serves():
     loading = Resolving(seq=0, elapsed_seconds=0.0, model="models/other")
-    models = Models(worker("models/other", model_name="m", last_loading_event=loading, loading=True))
+    models = Models(worker("models/other", SERVED, latest=loading, running=True))
     with pytest.raises(ModelNotFound):
         models.check("models/other")
     assert [model["id"] for model in models.listed()] == ["m"]

@@ -90,9 +90,9 @@ def test_a_client_that_leaves_ends_all_its_jobs(start, worker_of, path, script, 
     client = server.open("POST", path, body(path, stream=stream, n=3))
     if stream and len(script) > 1:
         client.read_until(b'"a"')
-    server.wait(lambda: worker.running == 3)
+    server.wait(lambda: worker.jobs.running == 3)
     client.leave()
-    server.wait(lambda: worker.running == 0)
+    server.wait(lambda: worker.jobs.running == 0)
     assert {request.job_id for request in worker.requests} == set(worker.cancelled)
 
 
@@ -167,7 +167,7 @@ def test_models_by_all_their_names(start, worker_of):
 def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     worker = worker_of(texts("a"))
     worker.changing = True
-    worker.model_name = None
+    served, worker.model = worker.model, None
 
     async def settled():
         while worker.changing:
@@ -179,7 +179,7 @@ def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     held.read_until(b": keep-alive\n\n")
     full = server.ask("POST", CHAT, body(CHAT, stream=True))
     assert (full.status, worker.requests) == (429, [])
-    worker.model_name = "m"
+    worker.model = served
     worker.changing = False
     assert b'"content":"a"' in held.finish().body
     assert len(worker.requests) == 1

@@ -297,15 +297,15 @@ def test_a_client_that_leaves_ends_its_job(start, stand_in, worker_of, stream):
     if stream:
         exchange.read_until(b"output_text.delta")
     else:
-        server.wait(lambda: worker.running == 1)
+        server.wait(lambda: worker.jobs.running == 1)
     exchange.leave()
-    server.wait(lambda: worker.running == 0)
+    server.wait(lambda: worker.jobs.running == 0)
     assert worker.requests
 
 
 def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     worker = worker_of(texts("a"))
-    worker.changing, worker.model_name = True, None
+    worker.changing, served, worker.model = True, worker.model, None
 
     async def settled():
         while worker.changing:
@@ -315,7 +315,7 @@ def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     server = start(worker, hold_requests=True, keep_alive_seconds=0.1)
     held = server.open("POST", PATH, {"input": "hi", "stream": True})
     held.read_until(b": keep-alive\n\n")
-    worker.changing, worker.model_name = False, "m"
+    worker.changing, worker.model = False, served
     frames = held.finish().frames
     completed = json.loads(frames[-2].split(b"\ndata: ")[1])
     assert (completed["type"], completed["response"]["model"]) == ("response.completed", "m")
