@@ -4,4 +4,4 @@
 ``rbee_worker.events``; the command line draws those events and the server sends them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -160,7 +160,9 @@ class GrammarCompiler:
         if importlib.util.find_spec("llguidance") is None:
             message = "This worker cannot follow grammars: llguidance is not installed."
             field = FieldError(spec.field, "not supported by this worker", message)
-            raise InvalidRequest(message, fields=[field], hint="Install it: pip install 'rbee-worker[grammar]'.")
+            raise InvalidRequest(
+                message, fields=[field], hint="Install it, in a checkout of rbee-worker: pip install '.[grammar]'."
+            )
         if not self._lock.acquire(timeout=_WAIT_SECONDS):
             raise Unavailable("Other grammars are being compiled.", retry_after=int(_WAIT_SECONDS))
         try:

@@ -133,7 +133,7 @@ class HubClient:
         except ImportError as error:
             raise ModelNotFound(
                 f"{model}: no such file or folder, and hub ids need the hub extra, which is not installed.",
-                hint="Install it: pip install 'rbee-worker[hub]'",
+                hint="Install it, in a checkout of rbee-worker: pip install '.[hub]'.",
             ) from error
         self._model = model
         self._hub: ModuleType = hub

@@ -46,7 +46,7 @@ def provider_from_environment() -> "TracerProvider | None":
     if off or not any(environ.get(name) for name in ENDPOINTS):
         return None
     if not all(_installed(module) for module in _MODULES):
-        log.warning("no traces: OpenTelemetry is not installed; pip install 'rbee-worker[otel]'")
+        log.warning("no traces: OpenTelemetry is not installed; in a checkout of rbee-worker: pip install '.[otel]'")
         return None
     if environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")) == "grpc":
         log.warning("traces are sent by http/protobuf, not by grpc; collectors take that on port 4318")

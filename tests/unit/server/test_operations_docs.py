@@ -2,15 +2,20 @@
 
 import configparser
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import trustme
 import typer
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from rbee_worker import __version__
 from rbee_worker.cli.app import app
 from rbee_worker.config import MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, EngineConfig, ServerConfig
 from rbee_worker.server import run
@@ -23,6 +28,7 @@ from rbee_worker.worker.broadcast import LoadingBroadcast
 from tests.unit.samples import LOAD
 
 ROOT = Path(__file__).parents[3]
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "operations.md").read_text("utf-8")
 SERVE = typer.main.get_command(app).commands["serve"]
@@ -145,6 +151,8 @@ def test_kubernetes():
     pod = deployment["spec"]["template"]
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     (container,) = pod["spec"]["containers"]
+    assert container["image"] == f"rbee-worker:{__version__}"
+    assert container["imagePullPolicy"] == "IfNotPresent"
     (port,) = container["ports"]
     params = parsed(container["args"])
     assert params["addr"].endswith(f":{port['containerPort']}")
@@ -185,6 +193,8 @@ def test_systemd():
 
 def test_docker():
     lines = (DOCS / "deploy" / "Dockerfile").read_text("utf-8").replace("\\\n", " ").splitlines()
+    comments = [line for line in (DOCS / "deploy" / "Dockerfile").read_text("utf-8").splitlines() if line[:1] == "#"]
+    assert re.findall(r"rbee-worker:([\d.]+)", "\n".join(comments)) == [__version__] * 2
     steps = [line.split(None, 1) for line in lines if line and not line.startswith("#")]
     last = dict(steps)
     assert last["USER"].split(":")[0].isdecimal()
@@ -212,3 +222,26 @@ def test_nginx():
     assert int(directives["client_max_body_size"].removesuffix("m")) * 2**20 == server.max_body_bytes
     assert int(directives["keepalive_timeout"].removesuffix("s")) < server.idle_seconds
     assert set(re.findall(r"location = (\S+)", text)) <= PATHS
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_nginx_takes_its_file(tmp_path):
+    cert = trustme.CA().issue_cert("llm.example.org")
+    cert.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    text = (DOCS / "deploy" / "nginx.conf").read_text("utf-8").replace("listen 443 ", "listen 127.0.0.1:18443 ")
+    text = re.sub(r"/etc/nginx/llm\.example\.org\.(pem|key)", str(tmp_path / "both.pem"), text)
+    for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+        text += f"{what}_temp_path {tmp_path / what};\n"
+    whole = f"pid {tmp_path / 'pid'};\nevents {{}}\nhttp {{\naccess_log off;\n{text}}}\n"
+    (tmp_path / "nginx.conf").write_text(whole)
+    command = [NGINX, "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "error.log"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_not_published_is_installed_from_a_checkout():
+    files = [*ROOT.glob("rbee_worker/**/*.py"), *ROOT.glob("docs/**/*"), ROOT / "README.md"]
+    told = [path.read_text("utf-8") for path in files if path.is_file()]
+    assert not any("install 'rbee-worker[" in text or "install rbee-worker" in text for text in told)
+    extras = {extra for text in told for extra in re.findall(r"pip install '\.\[(\w+)\]'", text)}
+    assert {"hub", "grammar", "otel"} <= extras

@@ -245,7 +245,7 @@ def test_texts_of_one_grammar_do_not_share_their_place(compiler: GrammarCompiler
 def test_without_llguidance_the_way_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llguidance" else find(name))
-    assert "rbee-worker[grammar]" in str(refused(GrammarCompiler(BYTES, VOCAB), "json_object", ""))
+    assert "pip install '.[grammar]'" in str(refused(GrammarCompiler(BYTES, VOCAB), "json_object", ""))
 
 
 def test_a_tokenizer_without_bytes_is_refused():

@@ -135,7 +135,7 @@ def test_without_the_extra_that_is_said(monkeypatch, caplog):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(tracing, "_installed", lambda _: False)
     assert tracing.provider_from_environment() is None
-    assert "rbee-worker[otel]" in caplog.text
+    assert "pip install '.[otel]'" in caplog.text
 
 
 def test_what_is_not_installed_is_found_out_without_an_error():
