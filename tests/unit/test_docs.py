@@ -1,6 +1,7 @@
 """The pages agree with the code: files, links, fields, defaults, ranges and routes."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,9 @@ from rbee_worker.config import (
     ServerConfig,
 )
 from rbee_worker.events import InferenceEvent, LoadingEvent, LoadReport
+from rbee_worker.runtime.inspection import Inspection
+from rbee_worker.runtime.loading import reader
+from rbee_worker.runtime.machine.storage import LOCAL_READERS
 from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.bodies import InferenceBody, LoadingBody
 from rbee_worker.server.native.routes import AllowedModels, Native
@@ -168,3 +172,35 @@ def test_every_route_has_its_section():
     registered = {f"`{method} {route.path_format}`" for route in served for method in route.methods - {"HEAD"}}
     described = {heading for heading in headings(read("docs/http-api.md")) if re.match(r"`[A-Z]+ /", heading)}
     assert described == registered
+
+
+def test_the_example_of_a_load_report_has_its_fields() -> None:
+    example = re.search(r'^\{"model":.*\}$', section_with_code(read("docs/events.md"), "The load report"), re.MULTILINE)
+    assert example
+    assert list(json.loads(example[0])) == [field.name for field in dataclasses.fields(LoadReport)]
+
+
+def test_the_example_of_inspect_has_its_rows() -> None:
+    page = section_with_code(read("docs/quickstart.md"), "Look before loading")
+    shown = re.findall(r"^[┃│] ([a-z ]+?) +[┃│] [^┃│]+[┃│]$", page, re.MULTILINE)
+    words = {"name": "model", "file_bytes": "file size", "dequantized_bytes": "dequantized size"}
+    named = [field.name for field in dataclasses.fields(Inspection) if field.name != "memory"]
+    assert shown == [words.get(name, name.replace("_", " ")) for name in named]
+
+
+def section_with_code(page: str, heading: str) -> str:
+    return re.split(r"^#+ ", page.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_the_parts_in_flight_are_those_of_the_reader() -> None:
+    words = {3: "three", 4: "four"}
+    page = read("docs/architecture.md")
+    assert f"At most {words[LOCAL_READERS + reader._AHEAD]} parts are in flight" in page
+    assert f"and {words[1 + reader._AHEAD]} parts are.)" in page
+
+
+def test_the_middlewares_of_a_request_exist() -> None:
+    named = re.search(r"^1\. uvicorn reads it\.(.*?)\n2\.", read("docs/architecture.md"), re.MULTILINE | re.DOTALL)
+    assert named
+    app = read("rbee_worker/server/app.py")
+    assert all(f"Middleware({name}" in app for name in re.findall(r"`(\w+)`", named[1]))
