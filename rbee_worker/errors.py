@@ -39,6 +39,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
+def sentence(text: str) -> str:
+    """The text with a full stop at its end, where it has none: for what libraries and the system say."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 class RbeeError(Exception):
     """Base: a message, an optional hint, and the codes that each surface needs."""
 
@@ -53,9 +58,7 @@ class RbeeError(Exception):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        if not self.hint:
-            return self.message
-        return f"{self.message}{'' if self.message.endswith(('.', '!', '?')) else '.'} {self.hint}"
+        return f"{sentence(self.message)} {self.hint}" if self.hint else self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class FieldError:
 
 
 class InvalidRequest(RbeeError):
-    """A request or option is wrong; ``fields`` lists every bad field."""
+    """A field or an option is missing, of the wrong type or out of range; `errors` lists each."""
 
     code = "INVALID_REQUEST"
     exit_code = 2
@@ -153,7 +156,7 @@ class Cancelled(RbeeError):
 
 
 class InferenceError(RbeeError):
-    """A step of the engine failed."""
+    """The model failed while it made the text."""
 
     code = "INFERENCE_FAILED"
 

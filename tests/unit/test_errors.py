@@ -1,6 +1,8 @@
 """The tree of errors is the one its docstring draws."""
 
+import ast
 import re
+from pathlib import Path
 
 from rbee_worker import errors
 from rbee_worker.errors import ModelNotFound, ModelNotLoaded, RbeeError
@@ -59,3 +61,26 @@ def test_hint_follows_the_message():
     )
     assert str(ModelNotFound("x.gguf: no such file.")) == "x.gguf: no such file."
     assert str(ModelNotLoaded("Model not loaded", hint="Load one.")) == "Model not loaded. Load one."
+
+
+def test_every_message_ends_in_a_full_stop():
+    """As far as the source tells it; the exception is a text that clients know as it is."""
+    root = Path(errors.__file__).parent
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RbeeError)}
+    found = [
+        (f"{path.relative_to(root)}:{node.lineno}", node.args[0])
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds
+        if node.args and isinstance(node.args[0], ast.Constant | ast.JoinedStr)
+    ]
+    assert len(found) > 200
+    assert [(where, ast.unparse(text)) for where, text in found if not ends(text)] == []
+
+
+def ends(message):
+    last = message.values[-1] if isinstance(message, ast.JoinedStr) else message
+    if isinstance(last, ast.Constant):
+        return last.value == "Model not loaded" or last.value.endswith((".", "?"))
+    text = ast.unparse(last)
+    return bool(re.search(r"\b(sentence\(.*\)|message|problem|reason|text|self\._hint\(\))\W*$", text))

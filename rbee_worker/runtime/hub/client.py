@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rbee_worker import __version__
-from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
+from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported, sentence
 from rbee_worker.runtime.formats.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -308,10 +308,10 @@ class HubClient:
         if isinstance(error, errors.RepositoryNotFoundError):
             return _not_there(model)
         if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):
-            return ModelNotFound(f"{model}: the hub refused: {_first_line(error)}")
+            return ModelNotFound(f"{model}: the hub refused: {sentence(_first_line(error))}")
         if isinstance(error, (ValueError, TypeError, KeyError)):
             return ModelNotFound(
-                f"{model}: what answers at {self._endpoint} is no hub: {_first_line(error)}",
+                f"{model}: what answers at {self._endpoint} is no hub: {sentence(_first_line(error))}",
                 hint="Check HF_ENDPOINT, and whether a proxy or a login page stands between.",
             )
         return unreachable(model, f"the hub cannot be reached at {self._endpoint}")
@@ -357,7 +357,7 @@ def choose_files(what: str, names: Iterable[str], shards: Iterable[str] | None) 
     if gguf:
         repo = what.partition("@")[0]
         raise ModelNotFound(
-            f"{what}: {len(gguf)} GGUF files in this repository: {_some(gguf)}",
+            f"{what}: {len(gguf)} GGUF files in this repository: {_some(gguf)}.",
             hint=f"Fetch one (hf download {repo} {gguf[0]}) and name the file that this prints.",
         )
     pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import torch
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
-from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError
+from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, sentence
 from rbee_worker.events import (
     LoadCancelled,
     LoadFailed,
@@ -189,7 +189,7 @@ def load_model(
     except Exception as error:
         if is_out_of_memory(error):
             failure = OutOfMemory(
-                f"Memory ran out while loading: {_first_line(error)}",
+                f"Memory ran out while loading: {sentence(_first_line(error))}",
                 hint="Something else may have taken it; `rbee-worker devices` shows what is free.",
             )
             yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
@@ -308,7 +308,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def failure_message(error: BaseException) -> str:
     """What a load says of an error that nobody expected."""
-    return f"Loading failed: {one_line(str(error)) or type(error).__name__}"
+    return f"Loading failed: {sentence(one_line(str(error)) or type(error).__name__)}"
 
 
 def _first_line(error: Exception) -> str:

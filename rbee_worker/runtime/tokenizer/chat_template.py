@@ -21,7 +21,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rbee_worker.config import Message
-from rbee_worker.errors import InvalidRequest, ModelMalformed
+from rbee_worker.errors import InvalidRequest, ModelMalformed, sentence
 
 _SECONDS = 5.0
 """How long a template may run; an honest one takes milliseconds."""
@@ -111,7 +111,7 @@ class ChatTemplate:
             self._named = {name: environment.from_string(text) for name, text in chosen.items()}
             values = [node.value for text in (source, *chosen.values()) for node in _constants(environment, text)]
         except (TemplateError, RecursionError) as error:
-            raise ModelMalformed(f"The model's chat template cannot be compiled: {error}") from error
+            raise ModelMalformed(f"The model's chat template cannot be compiled: {sentence(str(error))}") from error
         self.constants = frozenset(value for value in values if isinstance(value, str))
 
     def render(self, messages: Sequence[Message], /, **variables: Any) -> str:

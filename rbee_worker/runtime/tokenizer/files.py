@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from rbee_worker.errors import ModelMalformed, ModelNotFound
+from rbee_worker.errors import ModelMalformed, ModelNotFound, sentence
 from rbee_worker.panics import Panic, one_line, panics_as_errors
 from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER, quoted, read_json_object
 from rbee_worker.runtime.tokenizer.ranks import (
@@ -182,7 +182,9 @@ def _parse(path: Path, text: str) -> Tokenizer:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelMalformed(f"{path}: the tokenizers library refuses it: {one_line(first)}", hint=_HINT) from error
+        raise ModelMalformed(
+            f"{path}: the tokenizers library refuses it: {sentence(one_line(first))}", hint=_HINT
+        ) from error
 
 
 def _convert(

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.errors import ModelMalformed, ModelUnsupported, sentence
 from rbee_worker.runtime.formats.safetensors import parse_json_object, quoted
 from rbee_worker.runtime.tokenizer.byte_level import CHAR_OF
 from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS, PreTokenizer
@@ -143,7 +143,7 @@ def build_tekken(data: bytes, *, file: str = "tekken.json") -> Tokenizer:
     try:
         return build_from_ranks(ranks, PreTokenizer(split=pattern), special=special)
     except Exception as error:  # the library raises plain Exception for a pattern that is none
-        raise ModelMalformed(f"{file}: its pattern is refused: {str(error)[:120]}", hint=_HINT) from error
+        raise ModelMalformed(f"{file}: its pattern is refused: {sentence(str(error)[:120])}", hint=_HINT) from error
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, PreTokenizer], *, file: str) -> PreTokenizer:

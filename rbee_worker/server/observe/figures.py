@@ -158,7 +158,9 @@ class JobFigures:
         for client, count in self._client_requests.items():
             requests.add_metric([client], count)
         yield requests
-        tokens = CounterMetricFamily("rbee_client_tokens", "Tokens of them.", labels=["client", "kind"])
+        tokens = CounterMetricFamily(
+            "rbee_client_tokens", "Tokens of prompts and answers, by key.", labels=["client", "kind"]
+        )
         for (client, kind), count in self._client_tokens.items():
             tokens.add_metric([client, kind], count)
         yield tokens

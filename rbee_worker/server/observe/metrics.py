@@ -106,8 +106,8 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _memory(devices: Sequence[DeviceInfo]) -> Iterator[Metric]:
-    used = GaugeMetricFamily("rbee_device_memory_used_bytes", "Used by every process.", labels=["device"])
-    size = GaugeMetricFamily("rbee_device_memory_size_bytes", "Memory the device has.", labels=["device"])
+    used = GaugeMetricFamily("rbee_device_memory_used_bytes", "Memory that all processes use.", labels=["device"])
+    size = GaugeMetricFamily("rbee_device_memory_size_bytes", "Memory that the device has.", labels=["device"])
     for device in devices:
         used.add_metric([device.name], device.used_bytes)
         size.add_metric([device.name], device.total_bytes)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from typing_extensions import TypedDict
 
+from rbee_worker import errors
 from rbee_worker.config import (
     CHOICES_RANGE,
     LOGIT_BIAS_RANGE,
@@ -147,6 +148,14 @@ def test_every_field_of_a_body_is_described(stand_in):
         assert schema["description"], kind
         for name, field in schema["properties"].items():
             assert field.get("description"), f"{kind}.{name}"
+
+
+def test_descriptions_are_in_clients_words(document):
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    inner = re.compile(rf"``|:class:|\bBase:|\b({'|'.join(kinds - {'NotFound', 'Cancelled', 'Conflict'})})\b")
+    told = re.findall(r'"(?:description|summary)": "((?:[^"\\]|\\.)*)"', json.dumps(document))
+    assert len(told) > 300
+    assert [text for text in told if inner.search(text)] == []
 
 
 def test_ranges_are_those_of_the_settings(document):

@@ -56,6 +56,27 @@ def families():
     return found
 
 
+def test_names_fit_prometheus_conventions():
+    """What ``promtool check metrics`` asks of names, on every family that there is."""
+    from tests.unit.server.conftest import StandInWorker
+
+    worker = StandInWorker()
+    worker.broadcast = LoadingBroadcast()
+    for event in LOAD:
+        worker.broadcast.publish(event)
+    for family in WorkerMetrics(worker, by_client=True).collect():
+        name = family.name
+        assert re.fullmatch(r"rbee_[a-z0-9]+(_[a-z0-9]+)*", name), name
+        # The library adds what belongs to a kind: of no kind's name may these be a part.
+        assert not name.endswith(("_total", "_count", "_sum", "_bucket", "_info", "_created")), name
+        assert not re.search(r"_(gauge|counter|histogram|summary)(_|$)", name), name
+        # Base units, at the end, in words.
+        assert not re.search(r"_(ms|milliseconds|kib|mib|mb|kb|percent|minutes)(_|$)", name), name
+        for unit in ("seconds", "bytes"):
+            assert f"_{unit}" not in name.removesuffix("_per_second").removesuffix(f"_{unit}"), name
+        assert re.fullmatch(r"[A-Z0-9].*\.", family.documentation), name
+
+
 def parsed(command):
     """Checks a command line of the program: ``serve``, and options that it has."""
     name, *arguments = command
