@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from rbee_worker import events
+from rbee_worker import __version__, events
 from rbee_worker.config import (
     MAX_JOB_ID_LENGTH,
     MAX_STOP_LENGTH,
@@ -204,3 +204,12 @@ def test_the_middlewares_of_a_request_exist() -> None:
     assert named
     app = read("rbee_worker/server/app.py")
     assert all(f"Middleware({name}" in app for name in re.findall(r"`(\w+)`", named[1]))
+
+
+def test_examples_show_the_version() -> None:
+    shown = {
+        found
+        for page in PAGES
+        for found in re.findall(r'(?:"version":"|^rbee-worker )([\d.]+)', page.read_text("utf-8"), re.MULTILINE)
+    }
+    assert shown == {__version__}
