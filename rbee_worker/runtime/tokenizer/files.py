@@ -93,7 +93,9 @@ def panics_blamed_on(path: Path) -> Iterator[None]:
         with panics_as_errors():
             yield
     except Panic as panic:
-        raise ModelMalformed(f"{path}: the tokenizers library cannot use it: {panic}", hint=_HINT) from panic
+        raise ModelMalformed(
+            f"{path}: the tokenizers library cannot use it: {sentence(str(panic))}", hint=_HINT
+        ) from panic
 
 
 def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> FolderTokenizer:
