@@ -187,7 +187,7 @@ def frame_validator(operation: Any) -> dict[int, jsonschema_rs.Validator]:
 def test_what_the_description_allows_is_answered_as_it_says(ready: Served, api: Any, method: str, path: str) -> None:
     statuses = ask(api[path][method], positive=True, examples=EXAMPLES)
     if (method, path) in GENERATING:
-        assert statuses[200] >= EXAMPLES // 4, statuses
+        assert statuses[200], statuses  # else nothing but refusals was looked at
     assert httpx.get(f"{ready.url}/livez").status_code == 200
 
 
