@@ -61,7 +61,7 @@ class WorkerClient:
     ) -> Iterator[LoadingEvent]:
         """Ask for a model, then follow its progress; asked for at the call, not at the first iteration.
 
-        What is None is the worker's to choose: the model it was started with, its own device, dtype and quantisation.
+        What is None is the worker's to choose: the model it was started with, its own device, dtype and quantization.
 
         Raises:
             Conflict: another load runs.

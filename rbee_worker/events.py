@@ -40,13 +40,13 @@ class LoadReport:
         parameters: number of weights.
         dtype: the dtype the weights are held in (``float16``, ``bfloat16``, ``float32``).
             With ``quantize``: the embedding's.
-        quantize: ``none``, or ``int8`` when the matrices were quantised as they were loaded.
+        quantize: ``none``, or ``int8`` when the matrices were quantized as they were loaded.
         saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
         kernel: the form the linear layers run in (see ``runtime/model/linear/linear.py``).
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.
-        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantised``.
+        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.

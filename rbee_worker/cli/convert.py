@@ -35,7 +35,7 @@ def convert(
         typer.Option(
             "--dtype",
             metavar=opt.DTYPE_METAVAR,
-            help="The type weights are written in; auto: as stored, quantised ones as float16.",
+            help="The type weights are written in; auto: as stored, quantized ones as float16.",
             rich_help_panel=opt.MODEL_PANEL,
         ),
     ] = "auto",

@@ -1,6 +1,6 @@
 """Any readable model to a folder in Hugging Face layout: model.safetensors, config, tokenizer.
 
-One tensor is in memory at a time, as stored; quantised ones are decoded a block of rows at a time. The weights are
+One tensor is in memory at a time, as stored; quantized ones are decoded a block of rows at a time. The weights are
 written under a temporary name that is renamed last, after everything else is on disk: a conversion that was killed
 never looks complete, and the next one starts over.
 """
@@ -84,7 +84,7 @@ def convert(source: ModelSource, out: Path, *, dtype: DTypeName = "auto") -> Ite
         source: the model.
         out: a folder that does not exist, is empty, or holds an earlier conversion of the same model, finished
             (then there is nothing to do) or not (then it starts over).
-        dtype: of the floating-point tensors; ``auto`` keeps those stored plainly and decodes quantised ones to
+        dtype: of the floating-point tensors; ``auto`` keeps those stored plainly and decodes quantized ones to
             float16. Integer tensors are kept.
 
     Raises:

@@ -39,7 +39,7 @@ class Inspection:
         active_parameters: of those, the ones that one token goes through; fewer with a mixture of experts.
         dtypes: stored dtype -> bytes.
         file_bytes: bytes of all tensors in the files; ``dequantized_bytes``: of all weights in 16 bits.
-        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantised``.
+        stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
         context_length: tokens that ``memory`` is computed for; ``max_context_length``: the model's own limit.
     """
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of a tiny model, packed one value at a time from each format's published layout.
+"""Quantized checkpoints of a tiny model, packed one value at a time from each format's published layout.
 
 Written without a look at the loader: plain loops over rows and columns, where the loader shifts whole matrices. The
 formats whose library runs on a CPU (compressed-tensors, bitsandbytes) are packed by that.
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-Quantise = Callable[[Tensor], tuple[Parts, Tensor]]
+Quantize = Callable[[Tensor], tuple[Parts, Tensor]]
 """A matrix, float32 [outputs, inputs] -> what is stored in place of ``weight``, and the weights that stands for."""
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -54,10 +54,10 @@ def twin(values: Any, zeros: Any, scales: Any, groups: list[int]) -> Tensor:
     return torch.from_numpy(result)
 
 
-def gptq(*, bits: int, size: int, symmetric: bool, version: int, order: bool = False) -> Quantise:
+def gptq(*, bits: int, size: int, symmetric: bool, version: int, order: bool = False) -> Quantize:
     """``size``: of a group; -1: all inputs. ``order``: groups of inputs that are not neighbours."""
 
-    def quantise(weight: Tensor) -> tuple[Parts, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Parts, Tensor]:
         outputs, inputs = weight.shape
         groups = [column // (size if size > 0 else inputs) for column in range(inputs)]
         if order:
@@ -79,13 +79,13 @@ def gptq(*, bits: int, size: int, symmetric: bool, version: int, order: bool = F
         }
         return parts, twin(values, zeros, scales, groups)
 
-    return quantise
+    return quantize
 
 
-def awq(size: int) -> Quantise:
+def awq(size: int) -> Quantize:
     """AutoAWQ's ``gemm`` layout."""
 
-    def quantise(weight: Tensor) -> tuple[Parts, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Parts, Tensor]:
         groups = [column // size for column in range(weight.shape[1])]
         values, zeros, scales = integers(weight, groups, 4, symmetric=False)
 
@@ -99,13 +99,13 @@ def awq(size: int) -> Quantise:
         parts = {"qweight": pack(values.T), "qzeros": pack(zeros), "scales": torch.from_numpy(scales)}
         return parts, twin(values, zeros, scales, groups)
 
-    return quantise
+    return quantize
 
 
-def fp8(block: tuple[int, int] | None, dtype: torch.dtype = torch.float8_e4m3fn, *, name: str) -> Quantise:
+def fp8(block: tuple[int, int] | None, dtype: torch.dtype = torch.float8_e4m3fn, *, name: str) -> Quantize:
     """``block``: outputs and inputs that share a scale; None: all. ``name``: of the scales."""
 
-    def quantise(weight: Tensor) -> tuple[Parts, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Parts, Tensor]:
         rows, columns = weight.shape
         high, wide = block or (rows, columns)
         stored = torch.empty(weight.shape, dtype=dtype)
@@ -120,15 +120,15 @@ def fp8(block: tuple[int, int] | None, dtype: torch.dtype = torch.float8_e4m3fn,
                 scales[down, across] = scale
         return {"weight": stored, name: scales if block else scales.view(())}, whole
 
-    return quantise
+    return quantize
 
 
-def compressed(**arguments: Any) -> Quantise:
+def compressed(**arguments: Any) -> Quantize:
     """By compressed-tensors itself. ``arguments``: of its QuantizationArgs, and ``format``."""
     layout = arguments.pop("format")
     reorder = arguments.pop("reorder", False)
 
-    def quantise(weight: Tensor) -> tuple[Parts, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Parts, Tensor]:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
         from compressed_tensors.quantization.utils import calculate_qparams
@@ -168,7 +168,7 @@ def compressed(**arguments: Any) -> Quantise:
             whole = whole[:, back]
         return {name: tensor.contiguous() for name, tensor in stored.items()}, whole.contiguous()
 
-    return quantise
+    return quantize
 
 
 def _packed_columns(packed: Tensor, columns: Tensor, bits: int) -> Tensor:
@@ -182,10 +182,10 @@ def _packed_columns(packed: Tensor, columns: Tensor, bits: int) -> Tensor:
     return _words(result)
 
 
-def bitsandbytes(kind: str, *, nested: bool, block: int = 64) -> Quantise:
+def bitsandbytes(kind: str, *, nested: bool, block: int = 64) -> Quantize:
     """By bitsandbytes itself, named as transformers saves it."""
 
-    def quantise(weight: Tensor) -> tuple[Parts, Tensor]:
+    def quantize(weight: Tensor) -> tuple[Parts, Tensor]:
         from bitsandbytes import functional
 
         # Blocks run on over the ends of rows. The library's CPU kernel (0.50) decodes that wrongly, so it is given
@@ -197,7 +197,7 @@ def bitsandbytes(kind: str, *, nested: bool, block: int = 64) -> Quantise:
         parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         return {"weight": stored} | parts, whole
 
-    return quantise
+    return quantize
 
 
 def int8_rows(weight: Tensor) -> tuple[Parts, Tensor]:
@@ -209,17 +209,17 @@ def int8_rows(weight: Tensor) -> tuple[Parts, Tensor]:
 
 
 def write(
-    plain: Path, config: dict[str, Any], quantise: Quantise, *, head: bool = False, shards: int = 1
+    plain: Path, config: dict[str, Any], quantize: Quantize, *, head: bool = False, shards: int = 1
 ) -> tuple[Path, Path]:
-    """A quantised copy of a model's folder, and its twin in float32 with the weights that the copy stands for."""
+    """A quantized copy of a model's folder, and its twin in float32 with the weights that the copy stands for."""
     tensors = load_file(plain / "model.safetensors")
     stored, whole = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
         if name.endswith("_proj.weight") or (head and name == "lm_head.weight"):
             del stored[name]
-            parts, whole[name] = quantise(weight)
+            parts, whole[name] = quantize(weight)
             stored |= {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in parts.items()}
-    folders = plain.with_name("quantised"), plain.with_name("twin")
+    folders = plain.with_name("quantized"), plain.with_name("twin")
     for folder, content in zip(folders, (stored, whole), strict=True):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(plain, folder)

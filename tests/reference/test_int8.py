@@ -109,7 +109,7 @@ def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Pat
         assert relative_error(mine, wanted) < 0.12 * FINEST / (cpu_features().int8_levels or FINEST)
 
 
-def test_an_int8_model_is_its_dequantised_twin_but_for_the_activations(
+def test_an_int8_model_is_its_dequantized_twin_but_for_the_activations(
     model_dir: Path, levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin = twin_of(model_dir, max_context=256)

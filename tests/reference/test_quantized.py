@@ -1,4 +1,4 @@
-"""Quantised checkpoints against their dequantised twins: the same weights, the same logits."""
+"""Quantized checkpoints against their dequantized twins: the same weights, the same logits."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from rbee_worker.runtime.loading import weights
 from rbee_worker.runtime.source import resolve
 
 from .conftest import load
-from .quantized import Quantise, awq, bitsandbytes, compressed, fp8, gptq, int8_rows, save, write
+from .quantized import Quantize, awq, bitsandbytes, compressed, fp8, gptq, int8_rows, save, write
 from .test_logits import logits_of, random_prompts, relative_error, transformer_of
 
 
@@ -33,7 +33,7 @@ def gptq_config(bits: int, size: int, *, symmetric: bool, **options: Any) -> dic
     return {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "damp_percent": 0.1} | options
 
 
-def compressed_case(layout: str, **weights: Any) -> tuple[dict[str, Any], Quantise]:
+def compressed_case(layout: str, **weights: Any) -> tuple[dict[str, Any], Quantize]:
     given = {"type": "int", "num_bits": 8, "symmetric": True, "dynamic": False, "observer": "minmax"} | weights
     said = {key: value for key, value in given.items() if key != "reorder"}
     if "reorder" in given:
@@ -57,7 +57,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "llm_int8_threshold": 6.0}
 NF4 = BNB | {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}
 
-CASES: dict[str, tuple[dict[str, Any], Quantise]] = {
+CASES: dict[str, tuple[dict[str, Any], Quantize]] = {
     "fp8 blocks": (FP8 | {"weight_block_size": [32, 40]}, fp8((32, 40), name="weight_scale_inv")),
     "fp8 in whole blocks": (FP8 | {"weight_block_size": [32, 32]}, fp8((32, 32), name="weight_scale_inv")),
     "fp8 tensor": (FP8, fp8(None, name="weight_scale")),
@@ -118,30 +118,30 @@ def values_of(info: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tens
     return target
 
 
-def quantised_tensors(path: Path) -> dict[str, QuantizedTensor]:
+def quantized_tensors(path: Path) -> dict[str, QuantizedTensor]:
     checkpoint, _ = present(read_safetensors(path), json.loads((path / "config.json").read_text()))
     return {name: info for name, info in checkpoint.tensors.items() if isinstance(info, QuantizedTensor)}
 
 
 @pytest.fixture
 def written(tiny_llama: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
-    """Writes a case: the quantised folder, and its twin."""
+    """Writes a case: the quantized folder, and its twin."""
 
     def make(case: str, **changes: Any) -> tuple[Path, Path]:
-        config, quantise = CASES[case]
+        config, quantize = CASES[case]
         options = {name: changes.pop(name) for name in ("head", "shards") if name in changes}
-        return write(tiny_llama(num_hidden_layers=2, **changes), config, quantise, **options)
+        return write(tiny_llama(num_hidden_layers=2, **changes), config, quantize, **options)
 
     return make
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_logits_are_those_of_the_dequantised_twin(
+def test_weights_and_logits_are_those_of_the_dequantized_twin(
     written: Callable[..., tuple[Path, Path]], case: str
 ) -> None:
     path, twin = written(case)
     wanted = load_file(twin / "model.safetensors")
-    found = quantised_tensors(path)
+    found = quantized_tensors(path)
     assert sorted(found) == sorted(name for name in wanted if name.endswith("_proj.weight"))
     for name, info in found.items():
         assert info.shape == wanted[name].shape
@@ -157,7 +157,7 @@ def test_weights_and_logits_are_those_of_the_dequantised_twin(
 @pytest.mark.cpu_forms
 @pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("case", ["fp8 tensor", "gptq 4-bit v2, act-order", "awq", "nf4 nested"])
-def test_packed_forms_and_a_quantised_head_in_blocks_of_rows(
+def test_packed_forms_and_a_quantized_head_in_blocks_of_rows(
     written: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, case: str, config: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(weights, "_BLOCK_WEIGHTS", 1)  # then a block is as large as the largest matrix of a layer
@@ -227,7 +227,7 @@ def test_biases_that_autogptq_gives_to_every_module_may_be_zeros_and_nothing_els
         load(path)
 
 
-def test_convert_keeps_a_quantised_checkpoint_as_it_is_or_refuses(
+def test_convert_keeps_a_quantized_checkpoint_as_it_is_or_refuses(
     written: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     path, _ = written("awq")
@@ -254,14 +254,14 @@ def test_parts_may_be_in_different_shards(written: Callable[..., tuple[Path, Pat
 @pytest.mark.parametrize(
     ("case", "stored_as"),
     [
-        ("fp8 blocks", "fp8 (e4m3), blocks of 32x40, dequantised"),
-        ("gptq 8-bit, act-order", "gptq 8-bit, groups of 16, reordered, dequantised"),
-        ("awq", "awq 4-bit, groups of 32, dequantised"),
-        ("w8a16 channel, asymmetric", "compressed-tensors 8-bit, a scale for each row, dequantised"),
-        ("nf4 nested", "bitsandbytes nf4, blocks of 64, scales quantised, dequantised"),
+        ("fp8 blocks", "fp8 (e4m3), blocks of 32x40, dequantized"),
+        ("gptq 8-bit, act-order", "gptq 8-bit, groups of 16, reordered, dequantized"),
+        ("awq", "awq 4-bit, groups of 32, dequantized"),
+        ("w8a16 channel, asymmetric", "compressed-tensors 8-bit, a scale for each row, dequantized"),
+        ("nf4 nested", "bitsandbytes nf4, blocks of 64, scales quantized, dequantized"),
     ],
 )
-def test_the_report_and_inspect_name_the_quantisation(
+def test_the_report_and_inspect_name_the_quantization(
     written: Callable[..., tuple[Path, Path]], case: str, stored_as: str
 ) -> None:
     path, twin = written(case, head="ignore" not in CASES[case][0])
@@ -356,7 +356,7 @@ NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
     ("case", "part", "value", "text"),
     [
         ("gptq 4-bit", "scales", None, r"model.safetensors: tensor 'model.layers.1.mlp.up_proj.scales' is missing"),
-        ("gptq 4-bit", "scales", zeros(2, 96), "is I32; this quantisation stores it as F32 or F16 or BF16"),
+        ("gptq 4-bit", "scales", zeros(2, 96), "is I32; this quantization stores it as F32 or F16 or BF16"),
         ("gptq 4-bit", "scales", zeros(2, 95, dtype=torch.float16), r"shape \[2, 95\]; .* imply \[2, 96\]"),
         ("gptq 4-bit", "qzeros", zeros(2, 11), r"shape \[2, 11\]; .* imply \[2, 12\]"),
         ("gptq 4-bit", "g_idx", zeros(63), r"shape \[63\]; .* imply \[64\]"),

@@ -12,7 +12,7 @@ REPORT = LoadReport(
     phases={"resolving": 0.5, "loading_to_vram": 2.25, "warming_up": 1.0},
     bytes_read=300 * MIB,
     bytes_per_second=140_000_000,
-    stored_as="gptq 4-bit, groups of 128, dequantised",
+    stored_as="gptq 4-bit, groups of 128, dequantized",
     device_mb={"cuda:0": 200, "cuda:1": 100},
     peak_host_mb=1234,
 )

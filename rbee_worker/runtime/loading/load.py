@@ -471,7 +471,7 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
 
 
 def _saved_bytes(plan: LoadPlan) -> int:
-    """Bytes of weights that quantising saves against 16-bit ones on the same device."""
+    """Bytes of weights that quantizing saves against 16-bit ones on the same device."""
     if plan.form.quantize == "none":
         return 0
     dtype: DTypeName = "bfloat16" if plan.form.weight_dtype == torch.bfloat16 else "float16"

@@ -36,7 +36,7 @@ _AHEAD = 2
 
 _CLOSE_SECONDS = 0.15
 _DECODE_WEIGHTS = 2**20
-"""Quantised GGUF weights decoded at once: decoding takes several float32 copies of them."""
+"""Quantized GGUF weights decoded at once: decoding takes several float32 copies of them."""
 
 _CONVERT_BYTES = 2**20
 """What is checked and converted at once: small enough that it is still in the cache when it is read again."""
@@ -153,7 +153,7 @@ class TensorReader:
         file = self._file(info)
         stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
         if stored is None or info.rope_heads or info.shift:
-            self._read_quantised(file, info, target, held)
+            self._read_quantized(file, info, target, held)
         else:
             # A GPU looks at what has arrived there faster than the host does; only the host can name what is wrong.
             on_gpu = target.device.type == "cuda"
@@ -183,7 +183,7 @@ class TensorReader:
     def _read_part(self, part: TensorInfo, raw: Tensor, start: int, counted: bool) -> None:
         self._read_bytes(self._file(part), part, raw, start, counted=counted)
 
-    def _read_quantised(self, file: RawFile, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
+    def _read_quantized(self, file: RawFile, info: TensorInfo, target: Tensor, held: torch.dtype) -> None:
         rows, step = info.shape[0], info.shape[0]
         if len(info.shape) > 1:
             unit = rows // info.rope_heads if info.rope_heads else 1  # a head's rows are permuted among themselves

@@ -55,7 +55,7 @@ _BLOCK_WEIGHTS = 16 * 2**20
 """A head is packed in blocks of this many weights, or of the largest matrix of a layer where that is more."""
 
 _TOGETHER = 8
-"""Rows that a quantised head may have packed into one word: blocks end where words do."""
+"""Rows that a quantized head may have packed into one word: blocks end where words do."""
 
 _MMAP_BYTES = 2**20
 _SHOWN = 3

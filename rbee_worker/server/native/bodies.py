@@ -118,7 +118,7 @@ class LoadingBody(Body):
     dtype: Annotated[DTypeName | None, Field(description="Of the weights; by default that of `serve`.")] = None
     quantize: Annotated[
         Quantization | None,
-        Field(description="`int8` quantises the weights as they are loaded; by default that of `serve`."),
+        Field(description="`int8` quantizes the weights as they are loaded; by default that of `serve`."),
     ] = None
 
 

@@ -350,7 +350,7 @@ def undo_rope_permutation(data: npt.NDArray[np.uint8], rows: int, heads: int) ->
     """Put the rows of a query or key projection back in Hugging Face's order.
 
     llama.cpp's converter moves row ``half * d/2 + i`` of each head to row ``2 * i + half`` (half 0 or 1, d the head
-    size). Rows are moved as bytes: quantisation never crosses a row.
+    size). Rows are moved as bytes: quantization never crosses a row.
 
     Args:
         data: the stored bytes, of any shape.

@@ -1,7 +1,7 @@
 """bitsandbytes: 4 bits that index a table of 16 values (nf4, fp4), or int8 with a scale for each row.
 
 As transformers saves them: ``weight`` holds two values a byte, the first in the upper half; ``weight.absmax`` a scale
-for each block of them, itself quantised with ``bnb_4bit_use_double_quant``; ``weight.quant_map`` the table; and
+for each block of them, itself quantized with ``bnb_4bit_use_double_quant``; ``weight.quant_map`` the table; and
 ``weight.quant_state.bitsandbytes__nf4`` the bytes of a JSON object with the true shape. Of int8, ``SCB`` holds the
 largest magnitude of each row, which 127 stands for. Layout: https://github.com/bitsandbytes-foundation/bitsandbytes
 (``functional.py``: ``QuantState``, ``int8_vectorwise_dequant``).
@@ -52,7 +52,7 @@ class EightBitFormat:
 
 
 def read_bitsandbytes(options: QuantizationReader) -> tuple[FourBitFormat | EightBitFormat, tuple[str, ...]]:
-    """Options of ``bitsandbytes``, and the modules that are not quantised.
+    """Options of ``bitsandbytes``, and the modules that are not quantized.
 
     Raises:
         ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
@@ -93,7 +93,7 @@ def _gather(stored: Stored, module: str, kind: str) -> None:
         parts["nested_map"] = stored.take(module, "weight.nested_quant_map", ("F32",), (256,))
     else:
         parts["absmax"] = stored.take(module, "weight.absmax", ("F32",), (blocks,))
-    what = f"bitsandbytes {kind}, blocks of {block}{', scales quantised' if nested_block else ''}"
+    what = f"bitsandbytes {kind}, blocks of {block}{', scales quantized' if nested_block else ''}"
     scheme = Codebook(what=what, block=block, nested_block=nested_block, nested_offset=nested_offset)
     stored.put(module, shape, scheme, parts)
 

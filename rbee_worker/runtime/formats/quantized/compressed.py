@@ -114,7 +114,7 @@ class CompressedFormat:
         found = [rule for rule in self.rules if any(names(target, module) for target in rule.targets)]
         found += [rule for rule in self.rules if "Linear" in rule.targets]
         if not found:
-            raise Stored.malformed(weight, "is quantised, but no config group of config.json targets its module")
+            raise Stored.malformed(weight, "is quantized, but no config group of config.json targets its module")
         rule = found[0]
         stored_as = {"I32": (True, "int"), "I8": (False, "int")}.get(weight.dtype, (False, "float"))
         if stored_as != (rule.packed, rule.kind):
@@ -123,7 +123,7 @@ class CompressedFormat:
 
 
 def read_compressed(options: QuantizationReader) -> tuple[CompressedFormat, tuple[str, ...]]:
-    """Options of ``compressed-tensors``, and the modules that are not quantised.
+    """Options of ``compressed-tensors``, and the modules that are not quantized.
 
     Raises:
         ModelUnsupported, ModelMalformed: an option is not handled, or wrong.

@@ -1,4 +1,4 @@
-"""The values of quantised tensors, computed as they are read, a block of rows at a time."""
+"""The values of quantized tensors, computed as they are read, a block of rows at a time."""
 
 from collections.abc import Callable, Mapping
 
@@ -37,7 +37,7 @@ Decode = Callable[[Tensor, int, int], Tensor]
 
 
 def read_dequantized(info: QuantizedTensor, target: Tensor, held: torch.dtype, read: ReadBytes) -> None:
-    """Fill ``target``, of ``info.shape``, with the values of a quantised tensor.
+    """Fill ``target``, of ``info.shape``, with the values of a quantized tensor.
 
     Args:
         info: the tensor, or a range of its rows.

@@ -52,7 +52,7 @@ def put_scaled(stored: Stored, module: str, weight: TensorInfo, block: tuple[int
 
 
 def read_fp8(options: QuantizationReader) -> tuple[FP8Format, tuple[str, ...]]:
-    """Options of ``fp8`` and ``fbgemm_fp8``, and the modules that are not quantised.
+    """Options of ``fp8`` and ``fbgemm_fp8``, and the modules that are not quantized.
 
     Raises:
         ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
@@ -65,7 +65,7 @@ def read_fp8(options: QuantizationReader) -> tuple[FP8Format, tuple[str, ...]]:
     options.one_of("scale_fmt", "float", ("float", "ue8m0"))
     options.one_of("expert_dtype", "fp8", ("fp8",))
     ignored = options.names("modules_to_not_convert", "ignored_layers")
-    # How activations are rounded: they are not, here. Names of modules that are quantised: the tensors tell.
+    # How activations are rounded: they are not, here. Names of modules that are quantized: the tensors tell.
     harmless = ("activation_scheme", "activation_scale_ub", "dequantize", "modules_to_convert", "kv_cache_scheme")
     options.refuse_others(harmless)
     return FP8Format(block), ignored

@@ -119,7 +119,7 @@ def read_gptq(options: QuantizationReader) -> GPTQFormat:
 
 
 def read_awq(options: QuantizationReader) -> tuple[AWQFormat, tuple[str, ...]]:
-    """Options of ``awq``, and the modules that are not quantised.
+    """Options of ``awq``, and the modules that are not quantized.
 
     Raises:
         ModelUnsupported, ModelMalformed: an option is not handled, or wrong.

@@ -1,4 +1,4 @@
-"""Which quantisation a checkpoint has, and the checkpoint as the model sees it: true shapes, no formats.
+"""Which quantization a checkpoint has, and the checkpoint as the model sees it: true shapes, no formats.
 
 Never imports torch: ``dequantize.py`` has the arithmetic.
 """
@@ -36,7 +36,7 @@ METHODS: Mapping[str, Read] = MappingProxyType(
 
 
 def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | None:
-    """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantised.
+    """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantized.
 
     gpt-oss's own ``mxfp4`` is part of its family, and none here.
 
@@ -62,8 +62,8 @@ def read_checkpoint(source: ModelSource) -> tuple[Checkpoint, str]:
     """A model's tensors with their true shapes, and how they are stored.
 
     Returns:
-        The checkpoint, quantised modules as one :class:`QuantizedTensor` each; and for people ``BF16``, ``Q4_1, F32``,
-        or ``gptq 4-bit, groups of 128, dequantised``.
+        The checkpoint, quantized modules as one :class:`QuantizedTensor` each; and for people ``BF16``, ``Q4_1, F32``,
+        or ``gptq 4-bit, groups of 128, dequantized``.
 
     Raises:
         ModelError: the files are malformed or unsupported.
@@ -82,10 +82,10 @@ def present(checkpoint: Checkpoint, config: Mapping[str, Any], *, file: str = "c
     format_.present(stored)
     whole = stored.checkpoint()
     schemes = dict.fromkeys(info.scheme.what for info in whole.tensors.values() if isinstance(info, QuantizedTensor))
-    return whole, f"{'; '.join(schemes)}, dequantised" if schemes else _plain(checkpoint)
+    return whole, f"{'; '.join(schemes)}, dequantized" if schemes else _plain(checkpoint)
 
 
 def _plain(checkpoint: Checkpoint) -> str:
     if any(name.endswith("_blocks") for name in checkpoint.tensors):
-        return f"{_MXFP4}, blocks of 32, dequantised"
+        return f"{_MXFP4}, blocks of 32, dequantized"
     return ", ".join(checkpoint.dtypes)

@@ -1,6 +1,6 @@
-"""Quantised tensors seen as plain ones: a module's stored parts become one ``weight`` of its true shape.
+"""Quantized tensors seen as plain ones: a module's stored parts become one ``weight`` of its true shape.
 
-A checkpoint that GPTQ, AWQ, compressed-tensors or bitsandbytes has quantised holds several tensors for each matrix:
+A checkpoint that GPTQ, AWQ, compressed-tensors or bitsandbytes has quantized holds several tensors for each matrix:
 packed values, scales, zero points. Here they are gathered under the name and shape that the model knows, and checked
 against each other, from headers alone; ``dequantize.py`` computes the values while they are read.
 """
@@ -57,7 +57,7 @@ class Grouped:
 class Codebook:
     """``map[value] * absmax``, values of 4 bits, the first in the upper half of a byte, in blocks along the rows.
 
-    Parts are ``weight``, ``absmax``, ``map``, and where absmax itself is quantised, ``nested_absmax`` and
+    Parts are ``weight``, ``absmax``, ``map``, and where absmax itself is quantized, ``nested_absmax`` and
     ``nested_map``: ``absmax = nested_map[value] * nested_absmax + offset``.
     """
 
@@ -98,7 +98,7 @@ def files_of(info: TensorInfo) -> Iterable[Path]:
 
 
 def is_idle_bias(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is a quantised module's bias of nothing but zeros: AutoGPTQ gives one to every module.
+    """Whether a tensor is a quantized module's bias of nothing but zeros: AutoGPTQ gives one to every module.
 
     Raises:
         ModelMalformed: it cannot be read.
@@ -128,10 +128,10 @@ def read_now(info: TensorInfo, *, limit: int) -> bytes:
 
 
 class Format(Protocol):
-    """A quantisation method with its options, as ``config.json`` gives them."""
+    """A quantization method with its options, as ``config.json`` gives them."""
 
     def present(self, stored: "Stored") -> None:
-        """Replace the parts of every quantised module by its weight.
+        """Replace the parts of every quantized module by its weight.
 
         Raises:
             ModelMalformed: a part is missing, or of another shape or dtype than the others imply.
@@ -151,7 +151,7 @@ class Stored:
         """Names of the modules that have such a part (of one of these dtypes).
 
         Raises:
-            ModelMalformed: of a module that the config says is not quantised.
+            ModelMalformed: of a module that the config says is not quantized.
         """
         found = [
             name.removesuffix(f".{part}")
@@ -161,7 +161,7 @@ class Stored:
         for module in found:
             if any(names(pattern, module) for pattern in self._ignored):
                 raise ModelMalformed(
-                    f"{self._tensors[f'{module}.{part}'].file.name}: tensor {quoted(f'{module}.{part}')} is quantised, "
+                    f"{self._tensors[f'{module}.{part}'].file.name}: tensor {quoted(f'{module}.{part}')} is quantized, "
                     "though config.json lists its module among those that are not."
                 )
         return found
@@ -194,11 +194,11 @@ class Stored:
         info = self._tensors.get(name)
         if info is None:
             raise ModelMalformed(
-                f"{self._where()}: tensor {quoted(name)} is missing, a part of the quantised {quoted(module)}.",
+                f"{self._where()}: tensor {quoted(name)} is missing, a part of the quantized {quoted(module)}.",
                 hint="Is the checkpoint complete, and config.json its own?",
             )
         if dtypes is not None and info.dtype not in dtypes:
-            raise self.malformed(info, f"is {info.dtype}; this quantisation stores it as {' or '.join(dtypes)}")
+            raise self.malformed(info, f"is {info.dtype}; this quantization stores it as {' or '.join(dtypes)}")
         if (shapes and info.shape not in shapes) or (check is not None and not check(info.shape)):
             expected = (
                 f"; the module's other tensors imply {' or '.join(str(list(s)) for s in shapes)}" if shapes else ""
@@ -207,7 +207,7 @@ class Stored:
         return self._tensors.pop(name)
 
     def drop(self, *parts: str) -> None:
-        """Forget tensors that concern activations only, which are not quantised here."""
+        """Forget tensors that concern activations only, which are not quantized here."""
         for name in [name for name in self._tensors if name.endswith(tuple(f".{part}" for part in parts))]:
             del self._tensors[name]
 
@@ -219,7 +219,7 @@ class Stored:
         """
         name, packed = f"{module}.weight", parts["weight"]
         if name in self._tensors:
-            raise self.malformed(self._tensors[name], f"is stored beside {quoted(packed.name)}, which is quantised")
+            raise self.malformed(self._tensors[name], f"is stored beside {quoted(packed.name)}, which is quantized")
         if not all(shape):
             raise self.malformed(packed, f"has the shape {list(packed.shape)}: it holds no weights")
         self._tensors[name] = QuantizedTensor(

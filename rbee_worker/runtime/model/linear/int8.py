@@ -3,7 +3,7 @@
 A few channels of a decoder's activations are a hundred times the others, and one scale for a token would leave those
 others no levels. Both sides are therefore rotated first, which changes no product: blocks of n columns (n <= 64, the
 largest power of two that divides their number) are multiplied by the Hadamard matrix H of +1 and -1, for which
-H H^T = n I; an outlier is then spread over its block. (Rotation before quantisation: QuaRot, arXiv:2404.00456.)
+H H^T = n I; an outlier is then spread over its block. (Rotation before quantization: QuaRot, arXiv:2404.00456.)
 
 With w[o, :] the weights of output o and x[t, :] the activations of token t::
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LEVELS = 127
-"""The largest magnitude of a quantised weight, and of an activation where nothing asks for less."""
+"""The largest magnitude of a quantized weight, and of an activation where nothing asks for less."""
 
 REDUCED_LEVELS = 63
 """The same for CPUs whose FBGEMM is not exact with 127."""
@@ -39,10 +39,10 @@ _FINE_LEVELS = 2**17 - 1
 
 _LARGEST_ROTATION = 64
 _SMALLEST = 1e-30
-"""Rows whose largest magnitude is below this are quantised as if it were this."""
+"""Rows whose largest magnitude is below this are quantized as if it were this."""
 
 _BLOCK_WEIGHTS = 2**18
-"""Weights quantised at a time: their float32 intermediates stay in the cache."""
+"""Weights quantized at a time: their float32 intermediates stay in the cache."""
 
 _EXACT_COLUMNS = 1024
 """Columns of which a float32 sum of products of magnitude 127 x 127 is an exact integer: it stays below 2^24."""
@@ -95,7 +95,7 @@ class Int8Linear:
     """int8 weights and activations of x's dtype; see the formula above.
 
     Attributes:
-        levels: L, the largest magnitude of a quantised activation.
+        levels: L, the largest magnitude of a quantized activation.
         nbytes: bytes that weights, scales and bias take.
     """
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints seen as plain ones, from headers alone: whatever they say, a weight or a clear refusal."""
+"""Quantized checkpoints seen as plain ones, from headers alone: whatever they say, a weight or a clear refusal."""
 
 import math
 from pathlib import Path
@@ -95,10 +95,10 @@ def test_a_rule_for_a_name_comes_before_one_for_a_class() -> None:
         "mlp.up_proj.weight": (16, 64),
     }
     both = ("8-bit, groups of 32", "4-bit, groups of 32")
-    assert stored_as == "; ".join(f"compressed-tensors {what}" for what in both) + ", dequantised"
+    assert stored_as == "; ".join(f"compressed-tensors {what}" for what in both) + ", dequantized"
 
 
-def test_what_is_not_quantised_stays_as_it_is() -> None:
+def test_what_is_not_quantized_stays_as_it_is() -> None:
     plain = checkpoint({"m.weight": ("BF16", (4, 4)), "norm.weight": ("F32", (4,))})
     assert present(plain, {}) == (plain, "BF16, F32")
     found, stored_as = present(plain, {"quantization_config": GPTQ})

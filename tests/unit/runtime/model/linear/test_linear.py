@@ -190,7 +190,7 @@ def test_a_form_knows_the_bytes_of_a_matrix() -> None:
 # -- int8
 
 
-def test_quantised_rows_are_the_nearest_multiples_of_their_scale() -> None:
+def test_quantized_rows_are_the_nearest_multiples_of_their_scale() -> None:
     x = normal(5, 33)
     for levels in (127, 63):
         rows, scale = quantize_rows(x, levels)
