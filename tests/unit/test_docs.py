@@ -34,7 +34,8 @@ from rbee_worker.server.openapi import Described
 from tests import fields, files
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 BASES = (LoadingEvent, InferenceEvent)
 EVENTS = [kind for kind in vars(events).values() if isinstance(kind, type) and kind.__base__ in BASES]
 COMMON = {field.name for field in dataclasses.fields(LoadingEvent)}
