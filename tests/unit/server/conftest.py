@@ -6,8 +6,9 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import h11
 import pytest
@@ -317,6 +318,16 @@ class Running:
             while data := sock.recv(65536):
                 out += data
         return out
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _uvicorn_looks_often() -> Iterator[None]:
+    """uvicorn looks every 0.1 s whether it is to end, and pauses as long at its end: every test here ends a server."""
+    often = ModuleType("asyncio")
+    vars(often).update(vars(asyncio), sleep=lambda seconds: asyncio.sleep(seconds / 10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvicorn.server.asyncio", often)
+        yield
 
 
 @pytest.fixture
