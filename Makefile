@@ -15,8 +15,12 @@ PIP := $(BIN)/python -m pip install --quiet
 MODEL := models/SmolLM2-135M-Instruct
 PROMPT ?= What is the capital of France?
 
-# Two test processes, one torch thread each: more threads than cores only slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Two test processes, one torch thread each: more threads than cores only slow each other down. Each takes half of the
+# tests in their order and then some of what the other has left, so that most fixtures of a module are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations 20
+
+# Where the tests marked cpu_forms stand: the second run does not collect the others.
+CPU_FORMS := tests/reference tests/unit/runtime/model
 
 # What torch and its libraries may use of the CPU: no more than AVX2. A CPU with AVX-512 then runs the other forms of
 # the linear layers too.
@@ -30,11 +34,11 @@ demo: $(MODEL)/model.safetensors
 
 test: lint
 	$(PYTEST) -m "not slow"
-	$(AVX2) $(PYTEST) -m "cpu_forms and not slow"
+	$(AVX2) $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
 
 test-all: lint
-	$(PYTEST)
-	$(AVX2) $(PYTEST) -m cpu_forms
+	$(PYTEST) --hypothesis-profile "at length"
+	$(AVX2) $(PYTEST) -m cpu_forms $(CPU_FORMS)
 
 test-avx2: lint
 	$(AVX2) $(PYTEST) -m "not slow"

@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+# The same examples at every run, so that a change that broke nothing never fails; `make test-all` looks further.
+settings.register_profile("each change", max_examples=50, derandomize=True, deadline=None)
+settings.register_profile("at length", max_examples=1000, deadline=None)
+settings.load_profile("each change")
 
 
 @pytest.fixture(scope="session")

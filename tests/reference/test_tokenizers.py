@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -148,7 +148,6 @@ def test_ids_are_those_of_sentencepiece(kind: str, fallback: bool, rules: str, d
 
 
 @pytest.mark.parametrize(("kind", "fallback"), KINDS)
-@settings(max_examples=60)
 @given(text=TEXT)
 def test_ids_are_those_of_sentencepiece_on_any_text(kind: str, fallback: bool, text: str) -> None:
     data = train(kind, fallback)
@@ -463,7 +462,6 @@ def test_look_alikes_in_sentencepiece_vocabularies(folder: Folder, kind: str) ->
     assert plain.ids == tokenizer.encode(plain.text, add_special_tokens=False)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     parts=st.lists(st.sampled_from(["<|im_", "start|>", "end|>", "<", "|", ">", "a", " ", "<think>", "😀"]), max_size=9)
 )
@@ -511,7 +509,6 @@ decodable_once = cache(decodable)
 
 
 @pytest.mark.parametrize("name", DECODABLE)
-@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_streamed_text_is_that_of_decoding_at_once(name: str, data: st.DataObject) -> None:
     tokenizer = decodable_once(name)
@@ -528,7 +525,6 @@ def test_streamed_text_is_that_of_decoding_at_once(name: str, data: st.DataObjec
 
 
 @pytest.mark.parametrize("name", DECODABLE)
-@settings(max_examples=50, deadline=None)
 @given(text=TEXT)
 def test_decoding_is_the_librarys_where_that_is_defined(name: str, text: str) -> None:
     tokenizer = decodable_once(name)

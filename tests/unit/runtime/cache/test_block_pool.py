@@ -92,7 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert [self.held[slot] for slot in positions] == tokens
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

@@ -163,7 +163,7 @@ def play(engine: Engine, moves: list[Any]) -> tuple[dict[str, Any], set[str], di
     return jobs, cancelled, streams
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=moves, config=engines)
 def test_each_says_what_it_says_alone(tiny: str, moves: list[Any], config: dict[str, Any]) -> None:
     note(f"{moves=} {config=}")

@@ -20,7 +20,7 @@ from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 from tests.tiny import byte_tokenizer
 from tests.unit.runtime.grammar.case import BYTES, EOS, OTHER_EOS, VOCAB, allowed, matches, numbers, refused, walk
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rbee_worker.errors import ModelError
@@ -54,7 +54,6 @@ def shown(parts: dict[str, tuple[str, tuple[int, ...]]], config: dict[str, Any])
     return present(checkpoint(parts), {"quantization_config": config})
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     config=st.sampled_from(CONFIGS),
     odd=st.dictionaries(st.sampled_from([*GPTQ, *COMPRESSED, "ignore", "version", "sym"]), st.sampled_from(ODD_VALUES)),
