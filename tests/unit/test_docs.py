@@ -214,3 +214,20 @@ def test_examples_show_the_version() -> None:
         for found in re.findall(r'(?:"version":"|^rbee-worker )([\d.]+)', page.read_text("utf-8"), re.MULTILINE)
     }
     assert shown == {__version__}
+
+
+def test_every_stop_of_the_two_lives_is_where_the_page_says() -> None:
+    """A reader follows `file`: `name` without search."""
+    page = read("docs/architecture.md")
+    stops = re.findall(r"`((?:\w+/)*\w+\.py)`:\s+`([\w.]+)`", page)
+    assert len(stops) > 25
+    for file, name in stops:
+        text = read(f"rbee_worker/{file}")
+        for part in name.split("."):
+            assert re.search(rf"^\s*(?:async )?(?:def|class) {part}\b", text, re.MULTILINE), (file, name)
+
+
+def test_the_files_to_read_first_exist() -> None:
+    table = rows(section(read("docs/architecture.md"), "Reading order"))
+    assert len(table) == 10
+    assert all((ROOT / "rbee_worker/runtime" / name).is_file() for name in table)
