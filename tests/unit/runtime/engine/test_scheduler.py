@@ -159,6 +159,15 @@ def test_clients_take_turns_and_each_keeps_its_order() -> None:
     assert [one for one in served if one.client == "a"] == waiting["a"]
 
 
+def test_the_client_with_fewer_running_goes_first_whoever_was_served_longest_ago() -> None:
+    queue = WaitingQueue()
+    for client in ("busy", "idle"):
+        queue.add(sequence(1, client))
+    # Both wait since the same turn; "busy" would be first by its arrival.
+    turn = queue.in_turn(Counter({"busy": 2, "idle": 1}))
+    assert [one.client for one in turn] == ["idle", "busy"]
+
+
 def test_a_client_that_comes_anew_each_time_does_not_keep_another_waiting() -> None:
     loop = Loop(100, places=1)
     for _ in range(3):
