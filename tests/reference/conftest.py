@@ -1,14 +1,18 @@
-"""Tiny random models saved by transformers, and both implementations side by side."""
+"""Tiny random models saved by transformers, the beginning of the real one, and both implementations side by side."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.runtime.engine.engine import Engine
+from tests.conftest import rewrite_json
 from tests.tiny import byte_tokenizer
 
 TINY: dict[str, Any] = {
@@ -43,6 +47,21 @@ def tiny_llama(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def first_layers(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's embedding, first three layers and head: trained weights of every kind, a tenth of the work."""
+    layers = 3
+    path = tmp_path_factory.mktemp("first") / "layers"
+    shutil.copytree(model_dir, path)
+    tensors = load_file(path / "model.safetensors")
+    beyond = [name for name in tensors if (found := re.search(r"layers\.(\d+)\.", name)) and int(found[1]) >= layers]
+    for name in beyond:
+        del tensors[name]
+    save_file(tensors, path / "model.safetensors")
+    rewrite_json(path / "config.json", num_hidden_layers=layers)
+    return path
 
 
 def load(path: Path, dtype: str = "float32", **config: Any) -> Engine:

@@ -1,7 +1,7 @@
 """int8 weights: what they cost in accuracy, against the same model in float32."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ PARAGRAPH = (
     "repaired the stairs. In the second she learned how the lamp had worked: a wick, a pump, and a ring of prisms that "
     "bent the light into a single beam."
 )
+CODE = "def mean(values):\n    total = 0\n    for x in values:\n        total += x\n    return total / len(values)"
 TEXTS = [
     PARAGRAPH,
-    "def mean(values):\n    total = 0\n    for x in values:\n        total += x\n    return total / len(values)",
+    CODE,
     "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
 ]
 FINEST, COARSEST = 127, 63
@@ -49,9 +50,9 @@ def dequantized(weight: Tensor) -> Tensor:
     return rotate(values.float() * scale[:, None], rotation)
 
 
-def twin_of(path: Path, **config: Any) -> Transformer:
-    """The float32 model whose matrices are the int8 ones."""
-    twin = transformer_of(load(path, **config))
+def twin_of(engine: Engine) -> Transformer:
+    """The engine's float32 model, its matrices replaced by what the int8 ones stand for."""
+    twin = transformer_of(engine)
     for layer in twin.layers:
         for owner, name in (
             (layer.attention, "qkv"),
@@ -86,17 +87,25 @@ def set_levels(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
         monkeypatch.setattr(linear_int8, "fbgemm_product", fine_product)
 
 
-@pytest.fixture(params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])
-def levels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(scope="module", params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])
+def levels(request: pytest.FixtureRequest) -> Iterator[int]:
     """Levels of the activations: those of CPUs with VNNI, and those of CPUs without, which any CPU can run."""
     best = cpu_features().int8_levels
     if request.param > (best or FINEST):
         pytest.skip("this CPU does not multiply 8 bits by 8 bits exactly")
     if request.param < FINEST and best is None:
         pytest.skip("this CPU has no FBGEMM, and 8 bits without it")
-    if best is not None:
-        set_levels(monkeypatch, request.param)
-    return int(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if best is not None:
+            set_levels(patch, request.param)
+        yield int(request.param)
+
+
+@pytest.fixture(scope="module")
+def real(model_dir: Path, levels: int) -> Engine:
+    """The real model in int8, with so many levels."""
+    assert levels
+    return load_int8(model_dir)[0]
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
@@ -109,19 +118,25 @@ def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Pat
         assert relative_error(mine, wanted) < 0.12 * FINEST / (cpu_features().int8_levels or FINEST)
 
 
-def test_an_int8_model_is_its_dequantized_twin_but_for_the_activations(
-    model_dir: Path, levels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    twin = twin_of(model_dir, max_context=256)
-    engine = load_int8(model_dir)[0]
+@pytest.fixture(scope="module")
+def twin(first_layers: Path) -> tuple[list[list[int]], Tensor]:
+    """A prompt, and the logits of the model's twin; no CPU's levels have a part in them."""
+    engine = load(first_layers, max_context=256)
     assert engine.model is not None
-    prompt = [engine.model.tokenizer.encode(PARAGRAPH)]
-    error = relative_error(logits_of(transformer_of(engine), prompt)[0], logits_of(twin, prompt)[0])
-    assert error < 0.05 * FINEST / levels
+    prompt = [engine.model.tokenizer.encode(CODE)]
+    return prompt, logits_of(twin_of(engine), prompt)[0]
+
+
+def test_an_int8_model_is_its_dequantized_twin_but_for_the_activations(
+    first_layers: Path, twin: tuple[list[list[int]], Tensor], levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, wanted = twin
+    error = relative_error(logits_of(transformer_of(load_int8(first_layers)[0]), prompt)[0], wanted)
+    assert error < 0.01 * FINEST / levels
     # Activations of 17 bits leave nothing but the weights: the product is made in plain arithmetic to take them.
     set_levels(monkeypatch, 2**17 - 1)
-    fine = transformer_of(load_int8(model_dir)[0])
-    assert relative_error(logits_of(fine, prompt)[0], logits_of(twin, prompt)[0]) < error / 50
+    fine = transformer_of(load_int8(first_layers)[0])
+    assert relative_error(logits_of(fine, prompt)[0], wanted) < error / 50
 
 
 def fine_product(values: Tensor, scale: Tensor, _levels: int = 0) -> Callable[[Tensor], Tensor]:
@@ -129,7 +144,16 @@ def fine_product(values: Tensor, scale: Tensor, _levels: int = 0) -> Callable[[T
     return lambda rows: (rows.double() @ values.double().T * scale.double()).float()
 
 
-def test_the_real_model_keeps_its_wits(model_dir: Path, levels: int) -> None:
+@pytest.fixture(scope="module")
+def exact(model_dir: Path) -> tuple[list[list[int]], list[Tensor]]:
+    """The texts' tokens, and their logits by the model in float32."""
+    engine = load(model_dir, max_context=256)
+    assert engine.model is not None
+    prompts = [engine.model.tokenizer.encode(text) for text in TEXTS]
+    return prompts, logits_of(transformer_of(engine), prompts)
+
+
+def test_the_real_model_keeps_its_wits(real: Engine, exact: tuple[list[list[int]], list[Tensor]], levels: int) -> None:
     """The divergence from the exact model, and the perplexity that it allows.
 
     The divergence of small errors grows with their square: what rounding the weights costs, and what rounding the
@@ -138,11 +162,8 @@ def test_the_real_model_keeps_its_wits(model_dir: Path, levels: int) -> None:
     For texts from the exact model the mean difference of the losses is the divergence, and its standard deviation over
     n tokens sqrt(2 * divergence / n): four of those are allowed on three short texts.
     """
-    exact_engine = load(model_dir, max_context=256)
-    exact, ours = transformer_of(exact_engine), transformer_of(load_int8(model_dir)[0])
-    assert exact_engine.model is not None
-    prompts = [exact_engine.model.tokenizer.encode(text) for text in TEXTS]
-    wanted, mine = logits_of(exact, prompts), logits_of(ours, prompts)
+    prompts, wanted = exact
+    mine = logits_of(transformer_of(real), prompts)
     allowed = 1.5 * (0.0027 + 0.0028 * (FINEST / levels) ** 2)
     p, q = torch.cat(wanted).double().log_softmax(-1), torch.cat(mine).double().log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) < allowed
@@ -152,18 +173,16 @@ def test_the_real_model_keeps_its_wits(model_dir: Path, levels: int) -> None:
     assert float(worse.mean()) < allowed + 4 * math.sqrt(2 * allowed / len(worse))
 
 
-def test_it_still_knows_the_capital_of_france(model_dir: Path, levels: int) -> None:
-    engine, _ = load_int8(model_dir)
+def test_it_still_knows_the_capital_of_france(real: Engine) -> None:
     request = GenerationRequest.from_text(
         "What is the capital of France?",
         system=None,
         raw=False,
         sampling=SamplingParams(temperature=0, max_tokens=24),
     )
-    events = list(engine.generate(request))
+    events = list(real.generate(request))
     assert "Paris" in "".join(event.t for event in events if isinstance(event, Token))
     assert isinstance(events[-1], End)
-    assert levels
 
 
 def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Callable[..., Path]) -> None:
