@@ -8,7 +8,7 @@ Calls into such a library are made within :func:`panics_as_errors`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SHOWN = 300
+from rbee_worker.escape import one_line
 
 
 class Panic(Exception):
@@ -25,9 +25,3 @@ def panics_as_errors() -> Iterator[None]:
         if (type(error).__module__, type(error).__name__) != ("pyo3_runtime", "PanicException"):
             raise
         raise Panic(one_line(str(error))) from error
-
-
-def one_line(text: str) -> str:
-    """Text from outside for a message: on one line, control characters escaped, cut at 300 characters."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
-    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"

@@ -71,7 +71,7 @@ def load(
     from rbee_worker.cli.download import resolve_shown  # noqa: PLC0415 - the formats
 
     source = resolve_shown(model, quiet=json)
-    files = source.checkpoint().files
+    files = source.checkpoint.files
     read(files)
     engine = EngineConfig(device=device, dtype=dtype, quantize=quantize)
     results = [measure(model, files, engine) for _ in range(runs)]

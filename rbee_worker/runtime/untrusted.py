@@ -1,12 +1,32 @@
-"""Typed access to ``config.json``, which remembers what was read: what is left must not change the mathematics."""
+"""JSON and config values that strangers wrote.
 
+JSON is parsed strictly and within bounds. :class:`ConfigReader` gives typed access to ``config.json`` and remembers
+what was read: what is left must not change the mathematics.
+"""
+
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
-from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
+from rbee_worker.escape import quoted
+
+MAX_JSON_BYTES = 2**25
+"""Bytes of a piece of JSON, such as a safetensors header or an index file. The format allows headers of 100 MB; an
+index of 281,000 tensors, those of 384 experts in 61 layers in four parts each, takes 28 MB."""
+
+MAX_JSON_VALUES = 2**20
+"""Values in a piece of JSON. Python's parser lets no other thread run while it works, and a million values take it
+half a second. As many tensors as a header may name, each with its three fields, are fewer."""
+
+_MAX_DIGITS = 100
+"""Digits of an integer in JSON: the time to read one grows with the square of them. Known files have up to 31."""
+
+_DOWNLOAD_AGAIN: Final = "Download the file again."
 
 _MAX_DIMENSION = 2**24
 MAX_COUNT = 4096
@@ -35,6 +55,82 @@ _MATHEMATICAL = re.compile(
 )
 _NEUTRAL_AT_ONE = re.compile("multiplier|scal|factor|mod|pct|ratio|interval|group|temperature")
 _DROPOUT = re.compile("drop")
+
+
+def parse_json_object(
+    data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN, most_values: int = MAX_JSON_VALUES
+) -> dict[str, Any]:
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no endless integers.
+
+    Args:
+        data: the text.
+        what: how a message names it, such as ``config.json`` or ``model.safetensors: the header``.
+        hint: of the errors.
+        most_values: that it may hold. Commas are counted before it is parsed, those inside of texts too.
+
+    Raises:
+        ModelMalformed: it is not that.
+    """
+    _check_values(data, most_values, what, hint)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ModelMalformed(f"{what} names {quoted(twice)} twice.", hint=hint)
+        return result
+
+    def constant(name: str) -> Any:
+        raise ModelMalformed(f"{what} holds {name}, which is not JSON.", hint=hint)
+
+    def integer(digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            raise ModelMalformed(
+                f"{what} holds an integer of {len(digits)} digits; {_MAX_DIGITS} are allowed.", hint=hint
+            )
+        return int(digits)
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
+    except UnicodeDecodeError as error:
+        raise ModelMalformed(f"{what} is not UTF-8 (byte {error.start}).", hint=hint) from error
+    except json.JSONDecodeError as error:
+        raise ModelMalformed(
+            f"{what} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}).", hint=hint
+        ) from error
+    except RecursionError as error:
+        raise ModelMalformed(f"{what} is nested too deeply.", hint=hint) from error
+    if not isinstance(value, dict):
+        raise ModelMalformed(f"{what} is not a JSON object but of type {type(value).__name__}.", hint=hint)
+    return value
+
+
+def _check_values(data: bytes, most: int, what: str, hint: str) -> None:
+    commas = data.count(b",")  # there is one between any two values
+    if commas >= most:
+        raise ModelMalformed(
+            f"{what} holds {commas} commas; less than {most} are allowed, for each parts two values.", hint=hint
+        )
+
+
+def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read one JSON object from a file of at most ``limit`` bytes.
+
+    Raises:
+        ModelNotFound: no such file.
+        ModelMalformed: unreadable, too large, or not a JSON object.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"{path}: no such file.") from error
+    except OSError as error:
+        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if len(data) > limit:
+        raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
+    return parse_json_object(data, what=path.name)
 
 
 @dataclass(frozen=True, slots=True)

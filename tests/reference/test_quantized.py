@@ -16,10 +16,11 @@ from rbee_worker.errors import ModelMalformed, ModelUnsupported, RbeeError
 from rbee_worker.events import LoadingToVram, Ready
 from rbee_worker.runtime.convert import convert
 from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.dequantize import read_dequantized
 from rbee_worker.runtime.formats.quantized.methods import present
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
-from rbee_worker.runtime.formats.safetensors import TensorInfo, read_safetensors
+from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import weights
 from rbee_worker.runtime.source import resolve

@@ -22,7 +22,8 @@ from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.runtime.source import ModelSource
-from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS, build_tokenizer
+from rbee_worker.runtime.tokenizer.gguf import build_tokenizer
+from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from rbee_worker.runtime.tokenizer.sentencepiece import build_sentencepiece
 from rbee_worker.runtime.tokenizer.sentencepiece_model import read_sentencepiece
 from rbee_worker.runtime.tokenizer.tokenizer import StreamingDetokenizer, Tokenizer

@@ -10,8 +10,9 @@ import pytest
 
 from rbee_worker.config import EngineConfig, GrammarSpec
 from rbee_worker.errors import Conflict, InferenceError, ModelMalformed
+from rbee_worker.escape import one_line
 from rbee_worker.events import End, InferenceFailed, LoadFailed, Ready
-from rbee_worker.panics import Panic, one_line, panics_as_errors
+from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.grammar.compiler import GrammarMatcher, _Vocabulary
 from rbee_worker.runtime.source import resolve
@@ -58,7 +59,7 @@ def test_text_from_outside_stays_on_one_line_and_cannot_draw() -> None:
 def test_a_panic_while_a_tokenizer_is_read_names_the_file(tmp_path: Path) -> None:
     damage_normalizer(write_tiny_model(tmp_path))
     with pytest.raises(ModelMalformed, match=r"tokenizer\.json: .*charsmap") as caught:
-        resolve(str(tmp_path)).tokenizer()
+        _ = resolve(str(tmp_path)).tokenizer
     assert "\n" not in str(caught.value)
 
 

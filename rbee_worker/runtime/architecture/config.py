@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rbee_worker.errors import InvalidRequest
+
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -145,6 +147,20 @@ class ModelConfig:
     def default_context(self) -> int:
         """The longest context of one setting of its frequencies: dynamic scaling stretches them only when asked to."""
         return self.max_position_embeddings if self.rope.kind == "dynamic" else self.longest_context
+
+    def context(self, asked: int | None) -> int:
+        """The context to serve, in tokens: what was asked for, else all that the model has.
+
+        Raises:
+            InvalidRequest: more than the model has.
+        """
+        longest = self.longest_context
+        if asked is not None and asked > longest:
+            raise InvalidRequest(
+                f"A context of {asked} tokens is beyond the model's {longest} positions.",
+                hint=f"Use at most {longest}.",
+            )
+        return asked or self.default_context
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one cached position takes: keys and values of every layer."""

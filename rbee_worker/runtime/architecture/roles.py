@@ -10,9 +10,11 @@ from collections.abc import Mapping
 
 from rbee_worker.runtime.architecture.config import ExpertsConfig, ModelConfig
 from rbee_worker.runtime.architecture.table import ARCHITECTURES, Architecture
-from rbee_worker.runtime.formats.stacked_experts import stacked_shapes
 
 Shape = tuple[int, ...]
+
+_BLOCK = 32
+"""Values of an MXFP4 tensor that share an exponent; two of them take a byte."""
 
 LINEAR = frozenset({"qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"})
 """Roles of the matrices that activations are multiplied with, which are held in a form of
@@ -70,7 +72,7 @@ def stored_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
     if experts is None or "experts.gate_up" not in ARCHITECTURES[config.architecture].layer:
         return shapes
     others = {role: shape for role, shape in shapes.items() if not role.startswith("experts.")}
-    return others | stacked_shapes(experts, config.hidden_size)
+    return others | _stacked_shapes(experts, config.hidden_size)
 
 
 def kinds_of_layers(config: ModelConfig) -> list[tuple[int, int]]:
@@ -142,4 +144,18 @@ def _experts(config: ModelConfig, experts: ExpertsConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for number in range(experts.count):
         shapes |= _mlp(config, experts.intermediate_size, f"experts.{number}.", bias=experts.bias)
+    return shapes
+
+
+def _stacked_shapes(config: ExpertsConfig, hidden_size: int) -> dict[str, Shape]:
+    """Role -> shape of a layer's expert tensors that hold all experts, as they are stored."""
+    count, inner = config.count, config.intermediate_size
+    shapes: dict[str, Shape] = {}
+    for role, outputs, inputs in (("gate_up", 2 * inner, hidden_size), ("down", hidden_size, inner)):
+        if config.mxfp4:
+            shapes[f"experts.{role}_blocks"] = (count, outputs, inputs // _BLOCK, _BLOCK // 2)
+            shapes[f"experts.{role}_scales"] = (count, outputs, inputs // _BLOCK)
+        else:
+            shapes[f"experts.{role}"] = (count, inputs, outputs)
+        shapes[f"experts.{role}_bias"] = (count, outputs)
     return shapes

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.runtime.architecture import families
+from rbee_worker.runtime.architecture import readers
 from rbee_worker.runtime.architecture.config import Activation, LayerTraits, ModelConfig
 from rbee_worker.runtime.architecture.rope import read_rope, rotary_size
-from rbee_worker.runtime.formats.quantized.methods import read_quantization
+from rbee_worker.runtime.formats.quantized.options import quantization_section
 from rbee_worker.runtime.untrusted import MAX_COUNT, ConfigReader
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -37,7 +37,7 @@ class Architecture:
     Attributes:
         family: its name, for people.
         layer: role -> name inside a layer, without ``.weight`` or ``.bias``; ``{}`` is the number in the role.
-        traits: reads what differs from Llama; see ``families.py``.
+        traits: reads what differs from Llama; see ``readers.py``.
         defaults: values of config keys that are absent, where transformers has others than Llama's.
         norm_eps, activation: the config keys of these.
         partial_rotary: whether ``partial_rotary_factor`` means something to it.
@@ -48,7 +48,7 @@ class Architecture:
 
     family: str
     layer: Mapping[str, str] = field(default_factory=lambda: LLAMA_LAYER)
-    traits: Callable[[ConfigReader, int], families.Traits] = families.llama
+    traits: Callable[[ConfigReader, int], readers.Traits] = readers.llama
     defaults: Mapping[str, Any] = field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
@@ -86,18 +86,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": Architecture(
         family="Mistral",
-        traits=families.mistral,
+        traits=readers.mistral,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "Qwen2ForCausalLM": Architecture(
         family="Qwen 2",
-        traits=families.qwen2,
+        traits=readers.qwen2,
         defaults={"sliding_window": 4096, "max_position_embeddings": 32768},
     ),
     "Qwen3ForCausalLM": Architecture(
         family="Qwen 3",
         layer=LLAMA_LAYER | HEAD_NORMS,
-        traits=families.qwen3,
+        traits=readers.qwen3,
         defaults={"head_dim": 128, "sliding_window": 4096, "max_position_embeddings": 32768},
     ),
     "Phi3ForCausalLM": Architecture(
@@ -109,13 +109,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "gate_up": "mlp.gate_up_proj",
             "down": "mlp.down_proj",
         },
-        traits=families.phi3,
+        traits=readers.phi3,
         partial_rotary=True,
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     ),
     "SmolLM3ForCausalLM": Architecture(
         family="SmolLM3",
-        traits=families.smollm3,
+        traits=readers.smollm3,
         defaults={
             "rope_theta": 2e6,
             "num_key_value_heads": 4,
@@ -123,11 +123,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "tie_word_embeddings": True,
         },
     ),
-    "GraniteForCausalLM": Architecture(family="Granite", traits=families.granite),
+    "GraniteForCausalLM": Architecture(family="Granite", traits=readers.granite),
     "Gemma2ForCausalLM": Architecture(
         family="Gemma 2",
         layer=_GEMMA_LAYER,
-        traits=families.gemma2,
+        traits=readers.gemma2,
         activation="hidden_activation",
         defaults=_GEMMA_DEFAULTS
         | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -135,7 +135,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Gemma3ForCausalLM": Architecture(
         family="Gemma 3",
         layer=_GEMMA_LAYER | HEAD_NORMS,
-        traits=families.gemma3,
+        traits=readers.gemma3,
         activation="hidden_activation",
         defaults=_GEMMA_DEFAULTS | {"max_position_embeddings": 131072, "rope_theta": 1e6},
     ),
@@ -145,14 +145,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         | MLP
         | HEAD_NORMS
         | {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
-        traits=families.olmo2,
+        traits=readers.olmo2,
         defaults={"rms_norm_eps": 1e-5},
     ),
     "StableLmForCausalLM": Architecture(
         family="StableLM",
         layer=LLAMA_LAYER
         | {"q_norm.{}": "self_attn.q_layernorm.norms.{}", "k_norm.{}": "self_attn.k_layernorm.norms.{}"},
-        traits=families.stablelm,
+        traits=readers.stablelm,
         norm_eps="layer_norm_eps",
         partial_rotary=True,
         defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25},
@@ -160,13 +160,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "CohereForCausalLM": Architecture(
         family="Command-R",
         layer=LLAMA_LAYER | HEAD_NORMS,
-        traits=families.cohere,
+        traits=readers.cohere,
         norm_eps="layer_norm_eps",
         defaults=_COHERE_DEFAULTS | {"max_position_embeddings": 8192, "rope_theta": 500000.0},
     ),
     "Cohere2ForCausalLM": Architecture(
         family="Command-R7B",
-        traits=families.cohere2,
+        traits=readers.cohere2,
         norm_eps="layer_norm_eps",
         defaults=_COHERE_DEFAULTS | {"max_position_embeddings": 8192, "sliding_window": 4096},
     ),
@@ -180,7 +180,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "experts.{}.up": "block_sparse_moe.experts.{}.w3",
             "experts.{}.down": "block_sparse_moe.experts.{}.w2",
         },
-        traits=families.mixtral,
+        traits=readers.mixtral,
         defaults={
             "rope_theta": 1e6,
             "rms_norm_eps": 1e-5,
@@ -198,7 +198,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "experts.{}.up": "mlp.experts.{}.up_proj",
             "experts.{}.down": "mlp.experts.{}.down_proj",
         },
-        traits=families.qwen3_moe,
+        traits=readers.qwen3_moe,
         defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096},
     ),
     "GptOssForCausalLM": Architecture(
@@ -211,7 +211,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             for matrix in ("gate_up", "down")
             for part in ("", "_blocks", "_scales", "_bias")
         },
-        traits=families.gpt_oss,
+        traits=readers.gpt_oss,
         defaults={
             "head_dim": 64,
             "num_key_value_heads": 8,
@@ -268,7 +268,7 @@ def parse_config(config: Mapping[str, Any], *, file: str) -> ModelConfig:
         "layers": (LayerTraits(),) * layers,
     }
     values |= architecture.traits(reader, layers)
-    read_quantization(reader)
+    quantization_section(reader)  # what it says of the tensors is read with them
     local = "local_rope" in values
     size = rotary_size(reader, head_dim, partial=architecture.partial_rotary, local=local)
     values["rotary_dim"] = size

@@ -1,5 +1,5 @@
 """What the files of a model hold and where; no torch but where values are decoded.
 
-Read ``safetensors`` first: its ``Checkpoint`` is what every format becomes. Then ``gguf``, ``quantized`` and
+Read ``checkpoint`` first: what every format becomes. Then ``safetensors``, ``gguf``, ``quantized`` and
 ``stacked_experts``.
 """

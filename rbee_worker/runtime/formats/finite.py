@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelError, ModelMalformed, ModelUnsupported
-from rbee_worker.runtime.formats.safetensors import TensorInfo, quoted
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 
 _NOT_FINITE: Mapping[torch.dtype, int] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and where: safetensors headers, read without torch and without touching the weights.
+"""Headers of safetensors files: read without torch and without touching the weights.
 
 A safetensors file is an 8-byte little-endian header length, that many bytes of JSON mapping each tensor's name to its
 dtype, shape and ``data_offsets`` (begin and end, counted from the end of the header), then the data. Every file here
@@ -6,27 +6,16 @@ is untrusted: a header is checked in full before anything is allocated for it. F
 https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
-
-MAX_HEADER_BYTES = 2**25
-"""Bytes of a header, and of an index file. The format allows 100 MB; an index of 281,000 tensors, those of 384 experts
-in 61 layers in four parts each, takes 28 MB."""
-
-MAX_JSON_VALUES = 2**20
-"""Values in a piece of JSON. Python's parser lets no other thread run while it works, and a million values take it
-half a second. As many tensors as a header may name, each with its three fields, are fewer."""
-
-MAX_TENSORS = 2**17
-"""Tensors in one file: 131,072. The largest models have more, in dozens of files."""
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, MAX_ELEMENTS, MAX_TENSORS, Checkpoint, TensorInfo
+from rbee_worker.runtime.untrusted import MAX_JSON_BYTES, parse_json_object, read_json_object
 
 MAX_DIMENSIONS = 8
 """Dimensions of a tensor. The format names no limit; weights have two, and five at most (convolutions of video)."""
@@ -36,21 +25,6 @@ MAX_METADATA = 2**12
 
 MAX_FILES = 10_000
 """Files that an index may name; the largest models have some hundred."""
-
-MAX_ELEMENTS = 2**63 - 1
-
-_MAX_DIGITS = 100
-"""Digits of an integer in JSON: the time to read one grows with the square of them. Known files have up to 31."""
-
-_SHOWN = 120
-
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-        "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    }
-)  # fmt: skip
-"""Bytes per element of the safetensors dtypes that this worker reads."""
 
 UNREADABLE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
 """Dtypes of the format that no supported model stores its weights in; the F4 and F6 ones pack several in a byte."""
@@ -63,148 +37,6 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 _DOWNLOAD_AGAIN = "Download the file again."
 _SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One stored tensor.
-
-    Attributes:
-        name: Hugging Face name, such as ``model.layers.0.mlp.up_proj.weight`` (names in GGUF files are mapped).
-        shape: in Hugging Face order: rows, the output features, first.
-        dtype: as stored: ``F32``, ``BF16``, ``I8``… or a GGUF type such as ``Q4_1``.
-        file, offset, nbytes: where it is stored: from which byte of which file on, and in how many.
-        rope_heads: heads whose rows are permuted for ggml's interleaved rotary embedding (GGUF only); 0: none.
-        shift: what is to be added to every value (GGUF only).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    offset: int
-    nbytes: int
-    rope_heads: int = 0
-    shift: float = 0.0
-
-    @property
-    def parameters(self) -> int:
-        """Elements: the product of the shape."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A read-only view of the tensors of one model.
-
-    Attributes:
-        tensors: by name, in the order of the files and of the offsets in them.
-        files: that hold the tensors.
-    """
-
-    tensors: Mapping[str, TensorInfo]
-    files: tuple[Path, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Stored bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(info.parameters for info in self.tensors.values())
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """Stored bytes of each dtype, the largest first."""
-        counts: dict[str, int] = {}
-        for info in self.tensors.values():
-            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def quoted(text: object) -> str:
-    """Untrusted text for a message: control characters escaped, cut at 120 characters."""
-    # Of what may be megabytes only the beginning is spelled out.
-    shown = repr(text[: _SHOWN + 1] if isinstance(text, str | bytes | list | tuple) else text)
-    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
-
-
-def parse_json_object(
-    data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN, most_values: int = MAX_JSON_VALUES
-) -> dict[str, Any]:
-    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no endless integers.
-
-    Args:
-        data: the text.
-        what: how a message names it, such as ``config.json`` or ``model.safetensors: the header``.
-        hint: of the errors.
-        most_values: that it may hold. Commas are counted before it is parsed, those inside of texts too.
-
-    Raises:
-        ModelMalformed: it is not that.
-    """
-    _check_values(data, most_values, what, hint)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ModelMalformed(f"{what} names {quoted(twice)} twice.", hint=hint)
-        return result
-
-    def constant(name: str) -> Any:
-        raise ModelMalformed(f"{what} holds {name}, which is not JSON.", hint=hint)
-
-    def integer(digits: str) -> int:
-        if len(digits) > _MAX_DIGITS:
-            raise ModelMalformed(
-                f"{what} holds an integer of {len(digits)} digits; {_MAX_DIGITS} are allowed.", hint=hint
-            )
-        return int(digits)
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
-    except UnicodeDecodeError as error:
-        raise ModelMalformed(f"{what} is not UTF-8 (byte {error.start}).", hint=hint) from error
-    except json.JSONDecodeError as error:
-        raise ModelMalformed(
-            f"{what} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}).", hint=hint
-        ) from error
-    except RecursionError as error:
-        raise ModelMalformed(f"{what} is nested too deeply.", hint=hint) from error
-    if not isinstance(value, dict):
-        raise ModelMalformed(f"{what} is not a JSON object but of type {type(value).__name__}.", hint=hint)
-    return value
-
-
-def _check_values(data: bytes, most: int, what: str, hint: str) -> None:
-    commas = data.count(b",")  # there is one between any two values
-    if commas >= most:
-        raise ModelMalformed(
-            f"{what} holds {commas} commas; less than {most} are allowed, for each parts two values.", hint=hint
-        )
-
-
-def read_json_object(path: Path, *, limit: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """Read one JSON object from a file of at most ``limit`` bytes.
-
-    Raises:
-        ModelNotFound: no such file.
-        ModelMalformed: unreadable, too large, or not a JSON object.
-    """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{path}: no such file.") from error
-    except OSError as error:
-        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if len(data) > limit:
-        raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
-    return parse_json_object(data, what=path.name)
 
 
 def read_safetensors(folder_or_file: Path) -> Checkpoint:
@@ -268,9 +100,9 @@ def _read_raw_header(name: str, prefix: bytes, size: int, read: Callable[[int], 
             f"{name}: the file is {size} bytes, shorter than the 8 bytes of a header length.", hint=_DOWNLOAD_AGAIN
         )
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_JSON_BYTES:
         raise ModelMalformed(
-            f"{name}: the header claims {length} bytes; {MAX_HEADER_BYTES} are allowed.", hint=_DOWNLOAD_AGAIN
+            f"{name}: the header claims {length} bytes; {MAX_JSON_BYTES} are allowed.", hint=_DOWNLOAD_AGAIN
         )
     if length > size - 8:
         raise ModelMalformed(

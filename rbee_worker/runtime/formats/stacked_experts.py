@@ -14,31 +14,16 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
-from rbee_worker.runtime.architecture.config import ExpertsConfig
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import check_finite
-from rbee_worker.runtime.formats.safetensors import TensorInfo, quoted
 
-BLOCK = 32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EXPONENT_BIAS = 127
 _NO_SCALE = 255
 """What a scale that is NaN is stored as."""
 
 Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
-
-
-def stacked_shapes(config: ExpertsConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Role -> shape of a layer's expert tensors, as they are stored."""
-    count, inner = config.count, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    for role, outputs, inputs in (("gate_up", 2 * inner, hidden_size), ("down", hidden_size, inner)):
-        if config.mxfp4:
-            shapes[f"experts.{role}_blocks"] = (count, outputs, inputs // BLOCK, BLOCK // 2)
-            shapes[f"experts.{role}_scales"] = (count, outputs, inputs // BLOCK)
-        else:
-            shapes[f"experts.{role}"] = (count, inputs, outputs)
-        shapes[f"experts.{role}_bias"] = (count, outputs)
-    return shapes
 
 
 def read_expert(

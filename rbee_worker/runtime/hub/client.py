@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rbee_worker import __version__
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported, sentence
-from rbee_worker.runtime.formats.safetensors import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    TEMPLATES_FOLDER,
-    quoted,
-    read_json_object,
-)
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.safetensors import INDEX_NAME, SINGLE_NAME, TEMPLATES_FOLDER
 from rbee_worker.runtime.hub.transfer import ConnectionLost, Refused, RemoteFile, Transfer
+from rbee_worker.runtime.untrusted import read_json_object
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -20,7 +20,7 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.cache.kv_cache import blocks_for
-from rbee_worker.runtime.loading.weights import WeightGroup
+from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.machine.storage import LOCAL_READERS
 from rbee_worker.runtime.model.linear.linear import LinearFormat

@@ -11,6 +11,7 @@ import torch
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
 from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, sentence
+from rbee_worker.escape import one_line
 from rbee_worker.events import (
     LoadCancelled,
     LoadFailed,
@@ -22,17 +23,15 @@ from rbee_worker.events import (
     Stalled,
     WarmingUp,
 )
-from rbee_worker.panics import one_line, panics_as_errors
+from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
-from rbee_worker.runtime.formats.quantized.methods import read_checkpoint
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.hub.download import DownloadProgress
-from rbee_worker.runtime.inspection import context_length, read_config
 from rbee_worker.runtime.loading.fit import cache_positions, check_fit, check_host, limit_context, weights_bytes
+from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
-from rbee_worker.runtime.loading.weights import WeightGroup, plan_weights
 from rbee_worker.runtime.machine.devices import (
     MIB,
     DeviceInfo,
@@ -67,7 +66,6 @@ class LoadedModel:
     """
 
     name: str
-    source: ModelSource
     config: ModelConfig
     tokenizer: Tokenizer
     grammars: GrammarCompiler
@@ -79,7 +77,7 @@ class LoadedModel:
         """The model that a plan has become."""
         grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
         name, context = plan.source.name, plan.context_length
-        return cls(name, plan.source, plan.config, plan.tokenizer, grammars, transformer, context)
+        return cls(name, plan.config, plan.tokenizer, grammars, transformer, context)
 
     @property
     def device(self) -> torch.device:
@@ -259,13 +257,13 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
         OutOfMemory: the limit on the KV cache is too small for the context.
         DeviceUnavailable: the device is not there.
     """
-    parsed = read_config(source)
-    checkpoint, stored_as = read_checkpoint(source)
+    parsed = source.model_config
+    checkpoint, stored_as = source.weights
     groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
     form = choose_format(device, config.dtype, config.quantize)
-    length = limit_context(parsed, form, context=context_length(parsed, config.max_context), engine=config)
+    length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import all_finite, check_finite
 from rbee_worker.runtime.formats.gguf.model import dequantize
 from rbee_worker.runtime.formats.quantized.dequantize import read_dequantized
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, files_of
-from rbee_worker.runtime.formats.safetensors import TensorInfo
-from rbee_worker.runtime.loading.weights import PLAIN_DTYPES, PartBuilder, WeightGroup, rows_of
+from rbee_worker.runtime.loading.parts import PartBuilder, rows_of
+from rbee_worker.runtime.loading.plan import PLAIN_DTYPES, WeightGroup
 from rbee_worker.runtime.machine.devices import trim_host_memory
 from rbee_worker.runtime.machine.storage import Storage, advise
 from rbee_worker.runtime.model.decoder import Part

@@ -14,8 +14,9 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer, processors
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, sentence
-from rbee_worker.panics import Panic, one_line, panics_as_errors
-from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER, quoted, read_json_object
+from rbee_worker.escape import one_line, quoted
+from rbee_worker.panics import Panic, panics_as_errors
+from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER
 from rbee_worker.runtime.tokenizer.ranks import (
     MERGES_FAMILIES,
     RANK_FAMILIES,
@@ -27,6 +28,7 @@ from rbee_worker.runtime.tokenizer.ranks import (
 )
 from rbee_worker.runtime.tokenizer.sentencepiece import build_sentencepiece
 from rbee_worker.runtime.tokenizer.sentencepiece_model import is_sentencepiece, read_sentencepiece
+from rbee_worker.runtime.untrusted import read_json_object
 
 SPECIAL_TOKEN_KEYS: Final = (
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",

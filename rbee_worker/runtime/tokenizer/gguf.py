@@ -1,20 +1,21 @@
 """A tokenizer from a GGUF file's vocabulary: byte-level BPE or SentencePiece, as the model's own files have it.
 
 A SentencePiece vocabulary (``tokenizer.ggml.model`` is ``llama``) says all that is needed. For byte-level BPE GGUF
-names the rule that cuts text before the merges (``tokenizer.ggml.pre``) but does not hold it; the table below does, one
-entry per name, from the tokenizer.json that the family publishes. A name that is not in the table is refused: a wrong
-cut gives text that looks right and a model that is quietly worse.
+names the rule that cuts text before the merges (``tokenizer.ggml.pre``) but does not hold it: the table in
+``pre_tokenizers`` does. A name that is not in it is refused: a wrong cut gives text that looks right and a model that
+is quietly worse.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.runtime.formats.safetensors import quoted
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.gguf.header import special_token, strings
+from rbee_worker.runtime.formats.gguf.model import GGUFModel
+from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from rbee_worker.runtime.tokenizer.sentencepiece import build_sentencepiece
 from rbee_worker.runtime.tokenizer.sentencepiece_model import Piece, PieceType, SentencePieceModel
 
@@ -24,69 +25,39 @@ _SENTENCEPIECE: Final = "llama"
 _PHI3_PLAIN: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+def read_tokenizer(model: GGUFModel) -> Tokenizer:
+    """The tokenizer of a GGUF file, rebuilt from its vocabulary and merges.
 
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """How one family cuts text before the merges.
-
-    Attributes:
-        split: the regular expression whose matches are the pieces; None: GPT-2's, which ByteLevel has built in.
-        single_digits: every digit is a piece of its own, before anything else.
-        nfc: text is brought to Unicode normal form C first.
-        ignore_merges: a piece that is a whole token is taken as it is, whatever the merges make of it.
-        add_bos: the default of ``tokenizer.ggml.add_bos_token``.
+    Raises:
+        ModelUnsupported, ModelMalformed: as :func:`build_tokenizer`; or the vocabulary is larger than the embedding.
     """
-
-    split: str | None = None
-    single_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-    def build(self) -> pre_tokenizers.PreTokenizer:
-        """The pre-tokenizer, ending in bytes."""
-        if self.split is None:
-            last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-            steps: list[Any] = [last]
-        else:
-            cut = pre_tokenizers.Split(Regex(self.split), behavior="isolated")
-            steps = [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        if self.single_digits:
-            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-        return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer = build_tokenizer(model.header.metadata, file=model.path.name)
+    tokens, rows = tokenizer.get_vocab_size(), model.vocabulary_size
+    if tokens > rows:
+        raise ModelMalformed(
+            f"{model.path.name}: the vocabulary has {tokens} tokens but the embedding {rows} rows.",
+            hint=_DOWNLOAD_AGAIN,
+        )
+    return tokenizer
 
 
-_WORD_CASES = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-)
-_TEKKEN_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-_LLAMA3 = PreTokenizer(split=rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, add_bos=True)
-_QWEN2 = PreTokenizer(split=rf"{_WORDS}|\p{{N}}|{_REST}", nfc=True)
-_CL100K = PreTokenizer(split=_LLAMA3.split)
-_TEKKEN = PreTokenizer(split=rf"{_WORD_CASES}|\p{{N}}|{_TEKKEN_REST}", ignore_merges=True, add_bos=True)
-_GPT2 = PreTokenizer()
-
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
-    {
-        "smollm": PreTokenizer(single_digits=True),
-        "llama-bpe": _LLAMA3,
-        "llama3": _LLAMA3,
-        "llama-v3": _LLAMA3,
-        "qwen2": _QWEN2,
-        "deepseek-r1-qwen": _QWEN2,
-        "tekken": _TEKKEN,
-        "dbrx": _CL100K,
-        "smaug-bpe": _CL100K,
-        "gpt-2": _GPT2,
-        "default": _GPT2,
+def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
+    """What Hugging Face's tokenizer_config.json would say, as far as the file says it."""
+    fields = model.header.metadata
+    config: dict[str, Any] = {
+        "add_bos_token": adds_bos(fields),
+        "add_eos_token": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.count("context_length"),
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
-)
-"""By the value of ``tokenizer.ggml.pre``."""
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
+        found = model.special_token(role)
+        if found is not None:
+            config[f"{key}_token"] = found[1]
+    template = model.chat_template()
+    return config if template is None else config | {"chat_template": template}
 
 
 def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -> Tokenizer:
@@ -107,7 +78,7 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -
     if fields.get("tokenizer.ggml.model") == _SENTENCEPIECE:
         return _build_sentencepiece(fields, file)
     family = _pre_tokenizer(fields, file)
-    tokens = _strings(fields, "tokenizer.ggml.tokens", file)
+    tokens = strings(fields, "tokenizer.ggml.tokens", file)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         first: dict[str, int] = {}
@@ -129,7 +100,7 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -
 
 
 def _build_sentencepiece(fields: Mapping[str, Any], file: str) -> Tokenizer:
-    tokens = _strings(fields, "tokenizer.ggml.tokens", file)
+    tokens = strings(fields, "tokenizer.ggml.tokens", file)
     types, scores = _types(fields, len(tokens), file), fields.get("tokenizer.ggml.scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) for score in scores)
     if not isinstance(scores, list) or len(scores) != len(tokens) or not numbers:
@@ -168,22 +139,6 @@ def adds_bos(fields: Mapping[str, Any]) -> bool:
     return bool(fields.get("tokenizer.ggml.add_bos_token", usual))
 
 
-def special_token(fields: Mapping[str, Any], role: str, *, file: str) -> tuple[int, str] | None:
-    """The id and text of a token that the metadata names by its role: ``bos``, ``eos`` or ``padding``.
-
-    Raises:
-        ModelMalformed: the id is outside the vocabulary.
-    """
-    key = f"tokenizer.ggml.{role}_token_id"
-    index = fields.get(key)
-    if index is None:
-        return None
-    tokens = _strings(fields, "tokenizer.ggml.tokens", file)
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise ModelMalformed(f"{file}: {key} is {quoted(index)}; the vocabulary has {len(tokens)} tokens.")
-    return index, tokens[index]
-
-
 def _pre_tokenizer(fields: Mapping[str, Any], file: str) -> PreTokenizer:
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
@@ -206,16 +161,9 @@ def _shown(value: object) -> str:
     return "missing" if value is None else quoted(value)
 
 
-def _strings(fields: Mapping[str, Any], key: str, file: str) -> list[str]:
-    value = fields.get(key)
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise ModelMalformed(f"{file}: {key} is missing or not a list of strings.", hint=_DOWNLOAD_AGAIN)
-    return value
-
-
 def _merges(fields: Mapping[str, Any], file: str) -> list[str]:
     # A vocabulary of single bytes has no merges, and an empty array has no element type to check.
-    return [] if fields.get("tokenizer.ggml.merges") == [] else _strings(fields, "tokenizer.ggml.merges", file)
+    return [] if fields.get("tokenizer.ggml.merges") == [] else strings(fields, "tokenizer.ggml.merges", file)
 
 
 def _types(fields: Mapping[str, Any], count: int, file: str) -> list[int]:

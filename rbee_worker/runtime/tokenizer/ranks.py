@@ -15,9 +15,10 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported, sentence
-from rbee_worker.runtime.formats.safetensors import parse_json_object, quoted
+from rbee_worker.escape import quoted
 from rbee_worker.runtime.tokenizer.byte_level import CHAR_OF
-from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS, PreTokenizer
+from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from rbee_worker.runtime.untrusted import parse_json_object
 
 _HINT: Final = "Download the file again."
 _OTHER_FILE: Final = "Put a tokenizer.json of this model into the folder: transformers' save_pretrained writes one."

@@ -11,8 +11,8 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rbee_worker.errors import ModelMalformed
+from rbee_worker.escape import quoted
 from rbee_worker.panics import panics_as_errors
-from rbee_worker.runtime.formats.safetensors import quoted
 from rbee_worker.runtime.tokenizer.sentencepiece_model import Piece, PieceType, SentencePieceModel
 
 SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"

@@ -20,10 +20,15 @@ from rbee_worker.runtime.tokenizer.lookalikes import LookAlikes, SecretNames
 class TokenizerFiles(Protocol):
     """What a model's files say about its tokenizer; ``source.ModelSource`` is one."""
 
+    @property
     def tokenizer(self) -> tokenizers.Tokenizer: ...
-    def tokenizer_config(self) -> dict[str, Any]: ...
-    def config(self) -> dict[str, Any]: ...
-    def generation_config(self) -> dict[str, Any]: ...
+    @property
+    def tokenizer_config(self) -> Mapping[str, Any]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def generation_config(self) -> Mapping[str, Any]: ...
+    @property
     def chat_templates(self) -> Mapping[str, str]: ...
 
 
@@ -64,15 +69,15 @@ class Tokenizer:
         Raises:
             ModelMalformed: one of them is damaged.
         """
-        backend = files.tokenizer()
+        backend = files.tokenizer
         backend.no_padding()
         backend.no_truncation()
-        config = files.tokenizer_config()
+        config = files.tokenizer_config
         special = {key: text for key in SPECIAL_TOKEN_KEYS if (text := token_text(config.get(key))) is not None}
-        texts = dict(files.chat_templates())
+        texts = dict(files.chat_templates)
         text = texts.pop("default", None)
         template = ChatTemplate(text, special, named=texts) if text is not None else None
-        eos_ids = _ids(files.generation_config(), "generation_config.json") | _ids(files.config(), "config.json")
+        eos_ids = _ids(files.generation_config, "generation_config.json") | _ids(files.config, "config.json")
         if not eos_ids and (named := special.get("eos_token")) is not None:
             found = backend.token_to_id(named)
             eos_ids = frozenset() if found is None else frozenset({found})

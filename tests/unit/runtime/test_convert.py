@@ -75,13 +75,13 @@ def test_the_real_model_reads_back(converted: tuple[Path, list[ConvertProgress]]
     out, progress = converted
     before, after = resolve(str(real_gguf)), resolve(str(out))
     assert after.format == "safetensors"
-    assert after.config() == before.config()
-    assert after.generation_config() == before.generation_config()
-    assert after.chat_template() == before.chat_template() is not None
-    assert after.tokenizer().to_str() == before.tokenizer().to_str()
-    shapes = {name: info.shape for name, info in before.checkpoint().tensors.items()}
-    assert {name: info.shape for name, info in after.checkpoint().tensors.items()} == shapes
-    assert set(after.checkpoint().dtypes) == {"F16", "F32"}
+    assert after.config == before.config
+    assert after.generation_config == before.generation_config
+    assert after.chat_templates.get("default") == before.chat_templates.get("default") is not None
+    assert after.tokenizer.to_str() == before.tokenizer.to_str()
+    shapes = {name: info.shape for name, info in before.checkpoint.tensors.items()}
+    assert {name: info.shape for name, info in after.checkpoint.tensors.items()} == shapes
+    assert set(after.checkpoint.dtypes) == {"F16", "F32"}
     assert progress[-1].bytes_written == (out / "model.safetensors").stat().st_size
 
 
@@ -116,15 +116,15 @@ def test_dtypes(
 ) -> None:
     list(convert(tiny, tmp_path / "out", dtype=dtype))
     after = resolve(str(tmp_path / "out"))
-    dtypes = {name.split(".")[-2]: info.dtype for name, info in after.checkpoint().tensors.items()}
+    dtypes = {name.split(".")[-2]: info.dtype for name, info in after.checkpoint.tensors.items()}
     assert {part: dtypes[part] for part in expected} == expected
-    assert after.config()["torch_dtype"] == torch_dtype
+    assert after.config["torch_dtype"] == torch_dtype
 
 
 def test_values_and_row_order(tiny: ModelSource, tmp_path: Path) -> None:
     list(convert(tiny, tmp_path / "out", dtype="float32"))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
-        for name, info in tiny.checkpoint().tensors.items():
+        for name, info in tiny.checkpoint.tensors.items():
             data = np.fromfile(tiny.path, dtype=np.uint8, count=info.nbytes, offset=info.offset)
             np.testing.assert_array_equal(file.get_tensor(name), dequantize(info, data))
 
@@ -161,8 +161,8 @@ def test_a_safetensors_model_is_copied_byte_for_byte(
     for name, info in read_header(tmp_path / "out" / "model.safetensors")[0].items():
         assert (info.dtype, list(info.shape), raw[info.offset : info.offset + info.nbytes]) == data[name]
     after = resolve(str(tmp_path / "out"))
-    assert after.config() == {"torch_dtype": "bfloat16", "model_type": "llama", "extra": "é"}
-    assert after.chat_template() == "J"
+    assert after.config == {"torch_dtype": "bfloat16", "model_type": "llama", "extra": "é"}
+    assert after.chat_templates.get("default") == "J"
     assert (after.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 

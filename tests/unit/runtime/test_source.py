@@ -28,13 +28,13 @@ def test_a_folder(model_folder: Folder) -> None:
     folder = model_folder("smol")
     source = resolve(str(folder))
     assert (source.name, source.path, source.format, source.folder) == ("smol", folder, "safetensors", folder)
-    assert list(source.checkpoint().tensors) == ["model.norm.weight"]
-    assert source.config() == {"model_type": "llama", "torch_dtype": "float32"}
-    assert source.generation_config() == {}
-    assert source.tokenizer_config() == {}
-    assert source.chat_template() is None
-    assert source.tokenizer().decode(source.tokenizer().encode("hé").ids) == "hé"
-    assert source.tokenizer_json() == (folder / "tokenizer.json").read_text()
+    assert list(source.checkpoint.tensors) == ["model.norm.weight"]
+    assert source.config == {"model_type": "llama", "torch_dtype": "float32"}
+    assert source.generation_config == {}
+    assert source.tokenizer_config == {}
+    assert source.chat_templates.get("default") is None
+    assert source.tokenizer.decode(source.tokenizer.encode("hé").ids) == "hé"
+    assert source.tokenizer_json == (folder / "tokenizer.json").read_text()
 
 
 def test_a_relative_folder_has_a_name(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_a_safetensors_file(model_folder: Folder) -> None:
     folder = model_folder("smol")
     source = resolve(str(folder / "model.safetensors"))
     assert (source.name, source.format, source.folder) == ("smol", "safetensors", folder)
-    assert source.config()["model_type"] == "llama"
+    assert source.config["model_type"] == "llama"
     renamed = (folder / "model.safetensors").rename(folder / "fine-tune.safetensors")
     assert resolve(str(renamed)).name == "fine-tune"
 
@@ -66,12 +66,12 @@ def test_a_gguf_file(tmp_path: Path, files: SimpleNamespace) -> None:
     path = files.write_gguf(tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{{ messages }}"})
     source = resolve(str(path))
     assert (source.name, source.path, source.format) == ("tiny", path, "gguf")
-    assert source.config()["model_type"] == "llama"
-    assert source.generation_config()["eos_token_id"] == 259
-    assert source.tokenizer_config()["model_max_length"] == 128
-    assert source.chat_template() == "{{ messages }}"
-    assert "model.norm.weight" in source.checkpoint().tensors
-    assert source.tokenizer().to_str() == source.tokenizer_json()
+    assert source.config["model_type"] == "llama"
+    assert source.generation_config["eos_token_id"] == 259
+    assert source.tokenizer_config["model_max_length"] == 128
+    assert source.chat_templates.get("default") == "{{ messages }}"
+    assert "model.norm.weight" in source.checkpoint.tensors
+    assert source.tokenizer.to_str() == source.tokenizer_json
 
 
 def test_a_folder_with_one_gguf_file(tmp_path: Path, files: SimpleNamespace) -> None:
@@ -161,7 +161,7 @@ def test_neither_a_path_nor_an_id(model: str, tmp_path: Path, monkeypatch: pytes
 def test_a_damaged_config(model_folder: Folder, data: bytes, message: str) -> None:
     source = resolve(str(model_folder(**{"config.json": data})))
     with pytest.raises(ModelMalformed) as caught:
-        source.config()
+        _ = source.config
     assert caught.value.message.startswith(message)
     assert caught.value.exit_code == 3
 
@@ -170,7 +170,7 @@ def test_a_config_that_goes_away(model_folder: Folder) -> None:
     source = resolve(str(model_folder()))
     (source.folder / "config.json").unlink()
     with pytest.raises(ModelNotFound, match=r"config\.json: no such file\. Download the model's config\.json"):
-        source.config()
+        _ = source.config
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_config_that_goes_away(model_folder: Folder) -> None:
 def test_a_damaged_tokenizer(model_folder: Folder, data: bytes, message: str) -> None:
     source = resolve(str(model_folder(**{"tokenizer.json": data})))
     with pytest.raises(ModelMalformed) as caught:
-        source.tokenizer()
+        _ = source.tokenizer
     assert message in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 3
@@ -196,15 +196,15 @@ def with_template(template: object) -> dict[str, bytes]:
 
 def test_chat_template(model_folder: Folder) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert resolve(str(model_folder("a", **with_template("S")))).chat_template() == "S"
-    assert resolve(str(model_folder("b", **with_template(named)))).chat_template() == "D"
-    assert resolve(str(model_folder("c", **with_template(named[:1])))).chat_template() is None
+    assert resolve(str(model_folder("a", **with_template("S")))).chat_templates.get("default") == "S"
+    assert resolve(str(model_folder("b", **with_template(named)))).chat_templates.get("default") == "D"
+    assert resolve(str(model_folder("c", **with_template(named[:1])))).chat_templates.get("default") is None
     both = with_template("S") | {"chat_template.jinja": "J é".encode()}
-    assert resolve(str(model_folder("d", **both))).chat_template() == "J é"
+    assert resolve(str(model_folder("d", **both))).chat_templates.get("default") == "J é"
     with pytest.raises(ModelMalformed, match=r"tokenizer_config\.json: chat_template is a int"):
-        resolve(str(model_folder("e", **with_template(5)))).chat_template()
+        resolve(str(model_folder("e", **with_template(5)))).chat_templates.get("default")
     with pytest.raises(ModelMalformed, match=r"chat_template\.jinja is not UTF-8"):
-        resolve(str(model_folder("f", **{"chat_template.jinja": b"\xff"}))).chat_template()
+        resolve(str(model_folder("f", **{"chat_template.jinja": b"\xff"}))).chat_templates.get("default")
 
 
 # -- the embedded default

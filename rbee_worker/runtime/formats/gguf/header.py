@@ -18,7 +18,8 @@ from typing import Any, Final
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.runtime.formats.safetensors import MAX_ELEMENTS, MAX_TENSORS, quoted
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import MAX_ELEMENTS, MAX_TENSORS
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -94,6 +95,34 @@ def read_header(path: Path) -> GGUFHeader:
         raise ModelNotFound(f"{path}: no such file.") from error
     except OSError as error:
         raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def special_token(fields: Mapping[str, Any], role: str, *, file: str) -> tuple[int, str] | None:
+    """The id and text of a token that the metadata names by its role: ``bos``, ``eos`` or ``padding``.
+
+    Raises:
+        ModelMalformed: the id is outside the vocabulary.
+    """
+    key = f"tokenizer.ggml.{role}_token_id"
+    index = fields.get(key)
+    if index is None:
+        return None
+    tokens = strings(fields, "tokenizer.ggml.tokens", file)
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise ModelMalformed(f"{file}: {key} is {quoted(index)}; the vocabulary has {len(tokens)} tokens.")
+    return index, tokens[index]
+
+
+def strings(fields: Mapping[str, Any], key: str, file: str) -> list[str]:
+    """A list of strings of the metadata.
+
+    Raises:
+        ModelMalformed: there is none under this key.
+    """
+    value = fields.get(key)
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        raise ModelMalformed(f"{file}: {key} is missing or not a list of strings.", hint=_DOWNLOAD_AGAIN)
+    return value
 
 
 class _Parser:

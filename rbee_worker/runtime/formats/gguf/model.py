@@ -1,4 +1,4 @@
-"""A GGUF file seen as a Hugging Face model: names, shapes, config.json, tokenizer.
+"""A GGUF file seen as a Hugging Face model: names, shapes, config.json.
 
 ggml's names and conventions end here. For Llama that includes the row order of the query and key projections:
 llama.cpp stores them for a rotary embedding over neighbouring pairs, Hugging Face for one over the two halves of a
@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize as ggml_dequantize
-from tokenizers import Tokenizer
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES, ROPE_FACTORS, Architecture
-from rbee_worker.runtime.formats.gguf.header import GGUFHeader, GGUFTensor, read_header
-from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo, quoted
-from rbee_worker.runtime.tokenizer.gguf import adds_bos, build_tokenizer, special_token
+from rbee_worker.runtime.formats.gguf.header import GGUFHeader, GGUFTensor, read_header, special_token
 
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
@@ -97,21 +96,21 @@ class GGUFModel:
             ModelMalformed: a value is missing or impossible.
             ModelUnsupported: a feature that the decoder would get wrong if it were ignored.
         """
-        heads, kv_heads = self._count("attention.head_count"), self._count("attention.head_count_kv")
-        hidden = self._count("embedding_length")
+        heads, kv_heads = self.count("attention.head_count"), self.count("attention.head_count_kv")
+        hidden = self.count("embedding_length")
         head_dim, theta = self._head_dim(hidden, heads), float(str(np.float32(self._number("rope.freq_base", 10000.0))))
         names = self.checkpoint.tensors
         config: dict[str, Any] = {
             "architectures": [self.architecture.name],
             "model_type": self.architecture.model_type,
             "hidden_size": hidden,
-            "intermediate_size": self._count("feed_forward_length"),
-            "num_hidden_layers": self._count("block_count"),
+            "intermediate_size": self.count("feed_forward_length"),
+            "num_hidden_layers": self.count("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "max_position_embeddings": self._count("context_length"),
-            "vocab_size": self._vocabulary_size(),
+            "max_position_embeddings": self.count("context_length"),
+            "vocab_size": self.vocabulary_size,
             # The metadata holds a 32-bit float; its shortest decimal is what config.json said: 1e-05.
             "rms_norm_eps": float(str(np.float32(self._number("attention.layer_norm_rms_epsilon")))),
             "rope_theta": theta,
@@ -148,7 +147,7 @@ class GGUFModel:
         """``bos_token_id``, ``pad_token_id`` and ``eos_token_id``: a list when several tokens end generation."""
         ids = self._token_ids()
         ends = [ids["eos_token_id"]] if "eos_token_id" in ids else []
-        ends += [found[0] for role in ("eot", "eom") if (found := self._special(role)) is not None]
+        ends += [found[0] for role in ("eot", "eom") if (found := self.special_token(role)) is not None]
         tokens = self.header.metadata.get("tokenizer.ggml.tokens", [])
         types = self.header.metadata.get("tokenizer.ggml.token_type", [])
         control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == 3}  # noqa: PLR2004 (control)
@@ -158,35 +157,44 @@ class GGUFModel:
             ids["eos_token_id"] = unique[0] if len(unique) == 1 else unique
         return ids
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding.
+
+        Raises:
+            ModelMalformed: there is none.
+        """
+        embedding = self.checkpoint.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise self._malformed("there is no token_embd.weight.")
+        return embedding.shape[0]
+
+    def count(self, key: str) -> int:
+        """A whole number above 0 of the architecture's metadata; ``key`` is without the prefix.
+
+        Raises:
+            ModelMalformed: it is missing or something else.
+            ModelUnsupported: it differs from layer to layer.
+        """
+        value = self._value(key)
+        if value is None and key == "attention.head_count_kv":
+            return self.count("attention.head_count")
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if isinstance(value, list):
+            raise ModelUnsupported(f"{self.path.name}: {self.prefix}.{key} differs from layer to layer.")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._malformed(f"{self.prefix}.{key} is {quoted(value)}; it must be a whole number above 0.")
+        return value
+
+    def special_token(self, role: str) -> tuple[int, str] | None:
+        """The id and text of the token of a role, as :func:`~.header.special_token`."""
+        return special_token(self.header.metadata, role, file=self.path.name)
+
     def chat_template(self) -> str | None:
         """The Jinja template of a conversation, if the file has one."""
         template = self.header.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        """What Hugging Face's tokenizer_config.json would say, as far as the file says it."""
-        fields = self.header.metadata
-        config: dict[str, Any] = {
-            "add_bos_token": adds_bos(fields),
-            "add_eos_token": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": self._count("context_length"),
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
-            found = self._special(role)
-            if found is not None:
-                config[f"{key}_token"] = found[1]
-        template = self.chat_template()
-        return config if template is None else config | {"chat_template": template}
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, rebuilt from the vocabulary and merges (see ``tokenizer.gguf``)."""
-        tokenizer = build_tokenizer(self.header.metadata, file=self.path.name)
-        tokens, rows = tokenizer.get_vocab_size(), self._vocabulary_size()
-        if tokens > rows:
-            raise self._malformed(f"the vocabulary has {tokens} tokens but the embedding {rows} rows.")
-        return tokenizer
 
     def _malformed(self, problem: str) -> ModelMalformed:
         return ModelMalformed(f"{self.path.name}: {problem}", hint=_DOWNLOAD_AGAIN)
@@ -201,22 +209,10 @@ class GGUFModel:
             raise self._malformed(f"{self.prefix}.{key} is {quoted(value)}; it must be a number above 0.")
         return value
 
-    def _count(self, key: str) -> int:
-        value = self._value(key)
-        if value is None and key == "attention.head_count_kv":
-            return self._count("attention.head_count")
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
-        if isinstance(value, list):
-            raise ModelUnsupported(f"{self.path.name}: {self.prefix}.{key} differs from layer to layer.")
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._malformed(f"{self.prefix}.{key} is {quoted(value)}; it must be a whole number above 0.")
-        return value
-
     def _head_dim(self, hidden: int, heads: int) -> int:
         if self._value("attention.key_length") is None and hidden % heads:
             raise self._malformed(f"{heads} heads do not divide {self.prefix}.embedding_length {hidden}.")
-        head_dim = self._count("attention.key_length") if self._value("attention.key_length") else hidden // heads
+        head_dim = self.count("attention.key_length") if self._value("attention.key_length") else hidden // heads
         partial = ("rope.dimension_count",) if not self.architecture.partial_rotary else ()
         for key in ("attention.value_length", *partial):
             value = self._value(key, head_dim)
@@ -227,23 +223,14 @@ class GGUFModel:
                 )
         return head_dim
 
-    def _vocabulary_size(self) -> int:
-        embedding = self.checkpoint.tensors.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise self._malformed("there is no token_embd.weight.")
-        return embedding.shape[0]
-
     def _refuse_experts(self) -> None:
         experts = self._value("expert_count", 0)
         if experts:
             raise ModelUnsupported(f"{self.path.name}: a mixture of {experts} experts in a GGUF file is not supported.")
 
-    def _special(self, role: str) -> tuple[int, str] | None:
-        return special_token(self.header.metadata, role, file=self.path.name)
-
     def _token_ids(self) -> dict[str, Any]:
         roles = (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id"))
-        return {key: found[0] for role, key in roles if (found := self._special(role)) is not None}
+        return {key: found[0] for role, key in roles if (found := self.special_token(role)) is not None}
 
     def _info(self, tensor: GGUFTensor) -> TensorInfo:
         if tensor.type.name not in TENSOR_TYPES:
@@ -257,7 +244,7 @@ class GGUFModel:
         if match is not None and match[2] in self.architecture.block:
             name = f"model.layers.{int(match[1])}.{self.architecture.block[match[2]]}.{match[3]}"
             key = self.architecture.interleaved_rope.get(match[2])
-            heads = self._count(key) if key is not None else 0
+            heads = self.count(key) if key is not None else 0
         if name is None:
             self._refuse_experts()
             raise ModelUnsupported(
@@ -303,7 +290,7 @@ class GGUFModel:
         for key in self.header.metadata:
             if key.startswith(prefix) and key.removeprefix(prefix) not in known:
                 raise ModelUnsupported(f"{self.path.name}: {quoted(key)} is not supported.")
-        original = self._count("rope.scaling.original_context_length")
+        original = self.count("rope.scaling.original_context_length")
         factor = float(self._number("rope.scaling.factor"))
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
 

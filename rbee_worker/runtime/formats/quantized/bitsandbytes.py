@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rbee_worker.errors import ModelMalformed
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.options import QuantizationReader
 from rbee_worker.runtime.formats.quantized.tensor import Codebook, Grouped, Stored, read_now
-from rbee_worker.runtime.formats.safetensors import TensorInfo, parse_json_object, quoted
+from rbee_worker.runtime.untrusted import parse_json_object
 
 KINDS = ("nf4", "fp4")
 _LEVELS = 16

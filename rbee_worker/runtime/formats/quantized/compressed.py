@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.options import QuantizationReader
 from rbee_worker.runtime.formats.quantized.tensor import FLOATS, WORD_BITS, Grouped, Packing, Stored, groups_of, names
-from rbee_worker.runtime.formats.safetensors import TensorInfo, quoted
 
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")

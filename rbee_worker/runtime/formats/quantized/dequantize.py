@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import check_finite
 from rbee_worker.runtime.formats.quantized.tensor import WORD_BITS, Codebook, Grouped, QuantizedTensor
-from rbee_worker.runtime.formats.safetensors import TensorInfo, quoted
 
 _WEIGHTS = 2**20
 """Weights that are computed at once: each takes a dozen bytes on the way."""

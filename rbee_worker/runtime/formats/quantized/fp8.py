@@ -7,9 +7,9 @@ https://huggingface.co/docs/transformers/quantization/finegrained_fp8 and .../qu
 
 from dataclasses import dataclass
 
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.options import QuantizationReader
 from rbee_worker.runtime.formats.quantized.tensor import FLOATS, Grouped, Stored
-from rbee_worker.runtime.formats.safetensors import TensorInfo
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 _ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale")

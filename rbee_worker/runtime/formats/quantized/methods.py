@@ -8,14 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from rbee_worker.errors import ModelUnsupported
+from rbee_worker.runtime.formats.checkpoint import Checkpoint
 from rbee_worker.runtime.formats.quantized.bitsandbytes import read_bitsandbytes
 from rbee_worker.runtime.formats.quantized.compressed import read_compressed
 from rbee_worker.runtime.formats.quantized.fp8 import read_fp8
 from rbee_worker.runtime.formats.quantized.gptq import read_awq, read_gptq
 from rbee_worker.runtime.formats.quantized.options import QuantizationReader, quantization_section
 from rbee_worker.runtime.formats.quantized.tensor import Format, QuantizedTensor, Stored
-from rbee_worker.runtime.formats.safetensors import Checkpoint
-from rbee_worker.runtime.source import ModelSource
 from rbee_worker.runtime.untrusted import ConfigReader
 
 _MXFP4, _MXFP4_ARCHITECTURE = "mxfp4", "GptOssForCausalLM"
@@ -58,34 +57,35 @@ def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | 
     return METHODS[method](options)
 
 
-def read_checkpoint(source: ModelSource) -> tuple[Checkpoint, str]:
-    """A model's tensors with their true shapes, and how they are stored.
+def present(checkpoint: Checkpoint, config: Mapping[str, Any], *, file: str = "config.json") -> tuple[Checkpoint, str]:
+    """A checkpoint with the true shapes of its tensors, and how they are stored.
+
+    Args:
+        checkpoint: the tensors as the files have them.
+        config: what ``config.json`` holds.
+        file: how messages name it.
 
     Returns:
-        The checkpoint, quantized modules as one :class:`QuantizedTensor` each; and for people ``BF16``, ``Q4_1, F32``,
+        The checkpoint, quantized modules as one :class:`QuantizedTensor` each; and for people ``BF16``,
         or ``gptq 4-bit, groups of 128, dequantized``.
 
     Raises:
-        ModelError: the files are malformed or unsupported.
+        ModelMalformed: an option of the quantization is of the wrong type, or tensors and options disagree.
+        ModelUnsupported: a method or an option that is not handled, by name.
     """
-    checkpoint = source.checkpoint()
-    return present(checkpoint, source.config()) if source.format == "safetensors" else (checkpoint, _plain(checkpoint))
-
-
-def present(checkpoint: Checkpoint, config: Mapping[str, Any], *, file: str = "config.json") -> tuple[Checkpoint, str]:
-    """As :func:`read_checkpoint`, of a checkpoint and its ``config.json``."""
     found = read_quantization(ConfigReader(config, file))
     if found is None:
-        return checkpoint, _plain(checkpoint)
+        return checkpoint, stored_as(checkpoint)
     format_, ignored = found
     stored = Stored(checkpoint, ignored)
     format_.present(stored)
     whole = stored.checkpoint()
     schemes = dict.fromkeys(info.scheme.what for info in whole.tensors.values() if isinstance(info, QuantizedTensor))
-    return whole, f"{'; '.join(schemes)}, dequantized" if schemes else _plain(checkpoint)
+    return whole, f"{'; '.join(schemes)}, dequantized" if schemes else stored_as(checkpoint)
 
 
-def _plain(checkpoint: Checkpoint) -> str:
+def stored_as(checkpoint: Checkpoint) -> str:
+    """How the tensors of a plain checkpoint or a GGUF file are stored, for people: ``BF16``, or ``Q4_1, F32``."""
     if any(name.endswith("_blocks") for name in checkpoint.tensors):
         return f"{_MXFP4}, blocks of 32, dequantized"
     return ", ".join(checkpoint.dtypes)

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from rbee_worker.errors import ModelMalformed
-from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo, quoted
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 
 WORD_BITS = 32
 _MAX_BIAS_BYTES = 2**24

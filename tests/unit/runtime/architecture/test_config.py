@@ -62,7 +62,6 @@ LLAMA3 = {
         ({"rms_norm_eps": float("nan")}, ModelMalformed, "rms_norm_eps is nan"),
         ({"tie_word_embeddings": 1}, ModelMalformed, "tie_word_embeddings is 1; it must be true or false"),
         ({"hidden_act": "relu"}, ModelUnsupported, "hidden_act 'relu'"),
-        ({"quantization_config": {"quant_method": "spqr"}}, ModelUnsupported, "spqr"),
         ({"partial_rotary_factor": 0.5}, ModelUnsupported, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"rope_type": "xpos", "factor": 2}}, ModelUnsupported, "rotary scaling 'xpos' is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, ModelMalformed, "factor is missing"),

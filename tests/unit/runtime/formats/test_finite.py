@@ -15,8 +15,8 @@ from rbee_worker.config import DTypeName, EngineConfig, Quantization
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.events import Ready
 from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import all_finite, check_finite
-from rbee_worker.runtime.formats.safetensors import TensorInfo
 from rbee_worker.runtime.formats.stacked_experts import read_expert
 from tests.tiny import write_tiny_model
 

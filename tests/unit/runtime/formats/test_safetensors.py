@@ -14,20 +14,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported
+from rbee_worker.escape import quoted
+from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, MAX_TENSORS
 from rbee_worker.runtime.formats.safetensors import (
-    DTYPE_BYTES,
     MAX_DIMENSIONS,
     MAX_FILES,
-    MAX_HEADER_BYTES,
-    MAX_JSON_VALUES,
     MAX_METADATA,
-    MAX_TENSORS,
-    parse_json_object,
-    quoted,
     read_header,
-    read_json_object,
     read_safetensors,
 )
+from rbee_worker.runtime.untrusted import MAX_JSON_BYTES, MAX_JSON_VALUES, parse_json_object, read_json_object
 
 
 def test_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -173,10 +169,10 @@ def test_refuses_a_wrong_header(
         (b"", "the file is 0 bytes, shorter than the 8 bytes of a header length."),
         (b"1234567", "the file is 7 bytes, shorter than the 8 bytes of a header length."),
         ((99).to_bytes(8, "little") + b"{}", "the header claims 99 bytes, but only 2 follow its length."),
-        (b"\xff" * 8, f"the header claims {2**64 - 1} bytes; {MAX_HEADER_BYTES} are allowed."),
+        (b"\xff" * 8, f"the header claims {2**64 - 1} bytes; {MAX_JSON_BYTES} are allowed."),
         (
-            (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
-            f"the header claims {MAX_HEADER_BYTES + 1} bytes; {MAX_HEADER_BYTES} are allowed.",
+            (MAX_JSON_BYTES + 1).to_bytes(8, "little"),
+            f"the header claims {MAX_JSON_BYTES + 1} bytes; {MAX_JSON_BYTES} are allowed.",
         ),
     ],
 )

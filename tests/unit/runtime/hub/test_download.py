@@ -63,7 +63,7 @@ def test_chat_templates_in_their_folder_are_fetched(hub: HubServer) -> None:
     path = folder()
     assert hub.fetched() <= NEEDED | templates.keys()  # one content may be fetched once
     assert names_below(path) == NEEDED | templates.keys()
-    assert resolve("org/tiny").chat_templates() == {name: text.decode() for name, text in texts.items()}
+    assert resolve("org/tiny").chat_templates == {name: text.decode() for name, text in texts.items()}
     hub.bare = True
     repo.commit = "d" * 40
     assert names_below(folder()) == NEEDED | templates.keys()

@@ -13,7 +13,7 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.table import parse_config
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.loading.fit import Needs, check_fit, check_host, needs, weights_bytes
-from rbee_worker.runtime.loading.weights import WeightGroup
+from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
 from tests.tiny import CONFIG, write_tiny_model

@@ -16,9 +16,10 @@ from rbee_worker.errors import ModelMalformed
 from rbee_worker.events import LoadCancelled, LoadingEvent, Ready, Stalled
 from rbee_worker.runtime.architecture.table import LLAMA, parse_config
 from rbee_worker.runtime.engine.engine import Engine
-from rbee_worker.runtime.formats.safetensors import TensorInfo, read_safetensors
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.formats.safetensors import read_safetensors
+from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import RawFile, ReadState, TensorReader, WeightReader, open_raw
-from rbee_worker.runtime.loading.weights import WeightGroup, plan_weights
 from rbee_worker.runtime.machine.storage import Storage
 from rbee_worker.runtime.model.decoder import DecoderLayer, Embedding, Output, Part
 from rbee_worker.runtime.model.linear.linear import choose_format
@@ -239,7 +240,7 @@ def test_an_error_of_the_disk_is_told_with_the_file(path: Path) -> None:
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    held = [value for frame in frames if "weights.py" in frame.f_code.co_filename for value in frame.f_locals.values()]
+    held = [value for frame in frames if "parts.py" in frame.f_code.co_filename for value in frame.f_locals.values()]
     assert not [value for value in held if isinstance(value, torch.Tensor)]
 
 

@@ -7,8 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architecture.table import LLAMA, parse_config
-from rbee_worker.runtime.formats.safetensors import TensorInfo, read_safetensors
-from rbee_worker.runtime.loading.weights import PartBuilder, RowBlocks, WeightGroup, empty_on, plan_weights, rows_of
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.formats.safetensors import read_safetensors
+from rbee_worker.runtime.loading.parts import PartBuilder, RowBlocks, empty_on, rows_of
+from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.model.linear.linear import LinearFormat, make_linear
 from tests.tiny import write_tiny_model
 
@@ -120,7 +122,7 @@ def test_blocks_of_rows_are_one_linear_layer() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
-    monkeypatch.setattr("rbee_worker.runtime.loading.weights._BLOCK_WEIGHTS", 64 * 100)  # of 320 rows
+    monkeypatch.setattr("rbee_worker.runtime.loading.parts._BLOCK_WEIGHTS", 64 * 100)  # of 320 rows
     folder = write_tiny_model(tmp_path, intermediate_size=48, tie_word_embeddings=tied)
     stored = load_file(folder / "model.safetensors")
     sizes = []
@@ -134,7 +136,7 @@ def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.
         begin = (info.offset - whole[info.name].offset) // (info.nbytes // info.shape[0])
         target.copy_(stored[info.name][begin : begin + info.shape[0]])
 
-    monkeypatch.setattr("rbee_worker.runtime.loading.weights.make_linear", packed)
+    monkeypatch.setattr("rbee_worker.runtime.loading.parts.make_linear", packed)
     groups = plan(folder)
     whole = {info.name: info for group in groups for info in group.tensors.values()}
     config = parse_config(json.loads((folder / "config.json").read_text()), file="config.json")

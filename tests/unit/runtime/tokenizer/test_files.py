@@ -126,8 +126,8 @@ def test_special_tokens_map_fills_what_tokenizer_config_lacks(tmp_path: Path) ->
     write(tmp_path, **{"config.json": {}, "tokenizer.model": LETTERS, "model.safetensors": b""})
     write(tmp_path, **{"special_tokens_map.json": {"eos_token": "</s>", "bos_token": "x"}})
     write(tmp_path, **{"tokenizer_config.json": {"bos_token": "<s>"}})
-    assert resolve(str(tmp_path)).tokenizer_config() == {"eos_token": "</s>", "bos_token": "<s>"}
-    assert resolve(str(tmp_path)).tokenizer().encode("ab").tokens == ["<s>", "▁ab"]
+    assert resolve(str(tmp_path)).tokenizer_config == {"eos_token": "</s>", "bos_token": "<s>"}
+    assert resolve(str(tmp_path)).tokenizer.encode("ab").tokens == ["<s>", "▁ab"]
 
 
 def test_templates(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.runtime.formats.gguf.header import special_token
 from rbee_worker.runtime.formats.gguf.model import read_gguf
-from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS, adds_bos, build_tokenizer, special_token
+from rbee_worker.runtime.tokenizer.gguf import adds_bos, build_tokenizer, read_tokenizer
+from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 HARD = [
     "",
@@ -114,7 +116,7 @@ def test_any_text_round_trips_through_the_real_vocabulary(
 
 @pytest.fixture(scope="session")
 def real_tokenizer(real_gguf: Path) -> Tokenizer:
-    return read_gguf(real_gguf).tokenizer()
+    return read_tokenizer(read_gguf(real_gguf))
 
 
 @pytest.mark.parametrize("text", HARD)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.tokenizer.byte_level import CHAR_OF
-from rbee_worker.runtime.tokenizer.gguf import PRE_TOKENIZERS
+from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from rbee_worker.runtime.tokenizer.ranks import (
     MERGES_FAMILIES,
     RANK_FAMILIES,

@@ -20,21 +20,26 @@ class Files:
         self._config, self._generation, self._tokenizer = config or {}, generation or {}, tokenizer or {}
         self._template = template
 
+    @property
     def tokenizer(self) -> tokenizers.Tokenizer:
         backend = byte_tokenizer()
         backend.add_special_tokens(["</s>"])
         backend.enable_truncation(2)
         return backend
 
+    @property
     def tokenizer_config(self) -> dict[str, Any]:
         return self._tokenizer
 
+    @property
     def config(self) -> dict[str, Any]:
         return self._config
 
+    @property
     def generation_config(self) -> dict[str, Any]:
         return self._generation
 
+    @property
     def chat_templates(self) -> dict[str, str]:
         return {} if self._template is None else {"default": self._template}
 

@@ -10,8 +10,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.gguf.model import TENSOR_TYPES, GGUFModel, dequantize, llama3_divisors, read_gguf
-from rbee_worker.runtime.formats.safetensors import TensorInfo
+from rbee_worker.runtime.tokenizer.gguf import read_tokenizer, tokenizer_config
 
 
 @pytest.fixture
@@ -386,7 +387,7 @@ def test_tokenizer_config_and_template(path: Path, files: SimpleNamespace) -> No
     metadata = {"tokenizer.chat_template": "{{ messages }}", "tokenizer.ggml.unknown_token_id": 257}
     model = read_gguf(files.write_gguf(path, metadata=metadata))
     assert model.chat_template() == "{{ messages }}"
-    assert model.tokenizer_config() == {
+    assert tokenizer_config(model) == {
         "add_bos_token": False,
         "add_eos_token": False,
         "bos_token": "<|im_start|>",
@@ -403,4 +404,4 @@ def test_tokenizer_config_and_template(path: Path, files: SimpleNamespace) -> No
 def test_vocabulary_larger_than_the_embedding(path: Path, files: SimpleNamespace) -> None:
     model = read_gguf(files.write_gguf(path, tensors=files.llama_tensors(200)))
     with pytest.raises(ModelMalformed, match=r"tiny\.gguf: the vocabulary has 260 tokens but the embedding 200 rows"):
-        model.tokenizer()
+        read_tokenizer(model)

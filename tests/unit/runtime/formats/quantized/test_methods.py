@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbee_worker.errors import ModelError
+from rbee_worker.errors import ModelError, ModelUnsupported
+from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from rbee_worker.runtime.formats.quantized.methods import present
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, names
-from rbee_worker.runtime.formats.safetensors import DTYPE_BYTES, Checkpoint, TensorInfo
 
 FILE = Path("model.safetensors")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -118,3 +118,9 @@ def test_what_is_not_quantized_stays_as_it_is() -> None:
 )
 def test_entries_of_lists_mean_whole_components_of_names(pattern: str, module: str, *, meant: bool) -> None:
     assert names(pattern, module) is meant
+
+
+def test_a_method_that_is_not_known_is_named() -> None:
+    with pytest.raises(ModelUnsupported, match=r"config\.json: the checkpoint is quantized \(spqr\), which") as caught:
+        shown({"a.weight": ("F32", (2, 2))}, {"quant_method": "spqr"})
+    assert "Read are fp8, " in str(caught.value)

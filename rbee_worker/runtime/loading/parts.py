@@ -1,9 +1,6 @@
-"""From tensors in files to the parts of a decoder: which tensor goes where, and in what memory it is put together.
+"""From tensors in files to the parts of a decoder: in what memory each part is put together.
 
-The plan is made from headers alone and is strict both ways: a name the model needs and the files lack, a name the
-files hold and the model does not know, and a shape that disagrees with the config all fail before a byte is read.
-
-Memory: a dense matrix is allocated once, at its final size, and its tensors (q, k and v side by side) are read into
+A dense matrix is allocated once, at its final size, and its tensors (q, k and v side by side) are read into
 their rows of it. A packed matrix is put together in a staging buffer, which the thread uses again for the next one;
 a head is packed in blocks of rows that are no larger. The embedding and the output come first, and the largest matrix
 of a layer before the others, so that the staging is fullest while the most of the model is still missing.
@@ -11,19 +8,17 @@ of a layer before the others, so that the staging is fullest while the most of t
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architecture.config import ModelConfig
-from rbee_worker.runtime.architecture.roles import of_linear, stored_shapes, tensor_name
-from rbee_worker.runtime.architecture.table import Architecture
-from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, is_idle_bias
-from rbee_worker.runtime.formats.safetensors import Checkpoint, TensorInfo, quoted
+from rbee_worker.runtime.architecture.roles import of_linear
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
 from rbee_worker.runtime.formats.stacked_experts import read_expert
+from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.model.decoder import (
     ATTENTION_LINEARS,
     MLP,
@@ -38,19 +33,6 @@ from rbee_worker.runtime.model.decoder import (
 from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, make_linear
 from rbee_worker.runtime.model.moe import Experts
 
-PLAIN_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Stored dtypes that torch has too, by the words of safetensors headers."""
-
-MXFP4_SUFFIXES = ("_blocks", "_scales")
-"""Names of tensors of bytes that are decoded on their way."""
-
 _BLOCK_WEIGHTS = 16 * 2**20
 """A head is packed in blocks of this many weights, or of the largest matrix of a layer where that is more."""
 
@@ -58,71 +40,10 @@ _TOGETHER = 8
 """Rows that a quantized head may have packed into one word: blocks end where words do."""
 
 _MMAP_BYTES = 2**20
-_SHOWN = 3
-"""Names of tensors that a message shows."""
 
 Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
 """Fills a contiguous tensor of ``info.shape``, of any floating dtype and on any device, from the file; the last is the
 dtype that the values will be kept in, which may be a smaller one."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightGroup:
-    """Tensors that become one part of the decoder, by role."""
-
-    kind: Literal["embedding", "layer", "output"]
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    index: int = 0  # of a layer
-
-
-def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Checkpoint) -> list[WeightGroup]:
-    """The groups in loading order: embedding, output, layers by number.
-
-    Raises:
-        ModelMalformed: a tensor is missing, left over, or of another shape than the config says.
-        ModelUnsupported: a tensor's stored dtype is none that weights come in.
-    """
-    left = dict(checkpoint.tensors)
-    table = (config.vocab_size, config.hidden_size)
-
-    def take(name: str, shape: tuple[int, ...]) -> TensorInfo:
-        info = left.pop(name, None)
-        if info is None:
-            raise ModelMalformed(
-                f"{_files(checkpoint)}: tensor '{name}' is missing.", hint="Is the checkpoint complete?"
-            )
-        if info.shape != shape:
-            raise ModelMalformed(
-                f"{info.file.name}: tensor '{name}' has shape {list(info.shape)}; config.json says {list(shape)}."
-            )
-        if not (name.endswith(MXFP4_SUFFIXES) and info.dtype == "U8"):
-            _check_dtype(info)
-        return info
-
-    groups = [WeightGroup("embedding", {"embedding": take(architecture.embedding, table)})]
-    output = {"norm.weight": take(f"{architecture.norm}.weight", (config.hidden_size,))}
-    if config.norm_bias:
-        output["norm.bias"] = take(f"{architecture.norm}.bias", (config.hidden_size,))
-    if config.tie_word_embeddings:
-        left.pop(architecture.head, None)
-    else:
-        output["head"] = take(architecture.head, table)
-    groups.append(WeightGroup("output", output))
-    for index in range(config.num_hidden_layers):
-        shapes = stored_shapes(config, index)
-        tensors = {role: take(tensor_name(architecture, index, role), shape) for role, shape in shapes.items()}
-        groups.append(WeightGroup("layer", tensors, index))
-    leftover = [
-        name for name in left if not name.endswith(architecture.ignored_suffixes) and not is_idle_bias(checkpoint, name)
-    ]
-    if leftover:
-        shown = ", ".join(map(quoted, sorted(leftover)[:_SHOWN]))
-        raise ModelMalformed(
-            f"{_files(checkpoint)}: {len(leftover)} tensors are not part of {config.architecture} "
-            f"with {config.num_hidden_layers} layers: {shown}{', …' if len(leftover) > _SHOWN else ''}.",
-            hint="Does config.json belong to this checkpoint?",
-        )
-    return groups
 
 
 class RowBlocks:
@@ -307,16 +228,3 @@ def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes: {error.strerror}") from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _check_dtype(info: TensorInfo) -> None:
-    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf" and not isinstance(info, QuantizedTensor):
-        raise ModelUnsupported(
-            f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
-            hint=f"Weights may be {', '.join(PLAIN_DTYPES)}.",
-        )
-
-
-def _files(checkpoint: Checkpoint) -> str:
-    files = checkpoint.files
-    return files[0].name if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
