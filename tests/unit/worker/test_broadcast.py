@@ -72,6 +72,19 @@ def test_a_subscriber_in_the_middle_gets_the_latest_counts_and_state_first() -> 
     assert [event.seq for event in asyncio.run(main())] == [2, 3, 4]
 
 
+def test_a_subscriber_between_two_layers_gets_the_latest_counts_once() -> None:
+    async def main() -> list[LoadingEvent]:
+        broadcast = LoadingBroadcast()
+        for event in (RESOLVING, counts(1), counts(2)):
+            broadcast.publish(event)
+        collecting = asyncio.create_task(collect(broadcast))
+        await asyncio.sleep(0)
+        broadcast.publish(terminal(3))
+        return await collecting
+
+    assert asyncio.run(main()) == [counts(2), terminal(3)]
+
+
 def test_a_late_subscriber_gets_the_last_counts_and_the_end() -> None:
     async def main() -> list[LoadingEvent]:
         broadcast = LoadingBroadcast()
