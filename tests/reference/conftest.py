@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rbee_worker.config import EngineConfig
+from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.events import End, Token
 from rbee_worker.runtime.engine.engine import Engine
 from tests.conftest import rewrite_json
 from tests.tiny import byte_tokenizer
@@ -70,3 +71,11 @@ def load(path: Path, dtype: str = "float32", **config: Any) -> Engine:
     for _ in engine.load(str(path)):
         pass
     return engine
+
+
+def answer(engine: Engine, question: str, max_tokens: int = 24) -> str:
+    """The likeliest answer of a chat model."""
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+    events = list(engine.generate(GenerationRequest.from_text(question, system=None, raw=False, sampling=sampling)))
+    assert isinstance(events[-1], End)
+    return "".join(event.t for event in events if isinstance(event, Token))

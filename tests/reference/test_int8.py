@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.events import End, LoadReport, Ready, Token
+from rbee_worker.config import EngineConfig
+from rbee_worker.events import LoadReport, Ready
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Transformer
 from rbee_worker.runtime.model.linear import int8 as linear_int8
@@ -21,7 +21,7 @@ from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import hadamard, quantize_weight, rotate
 from rbee_worker.runtime.model.linear.linear import DenseLinear
 
-from .conftest import load
+from .conftest import answer, load
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
 
 pytestmark = pytest.mark.cpu_forms
@@ -174,15 +174,7 @@ def test_the_real_model_keeps_its_wits(real: Engine, exact: tuple[list[list[int]
 
 
 def test_it_still_knows_the_capital_of_france(real: Engine) -> None:
-    request = GenerationRequest.from_text(
-        "What is the capital of France?",
-        system=None,
-        raw=False,
-        sampling=SamplingParams(temperature=0, max_tokens=24),
-    )
-    events = list(real.generate(request))
-    assert "Paris" in "".join(event.t for event in events if isinstance(event, Token))
-    assert isinstance(events[-1], End)
+    assert "Paris" in answer(real, "What is the capital of France?")
 
 
 def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Batch, Transformer
 
-from .conftest import load
+from .conftest import answer, load
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    if n", "Once upon a time, in a land far away, 人"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -134,9 +134,9 @@ def test_the_real_model_gives_the_reference_logits_and_tokens(model_dir: Path) -
     prompt = torch.tensor([prompts[0]])
     with torch.inference_mode():
         generated = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, eos_token_id=-1
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, eos_token_id=-1
         )
-    assert tokens_after(engine, PROMPTS[0], 64) == generated[0, prompt.shape[1] :].tolist()
+    assert tokens_after(engine, PROMPTS[0], 24) == generated[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.cpu_forms
@@ -151,6 +151,12 @@ def test_sixteen_bit_forms_err_no_more_than_the_reference_does(tiny_llama: Calla
             wanted = exact(torch.tensor([prompt])).logits[0]
             theirs = rounded(torch.tensor([prompt])).logits[0]
         assert relative_error(mine, wanted) < 1.5 * relative_error(theirs, wanted)
+
+
+@pytest.mark.cpu_forms
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_real_model_knows_the_capital_of_france_in_sixteen_bits(model_dir: Path, dtype: str) -> None:
+    assert "Paris" in answer(load(model_dir, dtype, max_context=256), "What is the capital of France?")
 
 
 def test_shards_load_as_one_file_does(tiny_llama: Callable[..., Path]) -> None:
