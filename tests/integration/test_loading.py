@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import write_tiny_model
 
-from .conftest import PROGRAM, environment, run
+from .conftest import run
 
 NOBODY = 65534
 INDEX = "model.safetensors.index.json"
@@ -66,16 +67,19 @@ def test_a_tensor_that_its_shard_lacks_is_named(sharded: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
-def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "model")
+def test_a_file_without_read_permission_is_named() -> None:
+    # Outside of pytest's folders, which are closed to others: as root, the load runs as someone who may not read.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        assert_named(write_tiny_model(Path(folder) / "model"))
+
+
+def assert_named(path: Path) -> None:
     (path / "model.safetensors").chmod(0)
     if os.geteuid() != 0:
         assert "Permission denied" in failure_of(path)
         return
-    # Root may read everything; the load runs as someone who may not, in folders that let everyone pass.
-    for folder in (path, *path.parents[:4]):
-        if folder.is_relative_to("/tmp/pytest-of-root") or folder == path:  # noqa: S108 - where pytest makes folders
-            folder.chmod(0o755)
+    path.chmod(0o755)
     program = (
         "import sys, os\n"
         "from rbee_worker.runtime.engine.engine import Engine\n"  # read as root: the installation may be root's alone
@@ -103,42 +107,42 @@ from rbee_worker.runtime.machine.devices import trim_host_memory
 def resident():
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
 
-def cancelled():
+def cancelled(dtype):
     cancel = threading.Event()
-    for event in Engine(EngineConfig(dtype=sys.argv[2])).load(sys.argv[1], cancel):
-        if isinstance(event, LoadingToVram) and event.layers_loaded >= 5:
+    for event in Engine(EngineConfig(dtype=dtype)).load(sys.argv[1], cancel):
+        if isinstance(event, LoadingToVram) and event.layers_loaded >= 3:
             most = resident()
             cancel.set()
     assert isinstance(event, LoadCancelled), event
     return most
 
-cancelled()  # what libraries set up on first use stays
-before, threads = resident(), threading.active_count()
-files = len(list(Path("/proc/self/fd").iterdir()))
-most = max(cancelled() for _ in range(4))
-deadline = time.monotonic() + 5  # a thread that was in a read for too long is not waited for
-while time.monotonic() < deadline and threading.active_count() > threads:
-    time.sleep(0.01)
-trim_host_memory()  # such a thread frees its part after the load was over: malloc may keep that
-print(before, most, resident())
-assert threading.active_count() == threads
-assert len(list(Path("/proc/self/fd").iterdir())) == files
+for dtype in sys.argv[2:]:
+    cancelled(dtype)  # what libraries set up on first use stays
+    before, threads = resident(), threading.active_count()
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    most = max(cancelled(dtype) for _ in range(4))
+    deadline = time.monotonic() + 50  # a thread that was in a read for too long is not waited for
+    while time.monotonic() < deadline and threading.active_count() > threads:
+        time.sleep(0.01)
+    trim_host_memory()  # such a thread frees its part after the load was over: malloc may keep that
+    print(before, most, resident())
+    assert threading.active_count() == threads
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_cancelled_loads_leave_nothing_behind(tmp_path: Path, dtype: str) -> None:
+def test_cancelled_loads_leave_nothing_behind(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
     path = write_tiny_model(tmp_path / "model", **sizes)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path), dtype], capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-c", MEMORY, str(path), "float32", "float16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
-    before, most, after = map(int, done.stdout.split())
-    assert most > before + 60, "the model is too small to tell"
-    # After four loads: a leak of one layer each would be half of a load. malloc may keep the end of a thread's heap.
-    assert after < before + (most - before) // 4
+    for line in done.stdout.splitlines():
+        before, most, after = map(int, line.split())
+        assert most > before + 60, "the model is too small to tell"
+        # After four loads: a leak of one layer each would be half of a load. malloc may keep the end of a thread's heap.
+        assert after < before + (most - before) // 4
 
 
 STUCK = """
@@ -177,24 +181,18 @@ def test_a_process_ends_though_a_read_never_returns(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_of_loading(gguf_path: Path) -> None:
-    done = run("bench", "load", str(gguf_path), "--runs", "2", "--json")
+    done = run("bench", "load", str(gguf_path), "--runs", "1", "--json")
     assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 2
-    for result in results:
-        assert result["ready_seconds"] > result["read_seconds"] > 0
-        assert result["peak_host_mib"] > result["resident_mib"] > 100
-        assert result["events_percent"] < 1
-    table = run("bench", "load", str(gguf_path), "--runs", "1")
-    assert "until ready / reading" in table.stdout
+    result = json.loads(done.stdout)
+    assert result["ready_seconds"] > result["read_seconds"] > 0
+    assert result["peak_host_mib"] > result["resident_mib"] > 100
+    assert result["events_percent"] < 1
 
 
 def test_a_benchmark_of_a_model_that_does_not_load_says_why(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model")
     (path / "tokenizer.json").write_text("{}")
-    done = subprocess.run(
-        [PROGRAM, "bench", "load", str(path)], capture_output=True, text=True, env=environment(), check=False
-    )
+    done = run("bench", "load", str(path))
     assert done.returncode == 3
     assert "tokenizer.json" in done.stderr
     assert "Traceback" not in done.stderr
