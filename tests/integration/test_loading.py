@@ -141,7 +141,7 @@ def test_cancelled_loads_leave_nothing_behind(tmp_path: Path) -> None:
     for line in done.stdout.splitlines():
         before, most, after = map(int, line.split())
         assert most > before + 60, "the model is too small to tell"
-        # After four loads: a leak of one layer each would be half of a load. malloc may keep the end of a thread's heap.
+        # Four loads that leave a layer each leave half of a load. malloc may keep the end of a thread's heap.
         assert after < before + (most - before) // 4
 
 

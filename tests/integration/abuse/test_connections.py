@@ -61,9 +61,12 @@ def test_a_grammar_that_would_take_for_ever(worker: Served, beside: Beside, name
     with connected(worker) as sock:
         sock.sendall(post(path, body))
         beside.goes_on()
+        assert exchange(worker, get(b"/readyz"))[0] == 200
         status, _, answer = parted(to_the_end(sock))
     assert status == 400
-    assert envelope(answer)["code"] == "INVALID_REQUEST"
+    error = envelope(answer)
+    assert error["code"] == "INVALID_REQUEST"
+    assert re.search("more than 2 s|more than 64 MiB|grammar too big", error["message"])
     # The next grammar is served, by a process that is there again.
     assert worker.infer(prompt="x", max_tokens=2, regex=f"[ab]+|{uuid.uuid4()}")[-1]["event"] == "end"
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -290,8 +291,12 @@ def test_the_time_taken_grows_with_the_length(template, text):
         t.parse(template, part, names=["f"])
         return time.process_time() - begin
 
-    quarter = min(seconds(text[: LONG // 4]) for _ in range(3))
-    assert min(seconds(text) for _ in range(3)) < 12 * quarter + 0.1
+    assert grows_slowly(lambda share: seconds(text[: LONG // share]))
+
+
+def grows_slowly(seconds: Callable[[int], float]) -> bool:
+    """Whether the whole takes less than twelve times what a quarter takes; tried again where something disturbed it."""
+    return any(seconds(1) < 12 * seconds(4) + 0.1 for _ in range(3))
 
 
 def test_one_piece_with_many_calls_is_read_in_linear_time():
@@ -301,8 +306,7 @@ def test_one_piece_with_many_calls_is_read_in_linear_time():
         assert len(t.assembled(deltas)[2]) == count
         return time.process_time() - begin
 
-    quarter = min(seconds(500) for _ in range(3))
-    assert min(seconds(2000) for _ in range(3)) < 12 * quarter + 0.1
+    assert grows_slowly(lambda share: seconds(2000 // share))
 
 
 def test_arguments_are_json():

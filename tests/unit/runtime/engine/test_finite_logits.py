@@ -1,6 +1,7 @@
 """Logits that are not finite end their job with an ``error`` event, on every path, and no other job of the batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,15 +41,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Loaded = Callable[..., Engine]
 
 
+def load(model: Path, **config: object) -> Engine:
+    engine = Engine(EngineConfig(**{"device": "cpu", "dtype": "float32"} | config))
+    for _ in engine.load(str(model)):
+        pass
+    return engine
+
+
 @pytest.fixture
 def loaded(tiny: Path) -> Loaded:
-    def load(**config: object) -> Engine:
-        engine = Engine(EngineConfig(**{"device": "cpu", "dtype": "float32"} | config))
-        for _ in engine.load(str(tiny)):
-            pass
-        return engine
-
-    return load
+    return functools.partial(load, tiny)
 
 
 def request(prompt: str, job_id: str, **sampling: object) -> GenerationRequest:
@@ -100,29 +102,37 @@ def assert_failed(events: list[InferenceEvent]) -> None:
     assert "logits are not finite numbers" in last.message
 
 
+def with_neighbors(tiny: Path, path: str, speculate: int) -> Engine:
+    """Three jobs whose prompts are fine, one of which goes the path."""
+    engine = load(tiny, speculate=speculate, prefill_chunk=16)
+    poison(engine)
+    engine.submit(request("abab" * 4, "one", temperature=0))
+    engine.submit(request("xyz", "two", **PATHS["nucleus"]))
+    engine.submit(request("a b", "three", **PATHS[path]))
+    return engine
+
+
+@functools.cache
+def said_alone(tiny: Path, path: str, speculate: int) -> dict[str, str]:
+    """What they say with nobody beside them."""
+    return {job_id: text(events) for job_id, events in run(with_neighbors(tiny, path, speculate)).items()}
+
+
 @pytest.mark.parametrize("speculate", SPECULATION)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prompt", [f"a{POISON}", f"a{POISON}b" * 2, f"{POISON} " + "long " * 30])
 def test_the_first_token_behind_a_spoilt_prompt_is_an_error_and_the_neighbours_go_on(
-    loaded: Loaded, path: str, speculate: int, prompt: str
+    tiny: Path, path: str, speculate: int, prompt: str
 ) -> None:
-    others = {"one": ("abab" * 4, {"temperature": 0}), "two": ("xyz", PATHS["nucleus"]), "three": ("a b", PATHS[path])}
-
-    def submit(engine: Engine) -> Engine:
-        poison(engine)
-        for job_id, (words, sampling) in others.items():
-            engine.submit(request(words, job_id, **sampling))
-        return engine
-
-    alone = run(submit(loaded(speculate=speculate, prefill_chunk=16)))
-    engine = submit(loaded(speculate=speculate, prefill_chunk=16))
+    alone = said_alone(tiny, path, speculate)
+    engine = with_neighbors(tiny, path, speculate)
     engine.submit(request(prompt, "spoilt", **PATHS[path]))
     streams = run(engine)
     assert_failed(streams["spoilt"])
     assert not [event for event in streams["spoilt"] if isinstance(event, Token | PromptLogprobs)]
-    for job_id in others:
+    for job_id, words in alone.items():
         assert isinstance(streams[job_id][-1], End)
-        assert text(streams[job_id]) == text(alone[job_id]) != ""
+        assert text(streams[job_id]) == words != ""
     # Its blocks of the cache, which hold what it computed, spoil nobody who gets them next.
     assert isinstance(run_one(engine, request("again", "next", temperature=0))[-1], End)
 
