@@ -31,12 +31,19 @@
         └── Unavailable          1   503  UNAVAILABLE          loading or draining (Retry-After)
 
 The columns are the exit code, the HTTP status and the code. The message is for people: what is wrong, with the file,
-the field and the figure; the hint says what to do about it. Neither ever holds the text of a prompt.
+the field and the figure; the hint says what to do about it. Neither ever holds the text of a prompt. Neither names an
+option or a route: settings that would help are remedies, and whoever speaks to the user puts them into words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Setting = Literal["device", "dtype", "quantize", "max_context", "kv_cache_memory"]
+"""Names of settings: fields of :class:`rbee_worker.config.EngineConfig`."""
+
+Say = Callable[[Setting, str | int], str]
+"""How a user gives a setting a value, such as ``--device cpu``."""
 
 
 def sentence(text: str) -> str:
@@ -44,21 +51,61 @@ def sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Settings that would help, together.
+
+    Attributes:
+        settings: their values by name; a size is a text such as ``512MiB``.
+        takes_mb: MiB of memory that the model takes then; None: that was not the problem.
+    """
+
+    settings: Mapping[Setting, str | int]
+    takes_mb: int | None = None
+
+    def in_words(self, say: Say) -> str:
+        """The settings, one after the other, and what they come to."""
+        words = " ".join(say(name, value) for name, value in self.settings.items())
+        return words if self.takes_mb is None else f"{words} ({self.takes_mb:,} MiB)"
+
+
+def _as_data(name: Setting, value: str | int) -> str:
+    return f"{name}={value}"
+
+
 class RbeeError(Exception):
-    """Base: a message, an optional hint, and the codes that each surface needs."""
+    """Base: a message, an optional hint, remedies, and the codes that each surface needs."""
 
     code: ClassVar[str] = "INTERNAL_ERROR"
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
 
-    def __init__(self, message: str, *, hint: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        remedies: Sequence[Remedy] = (),
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.remedies = tuple(remedies)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"{sentence(self.message)} {self.hint}" if self.hint else self.message
+        advice = self.advice()
+        return f"{sentence(self.message)} {advice}" if advice else self.message
+
+    def advice(self, say: Say = _as_data) -> str:
+        """What to do about it: the hint, then the remedies, whose settings ``say`` puts into words."""
+        ways = [remedy.in_words(say) for remedy in self.remedies]
+        if any(remedy.takes_mb is not None for remedy in self.remedies):
+            told = f"What would fit: {'; '.join(ways)}."
+        else:
+            told = f"Use {' or '.join(ways)}." if ways else ""
+        return " ".join(filter(None, (self.hint, told)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +124,15 @@ class InvalidRequest(RbeeError):
     exit_code = 2
     http_status = 400
 
-    def __init__(self, message: str, *, fields: Sequence[FieldError] = (), hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self,
+        message: str,
+        *,
+        fields: Sequence[FieldError] = (),
+        hint: str | None = None,
+        remedies: Sequence[Remedy] = (),
+    ) -> None:
+        super().__init__(message, hint=hint, remedies=remedies)
         self.fields = tuple(fields)
 
 

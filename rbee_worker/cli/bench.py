@@ -20,6 +20,7 @@ import typer
 
 from rbee_worker import log
 from rbee_worker.cli import options as opt
+from rbee_worker.cli.failures import advice
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import InferenceError, ModelNotFound
 
@@ -189,7 +190,7 @@ def _child(model: str | None, config: EngineConfig) -> None:
     try:
         events.extend(Engine(config).load(model))
     except RbeeError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.message} {advice(error)}\n")
         raise SystemExit(error.exit_code) from None
     seconds = time.perf_counter() - began
     ready = events[-1]

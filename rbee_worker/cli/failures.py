@@ -15,7 +15,8 @@ from typing import NoReturn, ParamSpec
 import typer
 
 from rbee_worker import log
-from rbee_worker.errors import RbeeError
+from rbee_worker.errors import DeviceUnavailable, RbeeError, Setting
+from rbee_worker.escape import one_line
 from rbee_worker.panics import panics_as_errors
 
 P = ParamSpec("P")
@@ -94,10 +95,10 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
         except BrokenPipeError:
             _leave_pipe()
         except RbeeError as error:
-            _say(error.message, error.hint)
+            _say(error.message, advice(error))
             code = error.exit_code
         except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches a user who did not ask for it
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            what = one_line(f"{type(error).__name__}: {error}")
             _say(f"unexpected {what}", "Run it again with --log-level debug for the traceback.")
             code = EXIT_UNEXPECTED
         if code:
@@ -106,7 +107,17 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
     return run
 
 
-def _say(message: str, hint: str | None) -> None:
+def advice(error: RbeeError) -> str:
+    """What to do about an error, in the words of the command line; empty: nothing is known."""
+    listed = "`rbee-worker devices` lists what there is." if isinstance(error, DeviceUnavailable) else ""
+    return " ".join(filter(None, (error.advice(_option), listed)))
+
+
+def _option(name: Setting, value: str | int) -> str:
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def _say(message: str, hint: str) -> None:
     log.flush()  # what led to it comes before it
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rbee_worker.config import DTypeName
-from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError
+from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError, Remedy
 from rbee_worker.escape import quoted
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
@@ -127,7 +127,8 @@ def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
     if dtype != "auto" and _is_quantized(source):
         raise ModelUnsupported(
             f"{source.name} is quantized; in {dtype} its scales would be rounded, and every weight with them.",
-            hint="Copy it as it is, with --dtype auto.",
+            hint="Copy it as it is.",
+            remedies=[Remedy({"dtype": "auto"})],
         )
     typed = [(info, _target(info, dtype)) for info in checkpoint.tensors.values()]
     # Wide elements first: every tensor then begins at a multiple of its element size, as readers that map files want.
@@ -157,7 +158,8 @@ def _target(info: TensorInfo, dtype: DTypeName) -> str:
             raise ModelUnsupported(
                 f"{info.file.name}: tensor {quoted(info.name)} is stored as {info.dtype}, whose scales are in other "
                 "tensors.",
-                hint="Convert with --dtype auto, which keeps it.",
+                hint="It can only be kept as it is.",
+                remedies=[Remedy({"dtype": "auto"})],
             )
         return info.dtype
     return _CODES[dtype]
@@ -368,7 +370,7 @@ def _rounded(info: TensorInfo, values: npt.NDArray[Any], dtype: str) -> npt.NDAr
     if dtype in _OVERFLOWS and largest >= _OVERFLOWS[dtype]:
         raise ModelUnsupported(
             f"{info.file.name}: tensor {quoted(info.name)} holds {largest:g}, too large for {_TORCH_NAMES[dtype]}.",
-            hint="Convert with --dtype bfloat16 or float32.",
+            remedies=[Remedy({"dtype": "bfloat16"}), Remedy({"dtype": "float32"})],
         )
     if dtype == "BF16":
         return float32_to_bfloat16(np.ascontiguousarray(values, dtype=np.float32))

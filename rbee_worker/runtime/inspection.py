@@ -18,7 +18,7 @@ _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class MemoryNeed:
     """Bytes that a model takes on a CPU: weights, and keys and values of one full context.
 
-    ``dtype`` is one of ``--dtype``, or ``int8`` for ``--quantize int8`` with a 16-bit ``--dtype``.
+    ``dtype`` is that of the weights, or ``int8`` for matrices quantized to it with the rest in 16 bits.
     """
 
     dtype: str
@@ -29,7 +29,7 @@ class MemoryNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What ``rbee-worker inspect`` prints.
+    """What headers and configs say of a model.
 
     Attributes:
         family: the architecture's name, for people.

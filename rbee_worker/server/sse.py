@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import Event, InferenceFailed, LoadFailed, LoadingEvent, to_json
+from rbee_worker.server.words import in_words
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -87,13 +88,13 @@ class SharedFrames:
 
 def inference_failed(error: RbeeError, _last: Event | None = None) -> InferenceFailed:
     """The ``error`` event of a job."""
-    return InferenceFailed(code=error.code, message=str(error))
+    return InferenceFailed(code=error.code, message=in_words(error))
 
 
 def loading_failed(error: RbeeError, last: Event | None = None) -> LoadFailed:
     """The ``error`` event of a progress stream, numbered after ``last``."""
     seq, elapsed = (last.seq + 1, last.elapsed_seconds) if isinstance(last, LoadingEvent) else (0, 0.0)
-    return LoadFailed(seq=seq, elapsed_seconds=elapsed, code=error.code, message=str(error))
+    return LoadFailed(seq=seq, elapsed_seconds=elapsed, code=error.code, message=in_words(error))
 
 
 class EventStream(EventSourceResponse):

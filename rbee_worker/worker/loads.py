@@ -128,7 +128,7 @@ class Loads:
         """Take the one place there is for a load or an unload."""
         with self._lock:
             if self._busy_with == "load":
-                raise Conflict("A load is running.", hint="Wait for it, or cancel it with DELETE /v1/loading.")
+                raise Conflict("A load is running.", hint="Wait for it, or cancel it.")
             if self._busy_with is not None:
                 raise Conflict("The model is being unloaded.", hint="Ask again in a moment.")
             self._busy_with = operation

@@ -35,7 +35,6 @@ State = Literal["no_model", "loading", "ready", "draining", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 
 _LONGEST_RETRY_AFTER = 60
-_LOAD_HINT = "Load one with POST /v1/loading, or start the worker with --model."
 _CANCEL_SECONDS = 10.0
 """How long cancelled jobs may take to end when draining; a step is far shorter."""
 
@@ -259,9 +258,9 @@ class Worker:
             reason = f": {error.message}" if error is not None else ""
             if not self.engine.alive:
                 reason = ": the engine has died; restart the worker."
-            raise ModelNotLoaded(f"Model not loaded{reason}", hint=_LOAD_HINT, retry_after=_LONGEST_RETRY_AFTER)
+            raise ModelNotLoaded(f"Model not loaded{reason}", retry_after=_LONGEST_RETRY_AFTER)
         if state == "no_model":
-            raise ModelNotLoaded("Model not loaded", hint=_LOAD_HINT, retry_after=_LONGEST_RETRY_AFTER)
+            raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
 
     # -- the event loop
 

@@ -85,7 +85,7 @@ def test_convert_makes_a_folder_that_says_the_same(gguf_path: Path, model_dir: P
         (("generate", "--prompt", ""), 2, "prompt is empty"),
         (("generate", "--prompt", "x", "--temperature", "7"), 2, "temperature is 7; it must be >= 0 and <= 2"),
         (("generate",), 2, "--prompt"),
-        (("load", "--device", "tpu"), 2, "'tpu' names no device"),
+        (("load", "--device", "tpu"), 2, "`rbee-worker devices` lists what there is."),
         (("load", "--addr", "127.0.0.1:1"), 6, "127.0.0.1:1"),
         (("load", "--max-context", "999999"), 2, "beyond the model's 8192 positions"),
     ],

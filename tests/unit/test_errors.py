@@ -2,10 +2,13 @@
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 from rbee_worker import errors
-from rbee_worker.errors import ModelNotFound, ModelNotLoaded, RbeeError
+from rbee_worker.config import EngineConfig
+from rbee_worker.errors import ModelNotFound, ModelNotLoaded, OutOfMemory, RbeeError, Remedy
 
 LINE = re.compile(
     r"^(?P<indent>[│├└─ ]*)(?P<name>[A-Z]\w+) *(?:(?P<exit>\d+) +(?P<status>\d{3}) +(?P<code>[A-Z_]+))?", re.MULTILINE
@@ -61,6 +64,20 @@ def test_hint_follows_the_message():
     )
     assert str(ModelNotFound("x.gguf: no such file.")) == "x.gguf: no such file."
     assert str(ModelNotLoaded("Model not loaded", hint="Load one.")) == "Model not loaded. Load one."
+
+
+def test_remedies_follow_the_hint_and_are_put_into_words_by_who_speaks():
+    fits = Remedy({"device": "cpu", "quantize": "int8"}, 1234), Remedy({"max_context": 512}, 9)
+    assert str(OutOfMemory("Too big.", remedies=fits)) == (
+        "Too big. What would fit: device=cpu quantize=int8 (1,234 MiB); max_context=512 (9 MiB)."
+    )
+    choice = OutOfMemory("Too big.", hint="Or not.", remedies=[Remedy({"dtype": "auto"}), Remedy({"device": "cpu"})])
+    assert choice.advice(lambda name, value: f"{name}: {value!r}") == "Or not. Use dtype: 'auto' or device: 'cpu'."
+    assert OutOfMemory("Too big.").advice() == ""
+
+
+def test_every_setting_is_one_of_the_engine():
+    assert set(get_args(errors.Setting)) <= {field.name for field in fields(EngineConfig)}
 
 
 def test_every_message_ends_in_a_full_stop():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rbee_worker.errors import InvalidRequest
+from rbee_worker.errors import InvalidRequest, Remedy
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -158,7 +158,7 @@ class ModelConfig:
         if asked is not None and asked > longest:
             raise InvalidRequest(
                 f"A context of {asked} tokens is beyond the model's {longest} positions.",
-                hint=f"Use at most {longest}.",
+                remedies=[Remedy({"max_context": longest})],
             )
         return asked or self.default_context
 

@@ -3,19 +3,19 @@
 What is needed, in bytes:
 
 - weights: every matrix in the form it runs in, every other tensor in its dtype;
-- cache: keys and values of one sequence as long as the context, or ``--kv-cache-memory`` (without it the cache of all
-  sequences is sized later, from what is left);
+- cache: keys and values of one sequence as long as the context, or the memory that was set for the cache (without
+  it the cache of all sequences is sized later, from what is left);
 - workspace: the rotary tables, and the larger of what running takes (the activations of one prefill chunk, float32
   logits of a full batch) and what loading takes on a CPU that packs weights (a float32 copy of the largest fused matrix
   for each reader).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rbee_worker.config import EngineConfig
-from rbee_worker.errors import OutOfMemory
+from rbee_worker.errors import OutOfMemory, Remedy, Setting
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
@@ -30,6 +30,9 @@ _HOST_SHARE, _DEVICE_SHARE = 0.5, 0.9
 
 _CONTEXT_STEP = 256
 """Contexts are proposed in multiples of this many tokens."""
+
+Way = tuple[Mapping[Setting, str | int], LinearFormat, DeviceInfo]
+"""A way to run a model: what is to be set for it, the form of its weights, and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,6 @@ class Needs:
         return ", ".join(f"{name} {_mib(size)}" for name, size in parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A way to run the model: what to say on the command line, and what it needs then."""
-
-    flags: str
-    needs: Needs
-
-    def __str__(self) -> str:
-        return f"{self.flags} ({_mib(self.needs.total)})"
-
-
 def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig) -> Needs:
     """What a model takes in a form at a context length."""
     itemsize = form.activation_dtype.itemsize
@@ -76,10 +68,10 @@ def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineC
 
 
 def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig) -> int:
-    """The context that ``--kv-cache-memory`` has room for, of the one asked for.
+    """The context that the memory set for the KV cache has room for, of the one asked for.
 
     Raises:
-        OutOfMemory: less than ``--max-context`` asks for, or than one block.
+        OutOfMemory: less than the context that was set, or than one block.
     """
     if engine.kv_cache_memory is None:
         return context
@@ -87,11 +79,13 @@ def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engi
     positions = engine.kv_cache_memory // per_token // BLOCK_TOKENS * BLOCK_TOKENS
     if positions < (engine.max_context or BLOCK_TOKENS):
         wanted = engine.max_context or context
+        size = -(-blocks_for(wanted) * BLOCK_TOKENS * per_token // MIB)
+        remedies = [Remedy({"kv_cache_memory": f"{size}MiB"})]
+        remedies += [Remedy({"max_context": positions})] if positions else []
         raise OutOfMemory(
             f"A KV cache of {_mib(engine.kv_cache_memory)} holds {positions:,} tokens of this model, "
             f"fewer than the {wanted:,} of its context.",
-            hint=f"Use --kv-cache-memory {-(-blocks_for(wanted) * BLOCK_TOKENS * per_token // MIB)}MiB, "
-            "or a smaller --max-context.",
+            remedies=remedies,
         )
     return min(context, positions)
 
@@ -99,9 +93,10 @@ def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engi
 def cache_positions(
     config: ModelConfig, form: LinearFormat, *, context: int, engine: EngineConfig, free: int, device: str
 ) -> int:
-    """Tokens that the KV cache is to hold: ``--kv-cache-memory``, else a whole context for each place in the batch.
+    """Tokens that the KV cache is to hold: what was set, else a whole context for each place in the batch.
 
-    Without an option it takes a share of the ``free`` bytes of its ``device`` at most, but one whole context at least.
+    Where nothing was set it takes a share of the ``free`` bytes of its ``device`` at most, but one whole context at
+    least.
     """
     per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
     if engine.kv_cache_memory is not None:
@@ -137,7 +132,7 @@ def check_fit(
     context: int,
     engine: EngineConfig,
     device: DeviceInfo,
-    alternatives: Callable[[], Sequence[tuple[str, LinearFormat, DeviceInfo]]],
+    alternatives: Callable[[], Sequence[Way]],
 ) -> Needs:
     """Refuse what cannot fit.
 
@@ -148,27 +143,24 @@ def check_fit(
         context: tokens to serve.
         engine: prefill chunk and batch size.
         device: where it is to go, with its free memory now.
-        alternatives: other ways to run it, asked for only when needed: flags, form and device of each.
+        alternatives: other ways to run it, asked for only when needed.
 
     Returns:
         What it will take.
 
     Raises:
-        OutOfMemory: with the figures, and in the hint each remedy that would work.
+        OutOfMemory: with the figures, and each remedy that would work.
     """
     needed = needs(config, form, context, engine)
     if needed.total <= device.free_bytes:
         return needed
-    remedies = list(_remedies(config, context, engine, [("", form, device), *alternatives()]))
-    hint = (
-        f"What would fit: {'; '.join(map(str, remedies))}."
-        if remedies
-        else "No option makes it fit on this machine as it is: free memory, or use a smaller model."
-    )
+    remedies = list(_remedies(config, context, engine, [({}, form, device), *alternatives()]))
+    nothing = "No option makes it fit on this machine as it is: free memory, or use a smaller model."
     raise OutOfMemory(
         f"{name} needs {_mib(needed.total)} on {device.name} ({needed}, at a context of {context:,} tokens); "
         f"{_mib(device.free_bytes)} of {_mib(device.total_bytes)} are free.",
-        hint=hint,
+        hint=None if remedies else nothing,
+        remedies=remedies,
     )
 
 
@@ -188,24 +180,22 @@ def check_host(name: str, groups: Sequence[WeightGroup], host: DeviceInfo) -> No
         )
 
 
-def _remedies(
-    config: ModelConfig, context: int, engine: EngineConfig, ways: Sequence[tuple[str, LinearFormat, DeviceInfo]]
-) -> Iterator[Option]:
+def _remedies(config: ModelConfig, context: int, engine: EngineConfig, ways: Sequence[Way]) -> Iterator[Remedy]:
     """Each way as it is where that fits, else with the longest context that does."""
-    for flags, form, device in ways:
+    for settings, form, device in ways:
         whole = needs(config, form, context, engine)
         if whole.total <= device.free_bytes:
-            yield Option(flags, whole)
+            yield Remedy(settings, round(whole.total / MIB))
             continue
         shorter = _longest_context(config, form, context, engine, device.free_bytes)
         if shorter:
-            option = f"{flags} --max-context {shorter}".strip()
-            yield Option(option, needs(config, form, shorter, engine))
+            fitting = needs(config, form, shorter, engine)
+            yield Remedy({**settings, "max_context": shorter}, round(fitting.total / MIB))
         elif engine.kv_cache_memory is not None:
             smaller = needs(config, form, context, replace(engine, kv_cache_memory=None))
             if smaller.total <= device.free_bytes:
                 size = smaller.cache + device.free_bytes - smaller.total
-                yield Option(f"{flags} --kv-cache-memory {size // MIB}MiB".strip(), smaller)
+                yield Remedy({**settings, "kv_cache_memory": f"{size // MIB}MiB"}, round(smaller.total / MIB))
 
 
 def _longest_context(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig, free: int) -> int:

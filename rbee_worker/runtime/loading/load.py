@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import torch
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
-from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, sentence
+from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, Setting, sentence
 from rbee_worker.escape import one_line
 from rbee_worker.events import (
     LoadCancelled,
@@ -29,7 +29,7 @@ from rbee_worker.runtime.architecture.roles import parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.hub.download import DownloadProgress
-from rbee_worker.runtime.loading.fit import cache_positions, check_fit, check_host, limit_context, weights_bytes
+from rbee_worker.runtime.loading.fit import Way, cache_positions, check_fit, check_host, limit_context, weights_bytes
 from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
 from rbee_worker.runtime.machine.devices import (
@@ -188,7 +188,7 @@ def load_model(
         if is_out_of_memory(error):
             failure = OutOfMemory(
                 f"Memory ran out while loading: {sentence(_first_line(error))}",
-                hint="Something else may have taken it; `rbee-worker devices` shows what is free.",
+                hint="Something else may have taken it.",
             )
             yield timeline.event(LoadFailed, code=failure.code, message=str(failure))
             raise failure from error
@@ -349,17 +349,16 @@ def _find(
         steps.close()
 
 
-def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[tuple[str, LinearFormat, DeviceInfo]]:
+def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[Way]:
     """Other ways to run a model that does not fit: int8 in the same place, and every other device."""
-    ways = []
+    ways: list[Way] = []
     for info in list_devices():
         device = resolve_device(info.name)
-        flags = [] if info.name == place.name else [f"--device {info.name}"]
-        if flags:
-            ways.append((flags[0], choose_format(device, config.dtype, config.quantize), info))
+        there: dict[Setting, str | int] = {} if info.name == place.name else {"device": info.name}
+        if there:
+            ways.append((there, choose_format(device, config.dtype, config.quantize), info))
         if config.quantize == "none" and device.type != "mps":
-            options = " ".join([*flags, "--quantize int8"])
-            ways.append((options, choose_format(device, config.dtype, "int8"), info))
+            ways.append(({**there, "quantize": "int8"}, choose_format(device, config.dtype, "int8"), info))
     return ways
 
 

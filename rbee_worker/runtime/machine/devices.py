@@ -35,7 +35,7 @@ class DeviceInfo:
 
 
 def list_devices() -> list[DeviceInfo]:
-    """Every device that ``--device`` can name on this machine. Imports torch."""
+    """Every device of this machine that a model can run on. Imports torch."""
     import torch  # noqa: PLC0415  (costs seconds; only some callers need it)
 
     devices = [_cuda_info(index) for index in range(torch.cuda.device_count())]
@@ -73,13 +73,11 @@ def resolve_device(name: str) -> torch.device:
     count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}.get(kind)
     known = count is not None and (not index or (kind == "cuda" and index.isdecimal()))
     if not known:
-        raise DeviceUnavailable(
-            f"'{name}' names no device.", hint="Use auto, cpu, cuda, cuda:N or mps; `rbee-worker devices` lists them."
-        )
+        raise DeviceUnavailable(f"'{name}' names no device.", hint="Use auto, cpu, cuda, cuda:N or mps.")
     if not count or int(index or 0) >= count:
         found = f"{count} CUDA device{'' if count == 1 else 's'}" if kind == "cuda" else "no such device"
         raise DeviceUnavailable(
-            f"Device {name} is not available: {found} found.", hint="`rbee-worker devices` lists what there is."
+            f"Device {name} is not available: {found} found.", hint="Use one that is here, or auto."
         )
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from rbee_worker.errors import BodyEncoded, InvalidRequest, RbeeError
 from rbee_worker.server import sse
+from rbee_worker.server.words import in_words
 
 INFERENCE_PATH = "/v1/inference"
 RETRY_SECONDS = 5
@@ -104,7 +105,7 @@ def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> ErrorE
     default = "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004 - HTTP's class of statuses
     return {
         "error": {
-            "message": str(error),
+            "message": in_words(error),
             "type": _TYPES.get(status, default),
             "param": fields[0].field if fields else None,
             "code": (codes or {}).get(error.code, error.code),

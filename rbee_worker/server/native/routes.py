@@ -36,6 +36,7 @@ from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, Json, off_l
 from rbee_worker.server.http.operation import ERRORS_OF_JOBS, Operation
 from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
 from rbee_worker.server.observe.metrics import CONTENT_TYPE, WorkerMetrics
+from rbee_worker.server.words import in_words
 from rbee_worker.worker.worker import State, Worker
 
 PROGRESS_PATH = "/v1/loading/progress"
@@ -315,7 +316,7 @@ class Native:
         elif error is None:
             answer["reason"] = "The load failed."
         else:
-            answer["reason"], answer["code"] = str(error), error.code
+            answer["reason"], answer["code"] = in_words(error), error.code
         return Json(answer, 503)
 
     @Operation("GET", "/livez", tag="worker", statuses=(200, 503))

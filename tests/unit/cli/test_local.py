@@ -18,6 +18,7 @@ from rbee_worker.errors import (
     ModelUnsupported,
     OutOfMemory,
     RbeeError,
+    Remedy,
 )
 from rbee_worker.events import Event, LoadCancelled, LoadFailed, LoadingEvent, Token, to_json
 from tests.unit.cli.harness import ROOT, Script, run
@@ -88,6 +89,20 @@ def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeEr
     assert result.stderr.startswith("error: ")
     # Bars name the failure's code; the message itself is said once.
     assert run("load", "m").stderr.count(error.message) == 1
+
+
+def test_remedies_are_options(engine: Script):
+    remedies = [Remedy({"device": "cpu", "max_context": 512}, 1024), Remedy({"kv_cache_memory": "2MiB"}, 3)]
+
+    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+        raise OutOfMemory("m: too big.", remedies=remedies)
+        yield
+
+    engine.loading = loading
+    assert run("load", "--quiet").stderr.splitlines() == [
+        "error: m: too big.",
+        "hint: What would fit: --device cpu --max-context 512 (1,024 MiB); --kv-cache-memory 2MiB (3 MiB).",
+    ]
 
 
 def test_the_unexpected_is_one_line_unless_debug(engine: Script):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rbee_worker.config import DTypeName
-from rbee_worker.errors import ModelUnsupported
+from rbee_worker.errors import ModelUnsupported, Remedy
 from rbee_worker.runtime import convert as convert_module
 from rbee_worker.runtime.convert import (
     ConvertProgress,
@@ -256,7 +256,7 @@ def test_scaled_8_bit_floats_are_only_copied(model_folder: Folder, files: Simple
     source = resolve(str(model_folder(**{"model.safetensors": data})))
     with pytest.raises(ModelUnsupported, match="tensor 'f8' is stored as F8_E4M3") as caught:
         convert(source, tmp_path / "out", dtype="float16")
-    assert "--dtype auto" in str(caught.value.hint)
+    assert caught.value.remedies == (Remedy({"dtype": "auto"}),)
     assert not (tmp_path / "out").exists()
 
 
@@ -266,6 +266,7 @@ def test_quantized_checkpoints_are_only_copied(model_folder: Folder, tmp_path: P
     source = resolve(str(model_folder(**{"config.json": json.dumps({"model_type": "llama", key: section}).encode()})))
     with pytest.raises(ModelUnsupported, match="tiny is quantized; in float16 its scales would be rounded") as caught:
         convert(source, tmp_path / "out", dtype="float16")
-    assert caught.value.hint == "Copy it as it is, with --dtype auto."
+    assert caught.value.hint == "Copy it as it is."
+    assert caught.value.remedies == (Remedy({"dtype": "auto"}),)
     list(convert(source, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == section

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rbee_worker.config import DTypeName, Quantization
-from rbee_worker.errors import ModelUnsupported
+from rbee_worker.errors import ModelUnsupported, Remedy
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import LEVELS, Int8Linear, int8_bytes
 
@@ -63,7 +63,7 @@ class LinearFormat:
 
     @property
     def quantize(self) -> Quantization:
-        """What ``--quantize`` named: ``int8`` or ``none``."""
+        """How weights are quantized while they are loaded: ``int8`` or ``none``."""
         return "int8" if self.kernel.endswith("int8") else "none"
 
     @property
@@ -201,7 +201,8 @@ def _int8_format(device: torch.device, embedding: torch.dtype) -> LinearFormat:
         levels = cpu_features().int8_levels
         return LinearFormat("packed-int8" if levels else "plain-int8", embedding, torch.float32, levels or LEVELS)
     raise ModelUnsupported(
-        f"--quantize int8 does not run on {device.type}.", hint="Leave --quantize out, or use --device cpu."
+        f"quantize int8 does not run on {device.type}.",
+        remedies=[Remedy({"quantize": "none"}), Remedy({"device": "cpu"})],
     )
 
 

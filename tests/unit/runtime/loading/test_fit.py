@@ -1,6 +1,5 @@
 """The figures of the fit check, and that each remedy it proposes would work."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import pytest
 import torch
 
 from rbee_worker.config import EngineConfig
-from rbee_worker.errors import OutOfMemory
+from rbee_worker.errors import OutOfMemory, Remedy
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.table import parse_config
 from rbee_worker.runtime.engine.engine import Engine
-from rbee_worker.runtime.loading.fit import Needs, check_fit, check_host, needs, weights_bytes
+from rbee_worker.runtime.loading.fit import Needs, Way, check_fit, check_host, limit_context, needs, weights_bytes
 from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
@@ -39,18 +38,14 @@ def device(free: int, name: str = "cuda:0") -> DeviceInfo:
     return DeviceInfo(name, "a device", free + MIB, MIB, free)
 
 
-def refusal(
-    free: int, *ways: tuple[str, LinearFormat, DeviceInfo], dtype: str = "float16", context: int = 8192
-) -> OutOfMemory:
+def refusal(free: int, *ways: Way, dtype: str = "float16", context: int = 8192) -> OutOfMemory:
     form = choose_format(CPU, dtype)
     with pytest.raises(OutOfMemory) as raised:
         check(parse(), form, context, free, *ways)
     return raised.value
 
 
-def check(
-    config: ModelConfig, form: LinearFormat, context: int, free: int, *ways: tuple[str, LinearFormat, DeviceInfo]
-) -> Needs:
+def check(config: ModelConfig, form: LinearFormat, context: int, free: int, *ways: Way) -> Needs:
     where = device(free)
     return check_fit("big", config, form, context=context, engine=ENGINE, device=where, alternatives=lambda: ways)
 
@@ -94,9 +89,10 @@ def test_a_shorter_context_is_proposed_and_is_the_longest_that_fits() -> None:
     form, config = choose_format(CPU, "float16"), parse()
     free = needs(config, form, 20_000, ENGINE).total
     error = refusal(free, context=131_072)
-    found = re.fullmatch(r"What would fit: --max-context (\d+) \(([\d,]+) MiB\)\.", error.hint or "")
-    assert found is not None
-    context = int(found[1])
+    [remedy] = error.remedies
+    context = remedy.settings["max_context"]
+    assert isinstance(context, int)
+    assert remedy == Remedy({"max_context": context}, round(needs(config, form, context, ENGINE).total / MIB))
     assert needs(config, form, context, ENGINE).total <= free < needs(config, form, context + 256, ENGINE).total
     check(config, form, context, free)
 
@@ -105,13 +101,26 @@ def test_other_ways_are_proposed_where_they_fit() -> None:
     int8, half = choose_format(CPU, "float16", "int8"), choose_format(CPU, "float16")
     roomy, tight = device(2**40, "cuda:1"), device(10 * MIB, "cpu")
     free = needs(parse(), int8, 8192, ENGINE).total
-    error = refusal(
-        free, ("--quantize int8", int8, device(free)), ("--device cuda:1", half, roomy), ("--device cpu", half, tight)
-    )
-    hint = error.hint or ""
-    assert "--quantize int8 (" in hint
-    assert "--device cuda:1 (" in hint
-    assert "--device cpu" not in hint
+    elsewhere = ({"device": "cuda:1"}, half, roomy), ({"device": "cpu"}, half, tight)
+    error = refusal(free, ({"quantize": "int8"}, int8, device(free)), *elsewhere)
+    assert [remedy.settings for remedy in error.remedies if "max_context" not in remedy.settings] == [
+        {"quantize": "int8"},
+        {"device": "cuda:1"},
+    ]
+    assert "cpu" not in [remedy.settings.get("device") for remedy in error.remedies]
+    assert str(error).endswith(f"; device=cuda:1 ({needs(parse(), half, 8192, ENGINE).total / MIB:,.0f} MiB).")
+
+
+def test_a_cache_that_is_too_small_names_sizes_that_work() -> None:
+    form, config = choose_format(CPU, "float16"), parse()
+    engine = replace(ENGINE, kv_cache_memory=8 * MIB, max_context=4096)
+    with pytest.raises(OutOfMemory, match=r"holds [0-9,]+ tokens of this model, fewer than the 4,096") as raised:
+        limit_context(config, form, context=4096, engine=engine)
+    memory, context = (remedy.settings for remedy in raised.value.remedies)
+    size = int(str(memory["kv_cache_memory"]).removesuffix("MiB")) * MIB
+    assert limit_context(config, form, context=4096, engine=replace(engine, kv_cache_memory=size)) == 4096
+    shorter = int(context["max_context"])
+    assert limit_context(config, form, context=shorter, engine=replace(engine, max_context=shorter)) == shorter
 
 
 def test_the_real_refusal_names_ways_that_exist_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

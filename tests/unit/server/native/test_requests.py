@@ -20,6 +20,7 @@ from rbee_worker.errors import (
     Unavailable,
 )
 from rbee_worker.server.http.middleware import CorrelationFilter
+from rbee_worker.server.words import in_words
 
 INFERENCE = "/v1/inference"
 SECRET = "SECRET-PROMPT-TEXT"  # noqa: S105 - what must not be echoed
@@ -51,19 +52,20 @@ def test_the_envelope_lists_every_bad_field(start):
         (QueueFull("no", retry_after=3), 429, "rate_limit_error"),
         (InferenceError("no"), 500, "server_error"),
         (Unavailable("no", retry_after=900), 503, "unavailable_error"),
-        (ModelNotLoaded("no"), 503, "unavailable_error"),
+        (ModelNotLoaded("Model not loaded"), 503, "unavailable_error"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_an_error_before_the_first_byte_in_both_forms(start, refusal, status, kind):
     server = start()
     server.worker.refusal = refusal
+    told = in_words(refusal)
     as_json = server.ask("POST", INFERENCE, {"prompt": "p"}, {"Accept": "*/*"})
     as_frames = server.ask("POST", INFERENCE, {"prompt": "p"}, STREAM)
     assert as_json.status == as_frames.status == status
-    assert as_json.json["error"] == {"message": "no", "type": kind, "param": None, "code": refusal.code}
+    assert as_json.json["error"] == {"message": told, "type": kind, "param": None, "code": refusal.code}
     assert as_frames.body == (
-        f'data: {{"event":"error","code":"{refusal.code}","message":"no"}}\n\ndata: [DONE]\n\n'.encode()
+        f'data: {{"event":"error","code":"{refusal.code}","message":"{told}"}}\n\ndata: [DONE]\n\n'.encode()
     )
     assert as_frames.headers["content-type"] == "text/event-stream"
     for reply in (as_json, as_frames):
