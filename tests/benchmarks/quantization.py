@@ -24,8 +24,7 @@ from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.events import End, LoadReport, Ready
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Batch
-from rbee_worker.runtime.model.linear import int8 as linear_int8
-from rbee_worker.runtime.model.linear import linear
+from rbee_worker.runtime.model.linear import int8, linear
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, make_linear
 
@@ -123,7 +122,7 @@ def measure_model(model: str | None, runs: int) -> Iterator[str]:
         ("bfloat16", "bfloat16", "none", None),
         ("int8", "float16", "int8", cpu_features().int8_levels),
     ]
-    if cpu_features().int8_levels == linear_int8.LEVELS:
+    if cpu_features().int8_levels == int8.LEVELS:
         ways.append(("int8, as without VNNI", "float16", "int8", 63))
     for name, dtype, quantize, levels in ways:
         features = replace(cpu_features(), int8_levels=levels)

@@ -15,8 +15,7 @@ from rbee_worker.config import EngineConfig
 from rbee_worker.events import LoadReport, Ready
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Transformer
-from rbee_worker.runtime.model.linear import int8 as linear_int8
-from rbee_worker.runtime.model.linear import linear
+from rbee_worker.runtime.model.linear import int8, linear
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import hadamard, quantize_weight, rotate
 from rbee_worker.runtime.model.linear.linear import DenseLinear
@@ -84,7 +83,7 @@ def set_levels(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
     """Load int8 as on a CPU whose activations have so many levels; more than 127: in plain arithmetic."""
     monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), int8_levels=levels))
     if levels > FINEST:
-        monkeypatch.setattr(linear_int8, "fbgemm_product", fine_product)
+        monkeypatch.setattr(int8, "fbgemm_product", fine_product)
 
 
 @pytest.fixture(scope="module", params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])

@@ -10,7 +10,6 @@ import pytest
 
 from rbee_worker.config import EngineConfig, GrammarSpec
 from rbee_worker.errors import Conflict, InferenceError, ModelMalformed
-from rbee_worker.escape import one_line
 from rbee_worker.events import End, InferenceFailed, LoadFailed, Ready
 from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.engine.engine import Engine
@@ -49,11 +48,6 @@ def test_a_panic_becomes_an_exception_of_one_line() -> None:
 def test_what_is_no_panic_passes(error: type[BaseException]) -> None:
     with pytest.raises(error), panics_as_errors():
         raise error
-
-
-def test_text_from_outside_stays_on_one_line_and_cannot_draw() -> None:
-    assert one_line("two\r\nlines\x1b[31m \u202eé") == "two lines\\x1b[31m \\u202eé"
-    assert len(one_line("x" * 1000)) == 301
 
 
 def test_a_panic_while_a_tokenizer_is_read_names_the_file(tmp_path: Path) -> None:

@@ -75,10 +75,6 @@ class BlockPool:
         """Blocks by state."""
         return PoolUse(self._free_count, self.blocks - self.available, len(self._cached))
 
-    def users(self, block: int) -> int:
-        """How many sequences use a block."""
-        return self._users[block]
-
     def allocate(self, count: int, after: int | None, headroom: int = 0) -> list[int]:
         """Take blocks for a sequence.
 
@@ -164,11 +160,6 @@ class BlockPool:
             self._forget(same)
         self._key_of[block], self._block_of[key], self._identity_of[block] = key, block, identity
         return identity
-
-    def clear_cached(self) -> None:
-        """Forget everything that nobody uses."""
-        while self._cached:
-            self._evict()
 
     def _take(self, block: int) -> None:
         self._free[block] = False

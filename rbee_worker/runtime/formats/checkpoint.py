@@ -66,11 +66,6 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
-    def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(info.parameters for info in self.tensors.values())
-
-    @property
     def dtypes(self) -> dict[str, int]:
         """Stored bytes of each dtype, the largest first."""
         counts: dict[str, int] = {}

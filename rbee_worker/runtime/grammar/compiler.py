@@ -174,11 +174,6 @@ class GrammarCompiler:
         finally:
             self._lock.release()
 
-    def close(self) -> None:
-        """End the process that tries grammars out; it is started again when it is needed."""
-        with self._lock:
-            self._trial.close()
-
     def _compile(self, spec: GrammarSpec) -> GrammarMatcher:
         verdict = self._verdicts.get(spec)
         if verdict is None or self._vocabulary is None:

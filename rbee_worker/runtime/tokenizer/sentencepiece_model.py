@@ -55,7 +55,6 @@ class SentencePieceModel:
         byte_fallback: characters without a piece become their UTF-8 bytes, not the unknown piece.
         unknown_id: of the unknown piece.
         bos_id: of the piece that begins a text; None: there is none.
-        eos_id: of the piece that ends a text; None: there is none.
         charsmap: the compiled rules of the normaliser; empty: text is taken as it is.
         add_dummy_prefix: a space is put before the text.
         remove_extra_whitespaces: spaces at the ends go, runs of them become one.
@@ -67,7 +66,6 @@ class SentencePieceModel:
     byte_fallback: bool = False
     unknown_id: int = 0
     bos_id: int | None = None
-    eos_id: int | None = None
     charsmap: bytes = b""
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
@@ -129,7 +127,6 @@ def _model(data: bytes, file: str) -> SentencePieceModel:
         byte_fallback=bool(trainer.get(35, 0)),
         unknown_id=unknown[0],
         bos_id=_control(trainer.get(41, 1), pieces),
-        eos_id=_control(trainer.get(42, 2), pieces),
         charsmap=charsmap,
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),

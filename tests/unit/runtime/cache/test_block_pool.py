@@ -48,11 +48,6 @@ class PoolMachine(RuleBasedStateMachine):
             self.live.remove(sequence)
             sequence[0].release()
 
-    @rule()
-    def forget(self) -> None:
-        self.pool.clear_cached()
-        assert self.pool.use.cached == 0
-
     def write(self, sequence: tuple[SequenceCache, list[int]]) -> None:
         cache, tokens = sequence
         count = len(tokens) - cache.length
@@ -68,7 +63,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert self.pool.available == available - missing
         for slot, token in zip(cache.slots(count), tokens[cache.length :], strict=True):
-            assert self.pool.users(slot // BLOCK_TOKENS) == 1, "two sequences write one block"
+            assert self.pool._users[slot // BLOCK_TOKENS] == 1, "two sequences write one block"
             self.held[slot] = token
         cache.advance(tokens, len(tokens))
 
@@ -79,7 +74,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert len(set(cache.blocks)) == len(cache.blocks)
             for block in cache.blocks:
                 users[block] += 1
-        assert [self.pool.users(block) for block in range(BLOCKS)] == users
+        assert [self.pool._users[block] for block in range(BLOCKS)] == users
         use = self.pool.use
         assert use.used == sum(count > 0 for count in users)
         assert use.free + use.used + use.cached == BLOCKS

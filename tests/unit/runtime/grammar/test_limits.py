@@ -11,7 +11,6 @@ import pytest
 
 from rbee_worker.config import GrammarKind, GrammarSpec
 from rbee_worker.errors import InferenceError, InvalidRequest, Unavailable
-from rbee_worker.runtime.grammar import compiler as grammar
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.grammar.trial import Trial
 from tests.unit.runtime.grammar.case import BYTES, VOCAB, allowed, matches, numbers, refused, walk
@@ -111,8 +110,8 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_text(compiler: GrammarC
 def test_following_a_grammar_has_a_budget_of_processor_time(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
     matcher = compiler.compile(GrammarSpec("regex", "a*"))
     matcher.mask()
-    monkeypatch.setattr(grammar, "_CPU_SECONDS", 0.0)
-    monkeypatch.setattr(grammar, "_CPU_SECONDS_A_TOKEN", 0.0)
+    monkeypatch.setattr("rbee_worker.runtime.grammar.compiler._CPU_SECONDS", 0.0)
+    monkeypatch.setattr("rbee_worker.runtime.grammar.compiler._CPU_SECONDS_A_TOKEN", 0.0)
     with pytest.raises(InferenceError, match="processor time"):
         matcher.mask()
 
@@ -132,7 +131,7 @@ def test_many_threads_at_once(compiler: GrammarCompiler):
 
 
 def test_a_compiler_that_is_busy_for_long_says_so(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(grammar, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("rbee_worker.runtime.grammar.compiler._WAIT_SECONDS", 0.01)
     with compiler._lock, pytest.raises(Unavailable) as caught:
         compiler.compile(GrammarSpec("json_object"))
     assert caught.value.retry_after is not None

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rbee_worker.runtime.grammar import mask as grammar_mask
-from rbee_worker.runtime.grammar.mask import apply_masks
+from rbee_worker.runtime.grammar.mask import _on_device, _on_host, apply_masks
 
 
 @pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 320, 1001])
-@pytest.mark.parametrize("apply", [apply_masks, grammar_mask._on_host, grammar_mask._on_device])
+@pytest.mark.parametrize("apply", [apply_masks, _on_host, _on_device])
 def test_masks_over_logits(vocab_size: int, apply: Any):
     rng = np.random.default_rng(vocab_size)
     logits = torch.from_numpy(rng.standard_normal((5, vocab_size), dtype=np.float32))

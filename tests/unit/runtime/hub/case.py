@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from rbee_worker.runtime.hub import client as hub_client
-from rbee_worker.runtime.hub import transfer
+from rbee_worker.runtime.hub import client, transfer
 from rbee_worker.runtime.hub.client import HubModel
 from rbee_worker.runtime.hub.download import Step, download
 from tests.hub_server import HubServer, Repo, sha256, sharded_repo, tiny_repo
@@ -36,7 +35,7 @@ def hub(repos: dict[str, Repo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(transfer, "RETRY_SECONDS", (0.01, 0.01, 0.01))
-        monkeypatch.setattr(hub_client, "LISTING_RETRY_SECONDS", (0.01, 0.01))
+        monkeypatch.setattr(client, "LISTING_RETRY_SECONDS", (0.01, 0.01))
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield server

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee_worker.runtime.machine import devices as memory
+from rbee_worker.runtime.machine import devices
 from rbee_worker.runtime.machine.cgroup import CgroupMemory, memory_limit
 
 MIB = 2**20
@@ -59,9 +59,9 @@ def test_no_limit_is_none(tmp_path: Path, text: str) -> None:
 
 
 def test_a_container_s_limit_is_the_host_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = memory.host_info()
-    monkeypatch.setattr(memory, "memory_limit", lambda: CgroupMemory(300 * MIB, 100 * MIB))
-    limited = memory.host_info()
+    whole = devices.host_info()
+    monkeypatch.setattr(devices, "memory_limit", lambda: CgroupMemory(300 * MIB, 100 * MIB))
+    limited = devices.host_info()
     assert (limited.total_bytes, limited.free_bytes) == (300 * MIB, 200 * MIB)
-    monkeypatch.setattr(memory, "memory_limit", lambda: CgroupMemory(10 * whole.total_bytes, 0))
-    assert memory.host_info().total_bytes == whole.total_bytes
+    monkeypatch.setattr(devices, "memory_limit", lambda: CgroupMemory(10 * whole.total_bytes, 0))
+    assert devices.host_info().total_bytes == whole.total_bytes

@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.runtime.machine import devices as memory
+from rbee_worker.runtime.machine import devices
 from rbee_worker.runtime.machine.devices import host_info, list_devices, peak_host_bytes, resolve_device
 
 CPU = torch.device("cpu")
 
 
 def test_the_host_is_a_device_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory_limit", lambda: None)
+    monkeypatch.setattr(devices, "memory_limit", lambda: None)
     host = host_info()
     assert host.total_bytes == psutil.virtual_memory().total
     assert host.used_bytes + host.free_bytes == host.total_bytes

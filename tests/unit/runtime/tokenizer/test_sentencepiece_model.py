@@ -56,7 +56,7 @@ def test_reads_what_a_tokenizer_needs() -> None:
     model = read_sentencepiece(data)
     assert model.pieces[0] == Piece("<unk>", 0.0, PieceType.UNKNOWN)
     assert [p.text for p in model.pieces[3:]] == ["▁", "a", "b", "ab", "▁ab"]
-    assert (model.algorithm, model.unknown_id, model.bos_id, model.eos_id) == ("bpe", 0, 1, None)
+    assert (model.algorithm, model.unknown_id, model.bos_id) == ("bpe", 0, 1)
     assert (model.add_dummy_prefix, model.remove_extra_whitespaces, model.escape_whitespaces) == (False, False, True)
     tokenizer = build_sentencepiece(model)
     assert tokenizer.encode("abab ab").tokens == ["ab", "ab", "▁ab"]
@@ -65,7 +65,7 @@ def test_reads_what_a_tokenizer_needs() -> None:
 
 def test_defaults_are_those_of_the_schema() -> None:
     model = read_sentencepiece(LETTERS)
-    assert (model.algorithm, model.byte_fallback, model.bos_id, model.eos_id) == ("unigram", False, 1, 2)
+    assert (model.algorithm, model.byte_fallback, model.bos_id) == ("unigram", False, 1)
     assert (model.add_dummy_prefix, model.remove_extra_whitespaces) == (True, True)
     assert build_sentencepiece(model).encode(" ab ").tokens == ["▁ab"]
 
