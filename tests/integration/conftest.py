@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,15 @@ def fork_server() -> ForkServer:
     return server
 
 
+def forks(env: Mapping[str, str]) -> bool:
+    """Whether a forked process is what a started one would be in this environment."""
+    return CAN_FORK and not any(name in env and env[name] != os.environ.get(name) for name in READ_AT_THE_START)
+
+
 def start(*arguments: str, **env: str) -> "subprocess.Popen[str] | Forked":
     """Start the program, its output piped: forked where that makes no difference, else as it is installed."""
     command, own = [PROGRAM, *arguments], environment(**env)
-    if CAN_FORK and not any(name in own and own[name] != os.environ.get(name) for name in READ_AT_THE_START):
+    if forks(own):
         return Forked(fork_server(), command, own)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=own)

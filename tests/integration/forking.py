@@ -8,6 +8,7 @@ starts the installed program instead: see ``conftest.py``.
 
 import array
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,35 +56,32 @@ class ForkServer:
         self._folder.cleanup()
 
 
-class Forked:
-    """A running program, as :class:`subprocess.Popen` shows one whose output is piped as text."""
+class Process:
+    """A running program, and how it ends: as :class:`subprocess.Popen`, without its streams."""
 
-    def __init__(self, server: ForkServer, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-        pipes = [os.pipe() for _ in range(STREAMS)]
-        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
-        self.stdin: IO[str] = os.fdopen(pipes[0][1], "w", encoding="utf-8")
-        self.stdout: IO[str] = os.fdopen(pipes[1][0], encoding="utf-8")
-        self.stderr: IO[str] = os.fdopen(pipes[2][0], encoding="utf-8")
+    def __init__(
+        self,
+        server: ForkServer,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        descriptors: Sequence[int],
+        *,
+        terminal: bool = False,
+    ) -> None:
+        """``descriptors`` become its 0, 1 and 2 and are closed here; ``terminal``: the one that controls it."""
         self.args = list(arguments)
         self.returncode: int | None = None
         self._line = socket.socket(socket.AF_UNIX)
         self._line.connect(server.path)
-        order = json.dumps({"arguments": self.args, "env": dict(env), "cwd": str(Path.cwd())}).encode()
-        descriptors = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))]
-        self._line.sendmsg([len(order).to_bytes(4, "big")], descriptors)
-        self._line.sendall(order)
-        for descriptor in theirs:
+        order = {"arguments": self.args, "env": dict(env), "cwd": str(Path.cwd()), "terminal": terminal}
+        text = json.dumps(order).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        self._line.sendmsg([len(text).to_bytes(4, "big")], rights)
+        self._line.sendall(text)
+        for descriptor in set(descriptors):
             os.close(descriptor)
         self._replies = self._line.makefile("r")
         self.pid = int(self._replies.readline())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in (self.stdin, self.stdout, self.stderr):
-            stream.close()
-        self.wait()
 
     def send_signal(self, signum: int) -> None:
         """Send a signal, unless it has ended."""
@@ -103,6 +102,47 @@ class Forked:
         if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._line], [], [], timeout)[0]:
+            self.returncode = os.waitstatus_to_exitcode(int(self._replies.readline()))
+            self._replies.close()
+            self._line.close()
+        return self.returncode
+
+
+class OnTerminal(Process):
+    """A running program on a terminal of its own.
+
+    Attributes:
+        terminal: the descriptor of the other side: what is typed, and what is shown.
+    """
+
+    def __init__(
+        self, server: ForkServer, arguments: Sequence[str], env: Mapping[str, str], *, rows: int, columns: int
+    ) -> None:
+        self.terminal, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (rows, columns))
+        super().__init__(server, arguments, env, [theirs] * STREAMS, terminal=True)
+
+
+class Forked(Process):
+    """A running program, as :class:`subprocess.Popen` shows one whose output is piped as text."""
+
+    def __init__(self, server: ForkServer, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        pipes = [os.pipe() for _ in range(STREAMS)]
+        self.stdin: IO[str] = os.fdopen(pipes[0][1], "w", encoding="utf-8")
+        self.stdout: IO[str] = os.fdopen(pipes[1][0], encoding="utf-8")
+        self.stderr: IO[str] = os.fdopen(pipes[2][0], encoding="utf-8")
+        super().__init__(server, arguments, env, [pipes[0][0], pipes[1][1], pipes[2][1]])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            stream.close()
+        self.wait()
 
     def communicate(self, text: str | None = None, timeout: float | None = None) -> tuple[str, str]:
         """Write, then read to the end of both outputs, and wait."""
@@ -127,13 +167,6 @@ class Forked:
             self.stdout.close()
             self.stderr.close()
         return read["stdout"], read["stderr"]
-
-    def _ended(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._line], [], [], timeout)[0]:
-            self.returncode = os.waitstatus_to_exitcode(int(self._replies.readline()))
-            self._replies.close()
-            self._line.close()
-        return self.returncode
 
 
 def serve(path: str) -> dict[str, Any] | None:
@@ -183,6 +216,9 @@ def _become(order: dict[str, Any], descriptors: list[int]) -> None:
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
     os.closerange(STREAMS, max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1)
+    if order["terminal"]:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])

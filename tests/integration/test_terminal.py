@@ -5,33 +5,38 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from pexpect.fdpexpect import fdspawn
 
-from .conftest import PROGRAM, environment
+from . import forking
+from .conftest import CAN_FORK, PROGRAM, environment, fork_server, forks
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="needs os.pidfd_open")
 
 BAR = "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def spawn(*arguments: str, **env: str) -> "pexpect.spawn[str]":
-    return pexpect.spawn(
-        PROGRAM,
-        list(arguments),
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(40, 110),
-        env=environment(TERM="xterm-256color", **env),
-    )
+CTRL_C = "\x03"
 
 
-def end_of(child: "pexpect.spawn[str]") -> tuple[str, int | None]:
-    """Everything drawn until the program ends, and its exit code."""
-    child.expect(pexpect.EOF)
-    child.close()
-    return str(child.before), child.exitstatus
+class OnTerminal(fdspawn):
+    """The program on a terminal of 40 rows and 110 columns."""
+
+    def __init__(self, *arguments: str, **env: str) -> None:
+        own = environment(TERM="xterm-256color", **env)
+        assert forks(own)
+        self.program = forking.OnTerminal(fork_server(), [PROGRAM, *arguments], own, rows=40, columns=110)
+        super().__init__(self.program.terminal, encoding="utf-8", timeout=60)
+
+    def end(self) -> tuple[str, int]:
+        """Everything drawn until the program ends, and its exit code."""
+        self.expect(pexpect.EOF)
+        self.close()
+        return str(self.before), self.program.wait(60)
 
 
 def test_loading_draws_bars_that_move_and_a_report(model_dir: Path) -> None:
-    drawn, code = end_of(spawn("load", str(model_dir / "model.safetensors")))
+    drawn, code = OnTerminal("load", str(model_dir / "model.safetensors")).end()
     plain = ANSI.sub("", drawn)
     assert code == 0
     assert BAR in plain
@@ -48,13 +53,13 @@ def test_loading_draws_bars_that_move_and_a_report(model_dir: Path) -> None:
 
 
 def test_colours_are_left_out_on_request(tiny: Path) -> None:
-    drawn, _ = end_of(spawn("load", str(tiny), NO_COLOR="1"))
+    drawn, _ = OnTerminal("load", str(tiny), NO_COLOR="1").end()
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", drawn)
 
 
 def test_generating_shows_bars_then_the_text(model_dir: Path) -> None:
     question = "What is the capital of France?"
-    drawn, code = end_of(spawn("generate", "-m", str(model_dir), "-p", question, "--temperature", "0"))
+    drawn, code = OnTerminal("generate", "-m", str(model_dir), "-p", question, "--temperature", "0").end()
     assert code == 0
     assert BAR in drawn
     assert "The capital of France is Paris." in drawn
@@ -63,10 +68,10 @@ def test_generating_shows_bars_then_the_text(model_dir: Path) -> None:
 @pytest.mark.parametrize("command", ["load", "generate"])
 def test_ctrl_c_while_loading(gguf_path: Path, command: str) -> None:
     arguments = (command, str(gguf_path)) if command == "load" else (command, "-m", str(gguf_path), "-p", "x")
-    child = spawn(*arguments)
+    child = OnTerminal(*arguments)
     child.expect("layers")
-    child.sendintr()
-    drawn, code = end_of(child)
+    child.send(CTRL_C)
+    drawn, code = child.end()
     assert code == 130
     assert "cancelled" in drawn
     assert "Traceback" not in drawn
@@ -74,10 +79,10 @@ def test_ctrl_c_while_loading(gguf_path: Path, command: str) -> None:
 
 def test_ctrl_c_while_generating(model_dir: Path) -> None:
     # Greedy, the model goes on for hundreds of tokens: it has not ended by itself when the signal comes.
-    child = spawn("generate", "-m", str(model_dir), "-p", "Write a long story about a dog.", "--temperature", "0")
+    child = OnTerminal("generate", "-m", str(model_dir), "-p", "Write a long story about a dog.", "--temperature", "0")
     child.expect("ready")
     child.expect(r"\w\w+ ")
-    child.sendintr()
-    drawn, code = end_of(child)
+    child.send(CTRL_C)
+    drawn, code = child.end()
     assert code == 130
     assert "Traceback" not in drawn

@@ -10,6 +10,7 @@ from rbee_worker.errors import (
     WorkerUnreachable,
 )
 from tests.unit.cli.harness import run
+from tests.unit.runtime.conftest import write_gguf
 
 
 def test_inspect_names_what_is_not_there(tmp_path: Path):
@@ -29,14 +30,14 @@ def test_inspect_reads_headers_alone(gguf_path: Path):
     assert table.stderr == ""
 
 
-def test_convert_says_what_it_did(gguf_path: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    result = run("convert", str(gguf_path), str(out))
+def test_convert_says_what_it_did(tmp_path: Path):
+    model, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "out"
+    result = run("convert", str(model), str(out))
     assert result.exit_code == 0
     assert (out / "model.safetensors").is_file()
-    assert "272 tensors" in result.stderr
+    assert "11 tensors" in result.stderr
     assert result.stdout == ""
-    again = run("convert", str(gguf_path), str(out), "--json")
+    again = run("convert", str(model), str(out), "--json")
     assert json.loads(again.stdout)["already_converted"] is True
 
 
