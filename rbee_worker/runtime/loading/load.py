@@ -226,9 +226,7 @@ def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, N
         check_room(plan, config)
         transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
         timeline.enter("loading_to_vram")
-        for event in _read_weights(plan, transformer, timeline, config.stall_seconds, cancel):
-            held = transformer.nbytes
-            yield event
+        yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
         held = transformer.nbytes
         _check(cancel)
         timeline.enter("warming_up")
