@@ -2,7 +2,8 @@
 
 One tensor is in memory at a time, as stored; quantized ones are decoded a block of rows at a time. The weights are
 written under a temporary name that is renamed last, after everything else is on disk: a conversion that was killed
-never looks complete, and the next one starts over.
+never looks complete, and the next one starts over. Before that the safetensors library opens the file and must find in
+it what was to be written. It cannot write the file itself: it takes all tensors at once, in memory.
 """
 
 import contextlib
@@ -18,10 +19,11 @@ from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from rbee_worker.config import DTypeName
-from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError, Remedy
-from rbee_worker.escape import quoted
+from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError, Remedy, sentence
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
 from rbee_worker.runtime.formats.quantized.options import quantization_section
@@ -295,9 +297,28 @@ def _write(plan: _Plan, stream: IO[bytes]) -> Iterator[ConvertProgress]:
         yield progress
     stream.flush()
     os.fsync(stream.fileno())
+    _check_written(plan)
     (plan.out / PARTIAL_NAME).rename(plan.out / SINGLE_NAME)
     _sync_folder(plan.out)
     yield replace(progress, finished=True)
+
+
+def _check_written(plan: _Plan) -> None:
+    """Have the safetensors library open the file, which checks all of the header, and compare what it finds."""
+    path = plan.out / PARTIAL_NAME
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except SafetensorError as error:
+        raise _badly_written(path, sentence(one_line(str(error)))) from error
+    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    if metadata != plan.metadata or found != {info.name: (dtype, info.shape) for info, dtype in plan.tensors}:
+        raise _badly_written(path, "its header is another.")
+
+
+def _badly_written(path: Path, problem: str) -> RbeeError:
+    return RbeeError(f"{path}: the file is not what was written: {problem}", hint="Is the disk sound? Convert again.")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,10 +11,12 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, RbeeError
+from rbee_worker.runtime import convert as convert_module
 from rbee_worker.runtime.convert import PARTIAL_NAME, ConvertProgress, convert
 from rbee_worker.runtime.source import ModelSource, resolve
 
@@ -130,6 +132,32 @@ def test_a_source_that_shrinks_meanwhile(tiny: ModelSource, tmp_path: Path) -> N
     with pytest.raises(ModelMalformed, match=r"tiny\.gguf: tensor '.*' ended after \d+ of \d+ bytes"):
         list(steps)
     assert names(out) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b'"data_offsets":[0,', b'"data_offsets":[4,', "offset"),
+        (b'"shape":[', b'"shape":[9,', "header"),
+        (b'"source":"tiny"', b'"source":"TINY"', "its header is another"),
+    ],
+)
+def test_a_file_that_the_library_reads_otherwise_gets_no_name(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, old: bytes, new: bytes, problem: str
+) -> None:
+    make = convert_module._header
+
+    def damaged(*arguments: Any) -> bytes:
+        text = make(*arguments)[8:]
+        assert old in text
+        text = text.replace(old, new, 1)
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    monkeypatch.setattr(convert_module, "_header", damaged)
+    with pytest.raises(RbeeError, match=rf"{PARTIAL_NAME}: the file is not what was written: .*{problem}"):
+        list(convert(tiny, tmp_path / "out"))
+    assert names(tmp_path / "out") == []
 
 
 def test_two_conversions_to_one_folder(tiny: ModelSource, tmp_path: Path) -> None:
