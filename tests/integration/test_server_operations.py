@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trustme
 
-from .conftest import PROGRAM, RawConnection, Served, environment, events_of, run, serving
+from .conftest import PROGRAM, RawConnection, Served, environment, events_of, run, serving, start
 
 INFER = "/v1/inference"
 LONG = b'{"prompt":"x","max_tokens":1000,"ignore_eos":true}'
@@ -140,13 +140,12 @@ def test_a_wrong_option_ends_at_once_with_one_message() -> None:
 def test_a_key_file_is_enough_to_bind_any_address(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("k\n")
-    command = [PROGRAM, "serve", "--addr", "0.0.0.0:0", "--no-load", "--api-key-file", str(file)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with start("serve", "--addr", "0.0.0.0:0", "--no-load", "--api-key-file", str(file)) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         assert "listening on http://0.0.0.0:" in line
         assert httpx.get(f"http://127.0.0.1:{line.strip().rpartition(':')[2]}/livez").status_code == 200
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.stderr.read()
         assert process.wait(20) == 0
 
@@ -262,7 +261,7 @@ def test_a_reader_of_the_log_who_stops_reading_costs_lines_and_no_service(tiny: 
 
 def test_a_worker_whose_log_nobody_reads_drains_and_ends(tiny: Path) -> None:
     with unread(tiny, "--log-level", "debug", "--shutdown-grace", "30") as worker:
-        ask_often(worker, 1500)
+        ask_often(worker, 600)
         stream = RawConnection(worker.address, "POST", INFER, LONG, Accept="text/event-stream")
         stream.read_until(b'"event":"token"')
         worker.process.send_signal(signal.SIGTERM)
@@ -272,7 +271,7 @@ def test_a_worker_whose_log_nobody_reads_drains_and_ends(tiny: Path) -> None:
 
 def test_a_second_signal_ends_a_worker_whose_log_nobody_reads(tiny: Path) -> None:
     with unread(tiny, "--shutdown-grace", "60") as worker:
-        ask_often(worker, 1500)
+        ask_often(worker, 600)
         stream = RawConnection(worker.address, "POST", INFER, LONG, Accept="text/event-stream")
         stream.read_until(b'"event":"token"')
         worker.process.send_signal(signal.SIGINT)
