@@ -23,8 +23,6 @@ from rbee_worker.runtime.model.linear.linear import DenseLinear
 from .conftest import answer, load
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
 
-pytestmark = pytest.mark.cpu_forms
-
 PARAGRAPH = (
     "The old lighthouse on the northern cape had not been lit for eleven years when Marta bought it from the harbour "
     "board. She had seen it first from the deck of a ferry, a white column against a grey sky, and had thought no more "
@@ -107,6 +105,7 @@ def real(model_dir: Path, levels: int) -> Engine:
     return load_int8(model_dir)[0]
 
 
+@pytest.mark.cpu_forms
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
     path = tiny_llama(**changes)
@@ -126,6 +125,7 @@ def twin(first_layers: Path) -> tuple[list[list[int]], Tensor]:
     return prompt, logits_of(twin_of(engine), prompt)[0]
 
 
+@pytest.mark.cpu_forms
 def test_an_int8_model_is_its_dequantized_twin_but_for_the_activations(
     first_layers: Path, twin: tuple[list[list[int]], Tensor], levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,10 +172,12 @@ def test_the_real_model_keeps_its_wits(real: Engine, exact: tuple[list[list[int]
     assert float(worse.mean()) < allowed + 4 * math.sqrt(2 * allowed / len(worse))
 
 
+@pytest.mark.cpu_forms
 def test_it_still_knows_the_capital_of_france(real: Engine) -> None:
     assert "Paris" in answer(real, "What is the capital of France?")
 
 
+@pytest.mark.cpu_forms
 def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Callable[..., Path]) -> None:
     layer = transformer_of(load_int8(tiny_llama())[0]).layers[0]
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
