@@ -81,19 +81,24 @@ class Loads:
         Raises:
             Conflict: another load, or an unload, is under way.
         """
-        self._claim("load")
+        cancel, broadcast = Cancellation(), LoadingBroadcast()
+        self._claim("load", cancel)
         try:
             self.error = None
             logger.info("loading %s", model or DEFAULT_MODEL)
-            self._cancel = cancel = Cancellation()
-            self.broadcast = broadcast = LoadingBroadcast()
             make_room = functools.partial(self._engine.unload, cancel) if unload_first else None
             install = functools.partial(self._engine.install, cancel=cancel)
             loading = load_model(model, config, cancel, install, plan=plan, make_room=make_room)
             # The context carries the request's correlation id into the load's log lines.
             run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
-            self._thread = threading.Thread(target=run, name="loader", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=run, name="loader", daemon=True)
+            before, self.broadcast = self.broadcast, broadcast
+            try:
+                thread.start()
+            except BaseException:
+                self.broadcast = before
+                raise
+            self._thread = thread
         except BaseException:  # the system has no thread to give
             self._release()
             raise
@@ -124,14 +129,15 @@ class Loads:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _claim(self, operation: Literal["load", "unload"]) -> None:
-        """Take the one place there is for a load or an unload."""
+    def _claim(self, operation: Literal["load", "unload"], cancel: Cancellation | None = None) -> None:
+        """Take the one place there is for a load or an unload; ``cancel`` is what :meth:`cancel` sets from then on."""
         with self._lock:
             if self._busy_with == "load":
                 raise Conflict("A load is running.", hint="Wait for it, or cancel it.")
             if self._busy_with is not None:
                 raise Conflict("The model is being unloaded.", hint="Ask again in a moment.")
             self._busy_with = operation
+            self._cancel = cancel or self._cancel
         self._changed()
 
     def _release(self) -> None:

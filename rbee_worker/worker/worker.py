@@ -102,8 +102,8 @@ class Worker:
         What is None is as the worker was configured.
 
         Returns:
-            True when a resident model goes on serving until the new one is ready. False when there is none, or when
-            the two do not fit together: it is then unloaded first, once its running jobs have ended.
+            True when a resident model goes on serving until the new one is ready, or has failed to load. False when
+            there is none, or when the two fit only one by one: it is then unloaded first, once its jobs have ended.
 
         Raises:
             Conflict: another load, or an unload, is under way.
@@ -116,11 +116,13 @@ class Worker:
             dtype=cast("DTypeName", dtype or self._config.dtype),
             quantize=cast("Quantization", quantize or self._config.quantize),
         )
-        resident = self.engine.model is not None
-        plan = plan_local(model, config) if resident else None
-        keeps = resident and (plan is None or has_room(plan, config))
-        self.loads.begin(model, config, plan, unload_first=resident and not keeps)
-        return keeps
+        resident = self.engine.model
+        plan = plan_local(model, config) if resident is not None else None
+        beside = plan is None or has_room(plan, config)
+        # A model that would not even fit in the resident one's place is no reason to give that up: its load will fail.
+        swaps = plan is not None and not beside and has_room(plan, config, resident)
+        self.loads.begin(model, config, plan, unload_first=swaps)
+        return resident is not None and not swaps
 
     async def unload(self) -> int:
         """Free the model once its running jobs have ended, and forget its load; returns the bytes of weights freed.
@@ -177,6 +179,8 @@ class Worker:
         self.jobs.register(jobs)
         note_submitted(jobs)
         self.engine.add(sequences, model, self._replaced)
+        if not self.engine.alive:  # it died while this tokenized: what it left behind has been told already
+            self._on_loop(self.jobs.fail_all, "The engine died.")
         return jobs
 
     def cancel(self, job_id: str) -> None:

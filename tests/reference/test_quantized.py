@@ -22,7 +22,7 @@ from rbee_worker.runtime.formats.quantized.methods import present
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
 from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.inspection import inspect_model
-from rbee_worker.runtime.loading import weights
+from rbee_worker.runtime.loading import parts
 from rbee_worker.runtime.source import resolve
 
 from .conftest import load
@@ -161,7 +161,7 @@ def test_weights_and_logits_are_those_of_the_dequantized_twin(
 def test_packed_forms_and_a_quantized_head_in_blocks_of_rows(
     written: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, case: str, config: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(weights, "_BLOCK_WEIGHTS", 1)  # then a block is as large as the largest matrix of a layer
+    monkeypatch.setattr(parts, "_BLOCK_WEIGHTS", 1)  # then a block is as large as the largest matrix of a layer
     path, twin = written(case, head=True)
     ours, theirs = (logits_of(transformer_of(load(folder, **config)), [[1, 2, 3]])[0] for folder in (path, twin))
     assert torch.equal(ours, theirs)
@@ -282,7 +282,7 @@ def test_the_report_and_inspect_name_the_quantization(
 def test_every_stored_byte_counts_once_when_a_head_is_read_in_blocks(
     written: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(parts, "_BLOCK_WEIGHTS", 1)
     for case in ("awq", "gptq 4-bit", "w4a16"):
         path, _ = written(case, head=case != "w4a16")
         events = list(Engine(EngineConfig(device="cpu", dtype="bfloat16")).load(str(path)))

@@ -4,7 +4,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
@@ -274,13 +274,14 @@ def plan_local(model: str | None, config: EngineConfig) -> LoadPlan | None:
         return None
 
 
-def check_room(plan: LoadPlan, config: EngineConfig) -> None:
-    """Refuse a model that does not fit into what is free now.
+def check_room(plan: LoadPlan, config: EngineConfig, freed: int = 0) -> None:
+    """Refuse a model that does not fit into what is free now, and ``freed`` more bytes.
 
     Raises:
         OutOfMemory: with the figures and the remedies.
     """
     place = device_info(plan.device)
+    place = replace(place, free_bytes=place.free_bytes + freed)
     ways = functools.partial(_alternatives, config, place)
     name, length = plan.source.name, plan.context_length
     check_fit(name, plan.config, plan.form, context=length, engine=config, device=place, alternatives=ways)
@@ -288,10 +289,13 @@ def check_room(plan: LoadPlan, config: EngineConfig) -> None:
         check_host(name, plan.groups, host_info())
 
 
-def has_room(plan: LoadPlan, config: EngineConfig) -> bool:
-    """Whether a model fits into what is free now, beside whatever is loaded."""
+def has_room(plan: LoadPlan, config: EngineConfig, resident: LoadedModel | None = None) -> bool:
+    """Whether a model fits into what is free now, beside whatever is loaded; or in the place of a ``resident`` one."""
+    held = 0
+    if resident is not None and resident.device == plan.device:
+        held = resident.nbytes + resident.transformer.cache.nbytes
     try:
-        check_room(plan, config)
+        check_room(plan, config, held)
     except OutOfMemory:
         return False
     return True

@@ -74,4 +74,4 @@ def test_the_page_names_every_style_and_marker():
     markers = {marker for style in known for marker in (*style.opens, *style.closes)}
     markers |= {marker for pair in styles._REASONING for marker in (pair.opens, pair.closes)}
     assert {marker for marker in markers if marker not in page} == set()
-    assert f"Up to {MAX_TOOLS} tools" in page
+    assert f"up to {MAX_TOOLS} tools" in page

@@ -318,7 +318,7 @@ def test_an_existing_path_wins_over_a_hub_id(model_folder: Folder, monkeypatch: 
 
 def test_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelNotFound, match=r"pip install 'rbee-worker\[hub\]'"):
+    with pytest.raises(ModelNotFound, match=r"pip install '\.\[hub\]'"):
         resolve("org/name")
 
 

@@ -7,11 +7,20 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.errors import Conflict, InferenceError, InvalidRequest, ModelNotLoaded, QueueFull, Unavailable
+from rbee_worker.errors import (
+    Conflict,
+    InferenceError,
+    InvalidRequest,
+    ModelNotLoaded,
+    OutOfMemory,
+    QueueFull,
+    Unavailable,
+)
 from rbee_worker.events import (
     End,
     InferenceEvent,
@@ -22,6 +31,8 @@ from rbee_worker.events import (
     Ready,
     Token,
 )
+from rbee_worker.runtime.engine.prepare import prepare
+from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.loading import load as load_module
 from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan
 from rbee_worker.runtime.source import ModelSource
@@ -270,7 +281,9 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        monkeypatch.setattr("rbee_worker.worker.worker.has_room", lambda _plan, _config: False)
+        monkeypatch.setattr(
+            "rbee_worker.worker.worker.has_room", lambda _plan, _config, resident=None: resident is not None
+        )
         unload, unloads = worker.engine._engine.unload, []
 
         def spy() -> int:
@@ -287,6 +300,45 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
         assert events[0].stage == "resolving"
         assert isinstance(events[-1], Ready)
         assert worker.model.name == "other"
+
+    with_worker(body)
+
+
+def test_a_model_that_fits_nowhere_does_not_cost_the_resident_one(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = str(write_tiny_model(tmp_path / "other"))
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OutOfMemory("It does not fit.")
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        monkeypatch.setattr(load_module, "check_room", no_room)
+        assert worker.load(other) is True
+        assert isinstance((await load_to_end(worker))[-1], LoadFailed)
+        assert worker.state == "ready"
+        assert isinstance((await events_of(worker.submit(request()).events()))[-1], End)
+
+    with_worker(body)
+
+
+def test_a_job_that_comes_when_the_engine_has_died_ends(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+
+        def broken() -> None:
+            raise RuntimeError
+
+        def dies_meanwhile(*arguments: Any) -> Sequence:
+            worker.engine._commands.put(broken)
+            worker.engine._thread.join()
+            return prepare(*arguments)
+
+        monkeypatch.setattr("rbee_worker.worker.worker.prepare", dies_meanwhile)
+        job = worker.submit(request())
+        await asyncio.sleep(0)
+        assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
 
     with_worker(body)
 
