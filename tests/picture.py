@@ -29,7 +29,7 @@ def draw(model: str) -> tuple[str, str]:
     end = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=WIDTH, record=True)
     end.print(f"$ rbee-worker load {model}", highlight=False)
     with LoadProgress(terminal, auto_refresh=False) as progress:
-        for event in Engine(EngineConfig()).load(model):
+        for event in Engine(EngineConfig(device="cpu")).load(model):
             progress(event)
             if isinstance(event, LoadingToVram) and event.layers_loaded == event.layers_total // 2:
                 middle.print(progress.render())
