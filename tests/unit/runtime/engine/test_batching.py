@@ -116,10 +116,10 @@ def check_accounts(engine: Engine) -> None:
         for block in sequence.cache.blocks:
             users[block] += 1
         first_written = sequence.cache.length // BLOCK_TOKENS
-        assert all(pool.users(block) == 1 for block in sequence.cache.blocks[first_written:])
+        assert all(pool._users[block] == 1 for block in sequence.cache.blocks[first_written:])
     for sequence in engine._scheduler.waiting:
         assert sequence.cache is None
-    assert [pool.users(block) for block in range(pool.blocks)] == users
+    assert [pool._users[block] for block in range(pool.blocks)] == users
     assert sum((pool.use.free, pool.use.used, pool.use.cached)) == pool.blocks
     assert len(engine._scheduler.running) <= engine.config.max_batch_size
 
