@@ -3,7 +3,8 @@
 One tensor is in memory at a time, as stored; quantized ones are decoded a block of rows at a time. The weights are
 written under a temporary name that is renamed last, after everything else is on disk: a conversion that was killed
 never looks complete, and the next one starts over. Before that the safetensors library opens the file and must find in
-it what was to be written. It cannot write the file itself: it takes all tensors at once, in memory.
+it what was to be written. It does not write the file itself: it needs every tensor, in memory or in a second file,
+before it writes the first byte.
 """
 
 import contextlib
