@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import write_tiny_model
 
-from .conftest import PROGRAM, SECONDS, Served, environment, run, serving, start
+from .conftest import PROGRAM, SECONDS, RawConnection, Served, environment, run, serving, start
 
 QUESTION = "What is the capital of France?"
 
@@ -149,7 +148,9 @@ def test_a_running_worker_is_driven_from_the_command_line(served: Served, tiny: 
 def test_a_worker_that_is_killed_leaves_the_next_start_clean(gguf_path: Path) -> None:
     with serving("--model", str(gguf_path), wait=False) as worker:
         port = worker.address[1]
-        time.sleep(0.1)
+        watcher = RawConnection(worker.address, "GET", "/v1/loading/progress")
+        watcher.read_until(b'"loading_to_vram"')
+        watcher.close()
         worker.process.kill()
         worker.process.wait()
     with serving("--model", str(gguf_path), "--addr", f"127.0.0.1:{port}") as worker:

@@ -159,11 +159,14 @@ def test_what_cannot_fit_is_refused_before_any_memory_is_taken(tmp_path: Path) -
         assert httpx.get(f"{worker.url}/health").status_code == 503
 
 
-def test_int8_is_asked_for_on_the_command_line_and_over_http(model_dir: Path) -> None:
-    question = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
-    done = run("generate", "-m", str(model_dir), "--quantize", "int8", *question)
-    assert "Paris" in done.stdout
-    with serving("--model", str(model_dir)) as worker:
+def test_int8_is_asked_for_on_the_command_line_and_over_http(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    model = write_tiny_model(tmp_path / "model", **sizes)
+    done = run("generate", "-m", str(model), "--quantize", "int8", "--prompt", "x", "--max-tokens", "2", "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["report"]["quantize"] for event in events if "report" in event] == ["int8"]
+    assert events[-1]["event"] == "end"
+    with serving("--model", str(model)) as worker:
         whole = worker.events()[-1]["report"]
         assert httpx.post(f"{worker.url}/v1/loading", json={"quantize": "int8"}).status_code == 202
         report = worker.events()[-1]["report"]

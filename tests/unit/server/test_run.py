@@ -106,7 +106,7 @@ def test_exit_on_load_error_ends_with_its_code_after_the_watchers_have_it(start,
 def test_without_it_the_server_stays_after_a_failed_load(start, stand_in):
     server = start(failing_worker(stand_in), first_load=lambda: None)
     assert server.ask("GET", PROGRESS).frames[-1] == b"data: [DONE]"
-    time.sleep(0.3)
+    server.wait(lambda: not server.server._tasks)  # the one that would end the process
     assert server.ask("GET", "/livez").status == 200
     assert server.server.exit_code == 0
 

@@ -35,9 +35,11 @@ class Gate:
 
     def __init__(self) -> None:
         self._out, self._in = os.pipe()
+        self.reached = threading.Event()
 
     def wait(self) -> None:
         """Until :meth:`open`."""
+        self.reached.set()
         os.read(self._out, 1)
 
     def open(self) -> None:
@@ -246,10 +248,10 @@ def test_an_error_of_the_disk_is_told_with_the_file(path: Path) -> None:
 
 def test_closing_does_not_wait_for_a_read_that_never_returns(path: Path, gate: Gate) -> None:
     reader = reader_of(path, open_file=lambda name: GatedFile(name, gate, 0))
-    time.sleep(0.1)
+    assert gate.reached.wait(30)
     began = time.monotonic()
     reader.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10  # the gate stays closed for as long as the test runs
     assert reader.next_part(0.0) is None
 
 

@@ -164,7 +164,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(start, caplog):
     server = start()
     with server.connect() as sock:
         sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
-        time.sleep(0.05)
+        server.wait(lambda: server.server.server_state.tasks)  # its head was read
         sock.shutdown(socket.SHUT_RDWR)
     server.wait(lambda: any(getattr(r, "status", 0) == 499 for r in caplog.records))
     assert not any(record.exc_info for record in caplog.records)
