@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
-from rbee_worker.events import End, Token
+from rbee_worker.config import GenerationRequest, SamplingParams
+from rbee_worker.events import End
 from rbee_worker.runtime.engine.engine import Engine
 from tests.conftest import rewrite_json
+from tests.engines import text
 from tests.tiny import byte_tokenizer
 
 TINY: dict[str, Any] = {
@@ -65,17 +66,9 @@ def first_layers(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def load(path: Path, dtype: str = "float32", **config: Any) -> Engine:
-    """The worker's engine with a model in it."""
-    engine = Engine(EngineConfig(device="cpu", dtype=dtype, **config))
-    for _ in engine.load(str(path)):
-        pass
-    return engine
-
-
 def answer(engine: Engine, question: str, max_tokens: int = 24) -> str:
     """The likeliest answer of a chat model."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     events = list(engine.generate(GenerationRequest.from_text(question, system=None, raw=False, sampling=sampling)))
     assert isinstance(events[-1], End)
-    return "".join(event.t for event in events if isinstance(event, Token))
+    return text(events)

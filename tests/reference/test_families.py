@@ -19,9 +19,9 @@ from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading.fit import weights_bytes
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.source import resolve
+from tests.engines import loaded
 from tests.tiny import byte_tokenizer
 
-from .conftest import load
 from .families import CASES, PAGE, SIZES, Case, insert_table
 from .test_int8 import FINEST
 from .test_logits import logits_of, relative_error, transformer_of
@@ -86,7 +86,7 @@ def their_logits(model: PreTrainedModel, prompts: list[list[int]]) -> list[Tenso
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens_are_the_reference_s(saved: Callable[[str], Path], name: str) -> None:
     case, path = CASES[name], saved(name)
-    engine, theirs, prompts = load(path, max_context=case.context, prefill_chunk=8), reference(path), prompts_of(case)
+    engine, theirs, prompts = loaded(path, max_context=case.context, prefill_chunk=8), reference(path), prompts_of(case)
     expected = their_logits(theirs, prompts)
     for chunk in (1000, 7):
         assert_logits(logits_of(transformer_of(engine), prompts, chunk), expected)
@@ -136,7 +136,7 @@ FAMILIES = {case.architecture: name for name, case in reversed(CASES.items())}
 def errors(path: Path, case: Case, dtype: str, **config: Any) -> float:
     """The relative error of all logits of all prompts, against transformers in float32."""
     prompts = prompts_of(case)
-    ours = logits_of(transformer_of(load(path, dtype, max_context=case.context, **config)), prompts)
+    ours = logits_of(transformer_of(loaded(path, dtype, max_context=case.context, **config)), prompts)
     return relative_error(torch.cat(ours), torch.cat(their_logits(reference(path), prompts)))
 
 
@@ -163,7 +163,7 @@ def test_int8_errs_by_what_eight_bits_allow(saved: Callable[[str], Path], name: 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_what_is_needed_is_what_a_load_then_holds(saved: Callable[[str], Path], name: str, quantize: Any) -> None:
-    held = transformer_of(load(saved(name), "float16", quantize=quantize))
+    held = transformer_of(loaded(saved(name), "float16", quantize=quantize))
     assert weights_bytes(held.config, held.form) == pytest.approx(held.nbytes, rel=0.02)
 
 
@@ -195,7 +195,7 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
 def test_sequences_of_either_rotation_run_side_by_side(saved: Callable[[str], Path]) -> None:
     """LongRoPE: within the trained context, beyond it, and grown beyond it; each as if it were alone."""
     path = saved("Phi3, longrope")
-    engine, theirs = load(path, prefill_chunk=8), reference(path)
+    engine, theirs = loaded(path, prefill_chunk=8), reference(path)
     prompts = prompts_of(CASES["Phi3, longrope"])
     common = prompts[2][:16]  # a block that several begin with, which is another one in the other rotation
     prompts += [[*common, 1], [*common, *range(30)], [*common, 2, 3]]
@@ -229,6 +229,6 @@ def test_mxfp4_is_its_decoded_twin(saved: Callable[[str], Path], tmp_path: Path)
         (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
         byte_tokenizer().save(str(path / "tokenizer.json"))
     prompts = prompts_of(CASES["GptOss"])
-    ours = logits_of(transformer_of(load(folder)), prompts)
+    ours = logits_of(transformer_of(loaded(folder)), prompts)
     assert_logits(ours, their_logits(reference(twin), prompts))
     assert inspect_model(resolve(str(folder)), None).parameters == inspect_model(resolve(str(twin)), None).parameters

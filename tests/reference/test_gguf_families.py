@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from rbee_worker.runtime.convert import convert
 from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES
 from rbee_worker.runtime.source import resolve
+from tests.engines import loaded
 
-from .conftest import load
 from .families import LONG, Case, rope
 from .test_families import assert_logits, fill, prompts_of, their_logits
 from .test_logits import logits_of, transformer_of
@@ -97,10 +97,10 @@ def test_the_logits_are_those_of_the_model_it_was_made_from(arch: str, case: Cas
     path = write(tmp_path / "model.gguf", arch, theirs)
     prompts = prompts_of(case)
     expected = their_logits(theirs, prompts)
-    assert_logits(logits_of(transformer_of(load(path)), prompts), expected)
+    assert_logits(logits_of(transformer_of(loaded(path)), prompts), expected)
     for _ in convert(resolve(str(path)), tmp_path / "converted"):
         pass
-    assert_logits(logits_of(transformer_of(load(tmp_path / "converted")), prompts), expected)
+    assert_logits(logits_of(transformer_of(loaded(tmp_path / "converted")), prompts), expected)
 
 
 def test_every_family_is_proven() -> None:

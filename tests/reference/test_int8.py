@@ -19,8 +19,9 @@ from rbee_worker.runtime.model.linear import int8, linear
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import hadamard, quantize_weight, rotate
 from rbee_worker.runtime.model.linear.linear import DenseLinear
+from tests.engines import loaded
 
-from .conftest import answer, load
+from .conftest import answer
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
 
 PARAGRAPH = (
@@ -109,7 +110,7 @@ def real(model_dir: Path, levels: int) -> Engine:
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
     path = tiny_llama(**changes)
-    exact = logits_of(transformer_of(load(path, max_context=256)), random_prompts())
+    exact = logits_of(transformer_of(loaded(path, max_context=256)), random_prompts())
     ours = logits_of(transformer_of(load_int8(path)[0]), random_prompts())
     for mine, wanted in zip(ours, exact, strict=True):
         # Random weights without a trained model's slack, and no outliers to spread: measured 0.03 to 0.07.
@@ -119,7 +120,7 @@ def test_tiny_configs_err_by_what_eight_bits_allow(tiny_llama: Callable[..., Pat
 @pytest.fixture(scope="module")
 def twin(first_layers: Path) -> tuple[list[list[int]], Tensor]:
     """A prompt, and the logits of the model's twin; no CPU's levels have a part in them."""
-    engine = load(first_layers, max_context=256)
+    engine = loaded(first_layers, max_context=256)
     assert engine.model is not None
     prompt = [engine.model.tokenizer.encode(CODE)]
     return prompt, logits_of(twin_of(engine), prompt)[0]
@@ -146,7 +147,7 @@ def fine_product(values: Tensor, scale: Tensor, _levels: int = 0) -> Callable[[T
 @pytest.fixture(scope="module")
 def exact(model_dir: Path) -> tuple[list[list[int]], list[Tensor]]:
     """The texts' tokens, and their logits by the model in float32."""
-    engine = load(model_dir, max_context=256)
+    engine = loaded(model_dir, max_context=256)
     assert engine.model is not None
     prompts = [engine.model.tokenizer.encode(text) for text in TEXTS]
     return prompts, logits_of(transformer_of(engine), prompts)
@@ -191,7 +192,7 @@ def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Cal
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_report_says_what_was_saved(model_dir: Path, dtype: str) -> None:
     engine, report = load_int8(model_dir, dtype)
-    plain = load(model_dir, dtype, max_context=256)
+    plain = loaded(model_dir, dtype, max_context=256)
     assert engine.model is not None
     assert plain.model is not None
     assert (report.quantize, report.dtype) == ("int8", dtype)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Batch, Transformer
+from tests.engines import loaded
 
-from .conftest import answer, load
+from .conftest import answer
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    if n", "Once upon a time, in a land far away, 人"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,7 +80,7 @@ def random_prompts() -> list[list[int]]:
 def test_tiny_configs_give_the_reference_logits(tiny_llama: Callable[..., Path], changes: dict[str, Any]) -> None:
     path = tiny_llama(**changes)
     theirs = reference(path)
-    transformer = transformer_of(load(path))
+    transformer = transformer_of(loaded(path))
     prompts = random_prompts()
     with torch.inference_mode():
         expected = [theirs(torch.tensor([prompt])).logits[0] for prompt in prompts]
@@ -90,7 +91,7 @@ def test_tiny_configs_give_the_reference_logits(tiny_llama: Callable[..., Path],
 
 def test_a_cache_that_grows_keeps_what_it_holds(tiny_llama: Callable[..., Path]) -> None:
     path = tiny_llama(max_position_embeddings=1024)
-    theirs, transformer = reference(path), transformer_of(load(path))
+    theirs, transformer = reference(path), transformer_of(loaded(path))
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (700, 300)]
     for ours, prompt in zip(logits_of(transformer, prompts, 90), prompts, strict=True):
@@ -104,7 +105,7 @@ def test_tiny_configs_give_the_reference_greedy_tokens(
 ) -> None:
     path = tiny_llama(**changes)
     theirs = reference(path)
-    engine = load(path, prefill_chunk=8)
+    engine = loaded(path, prefill_chunk=8)
     text = "ragged and long enough for chunks"
     ids = tokens_after(engine, text, 64)
     assert engine.model is not None
@@ -123,7 +124,7 @@ def tokens_after(engine: Engine, prompt: str, count: int) -> list[int]:
 
 def test_the_real_model_gives_the_reference_logits_and_tokens(model_dir: Path) -> None:
     theirs = reference(model_dir)
-    engine = load(model_dir)
+    engine = loaded(model_dir)
     assert engine.model is not None
     tokenizer = engine.model.tokenizer
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -145,7 +146,7 @@ def test_sixteen_bit_forms_err_no_more_than_the_reference_does(tiny_llama: Calla
     path = tiny_llama()
     prompts = random_prompts()
     exact, rounded = reference(path), reference(path, getattr(torch, dtype))
-    ours = logits_of(transformer_of(load(path, dtype)), prompts)
+    ours = logits_of(transformer_of(loaded(path, dtype)), prompts)
     for mine, prompt in zip(ours, prompts, strict=True):
         with torch.inference_mode():
             wanted = exact(torch.tensor([prompt])).logits[0]
@@ -156,7 +157,7 @@ def test_sixteen_bit_forms_err_no_more_than_the_reference_does(tiny_llama: Calla
 @pytest.mark.cpu_forms
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_real_model_knows_the_capital_of_france_in_sixteen_bits(model_dir: Path, dtype: str) -> None:
-    assert "Paris" in answer(load(model_dir, dtype, max_context=256), "What is the capital of France?")
+    assert "Paris" in answer(loaded(model_dir, dtype, max_context=256), "What is the capital of France?")
 
 
 def test_shards_load_as_one_file_does(tiny_llama: Callable[..., Path]) -> None:
@@ -165,4 +166,4 @@ def test_shards_load_as_one_file_does(tiny_llama: Callable[..., Path]) -> None:
     prompts = random_prompts()
     with torch.inference_mode():
         wanted = reference(path)(torch.tensor([prompts[2]])).logits[0]
-    assert relative_error(logits_of(transformer_of(load(path)), prompts)[2], wanted) < 1e-4
+    assert relative_error(logits_of(transformer_of(loaded(path)), prompts)[2], wanted) < 1e-4

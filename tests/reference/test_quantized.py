@@ -24,8 +24,8 @@ from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import parts
 from rbee_worker.runtime.source import resolve
+from tests.engines import loaded
 
-from .conftest import load
 from .quantized import Quantize, awq, bitsandbytes, compressed, fp8, gptq, int8_rows, save, write
 from .test_logits import logits_of, random_prompts, relative_error, transformer_of
 
@@ -151,7 +151,7 @@ def test_weights_and_logits_are_those_of_the_dequantized_twin(
             part = values_of(info.rows(begin, end).rows(0, end - begin), torch.bfloat16)
             assert torch.equal(part, values_of(info)[begin:end].bfloat16()), name
     prompts = random_prompts()[:4]
-    pairs = zip(*(logits_of(transformer_of(load(folder)), prompts) for folder in (path, twin)), strict=True)
+    pairs = zip(*(logits_of(transformer_of(loaded(folder)), prompts) for folder in (path, twin)), strict=True)
     assert max(relative_error(ours, theirs) for ours, theirs in pairs) < 1e-5
 
 
@@ -163,7 +163,7 @@ def test_packed_forms_and_a_quantized_head_in_blocks_of_rows(
 ) -> None:
     monkeypatch.setattr(parts, "_BLOCK_WEIGHTS", 1)  # then a block is as large as the largest matrix of a layer
     path, twin = written(case, head=True)
-    ours, theirs = (logits_of(transformer_of(load(folder, **config)), [[1, 2, 3]])[0] for folder in (path, twin))
+    ours, theirs = (logits_of(transformer_of(loaded(folder, **config)), [[1, 2, 3]])[0] for folder in (path, twin))
     assert torch.equal(ours, theirs)
 
 
@@ -180,7 +180,7 @@ def test_transformers_computes_the_same(written: Callable[..., tuple[Path, Path]
     prompts = random_prompts()[:3]
     with torch.inference_mode():
         wanted = [theirs(torch.tensor([prompt])).logits[0] for prompt in prompts]
-    found = logits_of(transformer_of(load(path)), prompts)
+    found = logits_of(transformer_of(loaded(path)), prompts)
     assert max(map(relative_error, found, wanted)) < 1e-5
 
 
@@ -208,7 +208,7 @@ def test_bitsandbytes_as_transformers_saves_it(tiny_llama: Callable[..., Path], 
     prompts = random_prompts()[:3]
     with torch.inference_mode():
         wanted = [theirs(torch.tensor([prompt])).logits[0] for prompt in prompts]
-    found = logits_of(transformer_of(load(path)), prompts)
+    found = logits_of(transformer_of(loaded(path)), prompts)
     assert max(map(relative_error, found, wanted)) < 1e-5
 
 
@@ -220,12 +220,12 @@ def test_biases_that_autogptq_gives_to_every_module_may_be_zeros_and_nothing_els
     modules = [name.removesuffix("qweight") for name in tensors if name.endswith("qweight")]
     biases = {f"{name}bias": torch.zeros(tensors[f"{name}qweight"].shape[1]).half() for name in modules}
     save(path, tensors | biases)
-    ours, theirs = (logits_of(transformer_of(load(folder)), [[1, 2, 3]])[0] for folder in (path, twin))
+    ours, theirs = (logits_of(transformer_of(loaded(folder)), [[1, 2, 3]])[0] for folder in (path, twin))
     assert torch.equal(ours, theirs)
     biases[f"{UP}.bias"][5] = 0.5
     save(path, tensors | biases)
     with pytest.raises(ModelMalformed, match=r"1 tensors are not part of .*model.layers.1.mlp.up_proj.bias"):
-        load(path)
+        loaded(path)
 
 
 def test_convert_keeps_a_quantized_checkpoint_as_it_is_or_refuses(
@@ -241,14 +241,14 @@ def test_convert_keeps_a_quantized_checkpoint_as_it_is_or_refuses(
     with pytest.raises(ModelUnsupported, match="scales would be rounded"):
         convert(resolve(str(path)), out, dtype="float16")
     assert list(convert(resolve(str(path)), out))[-1].finished
-    ours, theirs = (logits_of(transformer_of(load(folder)), [[1, 2, 3]])[0] for folder in (out, path))
+    ours, theirs = (logits_of(transformer_of(loaded(folder)), [[1, 2, 3]])[0] for folder in (out, path))
     assert torch.equal(ours, theirs)
 
 
 def test_parts_may_be_in_different_shards(written: Callable[..., tuple[Path, Path]]) -> None:
     path, twin = written("gptq 4-bit asymmetric", shards=3)
     assert len(list(path.glob("*.safetensors"))) == 3
-    ours, theirs = (logits_of(transformer_of(load(folder)), [[1, 2, 3]])[0] for folder in (path, twin))
+    ours, theirs = (logits_of(transformer_of(loaded(folder)), [[1, 2, 3]])[0] for folder in (path, twin))
     assert torch.equal(ours, theirs)
 
 
@@ -337,7 +337,7 @@ def test_options_that_cannot_be_read_are_refused_by_name(
     config["quantization_config"] |= change
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=text):
-        load(path)
+        loaded(path)
     with pytest.raises(error, match=text):
         inspect_model(resolve(str(path)), None)
 
@@ -393,13 +393,15 @@ def test_parts_that_contradict_each_other_are_refused_with_tensor_and_figure(
         tensors[f"{UP}.{part}"] = value
     save(path, tensors)
     with pytest.raises((ModelMalformed, ModelUnsupported), match=text):
-        load(path)
+        loaded(path)
 
 
 def test_plain_8_bit_floats_are_their_values(tiny_llama: Callable[..., Path]) -> None:
     path = tiny_llama(num_hidden_layers=2)
     tensors = {name: tensor.to(torch.float8_e5m2) for name, tensor in load_file(path / "model.safetensors").items()}
     save(path, tensors)
-    ours = transformer_of(load(path))
+    ours = transformer_of(loaded(path))
     save(path, {name: tensor.float() for name, tensor in tensors.items()})
-    assert torch.equal(*(logits_of(transformer, [[1, 2, 3]])[0] for transformer in (ours, transformer_of(load(path)))))
+    assert torch.equal(
+        *(logits_of(transformer, [[1, 2, 3]])[0] for transformer in (ours, transformer_of(loaded(path))))
+    )

@@ -18,6 +18,7 @@ from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.engine import decide
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.engine.sampler import Sampled, Sampler, sample
+from tests.engines import loaded, run, text
 from tests.tiny import byte_tokenizer, write_tiny_model
 
 BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4
@@ -36,10 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def engine_of(path: str, *, blocks: int | None = None, **config: Any) -> Engine:
     memory = None if blocks is None else blocks * BLOCK_TOKENS * BYTES_PER_TOKEN
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_memory=memory, **config))
-    for _ in engine.load(path):
-        pass
-    return engine
+    return loaded(path, kv_cache_memory=memory, **config)
 
 
 @functools.cache
@@ -59,8 +57,7 @@ def warm_engine(path: str, *, blocks: int, **config: Any) -> Engine:
 def said(events: list[InferenceEvent]) -> tuple[str, str, str | None]:
     """The text, why it ended, and the stop string."""
     (end,) = (event for event in events if isinstance(event, End))
-    text = "".join(event.t for event in events if isinstance(event, Token))
-    return text, end.stop_reason, end.stop_sequence_matched
+    return text(events), end.stop_reason, end.stop_sequence_matched
 
 
 @functools.cache
@@ -175,22 +172,16 @@ def test_each_says_what_it_says_alone(tiny: str, moves: list[Any], config: dict[
         assert sum(event.terminal for event in events) == 1
         assert events[-1].terminal
         assert not any(isinstance(event, InferenceFailed) for event in events)
-        text, reason, stop = said(events)
+        words, reason, stop = said(events)
         if reason == "cancelled":
             assert job_id in cancelled
-            assert expected[job][0].startswith(text.rstrip("\N{REPLACEMENT CHARACTER}")) or rounding_decides(tiny, *job)
+            assert expected[job][0].startswith(words.rstrip("\N{REPLACEMENT CHARACTER}")) or rounding_decides(
+                tiny, *job
+            )
         else:
-            assert (text, reason, stop) == expected[job] or rounding_decides(tiny, *job)
+            assert (words, reason, stop) == expected[job] or rounding_decides(tiny, *job)
     assert engine.model is not None
     assert engine.model.transformer.cache.pool.use.used == 0
-
-
-def collect(engine: Engine) -> dict[str, list[InferenceEvent]]:
-    streams: dict[str, list[InferenceEvent]] = {}
-    while engine.has_work:
-        for job_id, event in engine.step():
-            streams.setdefault(job_id, []).append(event)
-    return streams
 
 
 def greedy(prompt: str, job_id: str | None = None, **params: Any) -> GenerationRequest:
@@ -204,7 +195,7 @@ def test_a_full_cache_preempts_what_came_last_and_nobody_notices(tiny: str) -> N
     engine = warm_engine(tiny, blocks=14, max_batch_size=4)
     for prompt in prompts:
         engine.submit(greedy(prompt, prompt[0]))
-    streams = collect(engine)
+    streams = run(engine)
     assert [said(streams[prompt[0]]) for prompt in prompts] == expected
     assert engine.stats.preemptions > 0
     for events in streams.values():
@@ -242,7 +233,7 @@ def test_a_prompt_seen_before_is_not_computed_again(tiny: str) -> None:
 def test_an_answer_is_reused_by_the_next_turn(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=20)
     sequence = engine.submit(greedy("What is it, then, that you want of me?", max_tokens=20))
-    collect(engine)
+    run(engine)
     turn = GenerationRequest(prompt_ids=(*sequence.tokens, 65, 66), sampling=SamplingParams(max_tokens=2))
     end = list(engine.generate(turn))[-1]
     assert isinstance(end, End)
@@ -255,7 +246,7 @@ def test_alike_prompts_that_come_together_are_computed_once(tiny: str) -> None:
     for job in "abcd":
         sampling = SamplingParams(seed=ord(job), max_tokens=6)
         engine.submit(GenerationRequest(prompt=prompt, job_id=job, sampling=sampling))
-    streams = collect(engine)
+    streams = run(engine)
     shared = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     cached = [event.cached_tokens for events in streams.values() for event in events if isinstance(event, End)]
     assert sorted(cached) == [0, shared, shared, shared]
@@ -278,7 +269,7 @@ def test_clients_take_turns(tiny: str) -> None:
         )
     engine.step()
     engine.submit(GenerationRequest(prompt="b", job_id="other", client="other", sampling=SamplingParams(max_tokens=2)))
-    order = [job for job, events in collect(engine).items() if isinstance(events[-1], End)]
+    order = [job for job, events in run(engine).items() if isinstance(events[-1], End)]
     assert order.index("other") == 1
 
 
@@ -308,7 +299,7 @@ def test_log_probabilities_are_told_where_they_are_asked_for(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=20, prefill_chunk=8)
     params = SamplingParams(max_tokens=6, temperature=0, logprobs=3, prompt_logprobs=2, ignore_eos=True)
     sequence = engine.submit(GenerationRequest(prompt="hello there, worker", sampling=params))
-    (events,) = collect(engine).values()
+    (events,) = run(engine).values()
     (of_prompt,) = (event for event in events if isinstance(event, PromptLogprobs))
     assert [entry.id for entry in of_prompt.logprobs] == sequence.tokens[: sequence.prompt_tokens]
     assert of_prompt.logprobs[0].logprob is None
@@ -339,7 +330,7 @@ def test_a_job_past_its_deadline_ends_with_an_error(tiny: str) -> None:
     engine.submit(greedy("someone else", "runs"))
     waits = GenerationRequest(prompt="late", job_id="late", timeout_seconds=1e-6)
     engine.submit(waits)
-    (failure,) = collect(engine)["late"]
+    (failure,) = run(engine)["late"]
     assert isinstance(failure, InferenceFailed)
     assert failure.code == "DEADLINE_EXCEEDED"
 
@@ -362,14 +353,14 @@ def test_a_storm_of_cancels_hurts_nobody(tiny: str) -> None:
         # Within the step: their places and their blocks are free.
         assert {sequence.job_id for sequence in engine._scheduler.running} <= {"steady", f"short-{number}"}
         assert engine.waiting == 0
-    streams["steady"] += collect(engine).get("steady", [])
+    streams["steady"] += run(engine).get("steady", [])
     assert said(streams["steady"]) == expected
 
 
 def test_a_bias_decides(tiny: str) -> None:
     engine = warm_engine(tiny, blocks=20)
     sequence = engine.submit(greedy("any", logit_bias=((66, 100.0),), max_tokens=5))
-    collect(engine)
+    run(engine)
     assert sequence.tokens[sequence.prompt_tokens :] == [66] * 5
 
 

@@ -23,14 +23,8 @@ from rbee_worker.events import (
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Batch
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
+from tests.engines import loaded, run, text
 from tests.tiny import byte_tokenizer, write_tiny_model
-
-
-def loaded(path: Path, **config: object) -> Engine:
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", **config))
-    for _ in engine.load(str(path)):
-        pass
-    return engine
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +39,6 @@ def engine(tiny: Path) -> Engine:
 
 def request(prompt: str = "hello", job_id: str | None = None, **sampling: object) -> GenerationRequest:
     return GenerationRequest(prompt=prompt, job_id=job_id, sampling=SamplingParams(**{"max_tokens": 12} | sampling))
-
-
-def text(events: list[InferenceEvent]) -> str:
-    return "".join(event.t for event in events if isinstance(event, Token))
-
-
-def run(engine: Engine) -> dict[str, list[InferenceEvent]]:
-    """Step until nothing is left; events by job."""
-    streams: dict[str, list[InferenceEvent]] = {}
-    for _ in range(10_000):
-        if not engine.has_work:
-            return streams
-        for job_id, event in engine.step():
-            streams.setdefault(job_id, []).append(event)
-    raise AssertionError("the engine does not come to an end")
 
 
 def assert_whole_stream(events: list[InferenceEvent]) -> End:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rbee_worker.config import EngineConfig, GenerationRequest, GrammarSpec, SamplingParams
+from rbee_worker.config import GenerationRequest, GrammarSpec, SamplingParams
 from rbee_worker.events import End, InferenceEvent, InferenceFailed, PromptLogprobs, Started, Token
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.model.decoder import Batch
+from tests import engines
+from tests.engines import run, text
 from tests.tiny import byte_tokenizer, write_tiny_model
 
 NAN, INF = float("nan"), float("inf")
@@ -41,16 +43,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Loaded = Callable[..., Engine]
 
 
-def load(model: Path, **config: object) -> Engine:
-    engine = Engine(EngineConfig(**{"device": "cpu", "dtype": "float32"} | config))
-    for _ in engine.load(str(model)):
-        pass
-    return engine
-
-
 @pytest.fixture
 def loaded(tiny: Path) -> Loaded:
-    return functools.partial(load, tiny)
+    return functools.partial(engines.loaded, tiny)
 
 
 def request(prompt: str, job_id: str, **sampling: object) -> GenerationRequest:
@@ -78,21 +73,6 @@ def spoil_logit(engine: Engine, token: int, value: float) -> None:
     transformer._head = spoilt  # type: ignore[assignment]
 
 
-def run(engine: Engine, meanwhile: Callable[[int], None] = lambda _: None) -> dict[str, list[InferenceEvent]]:
-    streams: dict[str, list[InferenceEvent]] = {}
-    for step in range(1000):
-        if not engine.has_work:
-            return streams
-        for job_id, event in engine.step():
-            streams.setdefault(job_id, []).append(event)
-        meanwhile(step)
-    raise AssertionError("the engine does not come to an end")
-
-
-def text(events: list[InferenceEvent]) -> str:
-    return "".join(event.t for event in events if isinstance(event, Token))
-
-
 def assert_failed(events: list[InferenceEvent]) -> None:
     assert isinstance(events[0], Started)
     assert [type(event) for event in events if event.terminal] == [InferenceFailed]
@@ -104,7 +84,7 @@ def assert_failed(events: list[InferenceEvent]) -> None:
 
 def with_neighbors(tiny: Path, path: str, speculate: int) -> Engine:
     """Three jobs whose prompts are fine, one of which goes the path."""
-    engine = load(tiny, speculate=speculate, prefill_chunk=16)
+    engine = engines.loaded(tiny, speculate=speculate, prefill_chunk=16)
     poison(engine)
     engine.submit(request("abab" * 4, "one", temperature=0))
     engine.submit(request("xyz", "two", **PATHS["nucleus"]))

@@ -2,10 +2,11 @@
 
 import pytest
 
-from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.events import End, InferenceEvent, PromptLogprobs
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.engine.prompt_lookup import PromptLookup
+from tests.engines import loaded, run
 from tests.tiny import write_tiny_model
 
 CONTEXT = 64
@@ -17,10 +18,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def engine_of(path: str, **config: int) -> Engine:
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", max_context=CONTEXT, **config))
-    for _ in engine.load(path):
-        pass
-    return engine
+    return loaded(path, max_context=CONTEXT, **config)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 30])
@@ -51,9 +49,7 @@ def test_a_prompt_that_begins_again_tells_its_log_probabilities_once_and_whole(t
     engine.step()
     assert 0 < sequence.computed < sequence.prompt_tokens
     engine._scheduler._preempt(sequence)
-    events: list[InferenceEvent] = []
-    while engine.has_work:
-        events += [event for _, event in engine.step()]
+    (events,) = run(engine).values()
     found = told(events)
     assert [token for token, _ in found] == [token for token, _ in expected]
     assert [logprob for _, logprob in found[1:]] == pytest.approx([logprob for _, logprob in expected[1:]], abs=1e-4)

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
+from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.events import End
-from rbee_worker.runtime.engine.engine import Engine
+from tests.engines import loaded
 from tests.tiny import write_tiny_model
 
 REQUESTS, WARM = 10_000, 2_000
@@ -20,9 +20,7 @@ MIB = 2**20
 
 @pytest.mark.slow
 def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", max_batch_size=16, kv_cache_memory=2 * MIB))
-    for _ in engine.load(str(write_tiny_model(tmp_path / "tiny"))):
-        pass
+    engine = loaded(write_tiny_model(tmp_path / "tiny"), max_batch_size=16, kv_cache_memory=2 * MIB)
     assert engine.model is not None
     pool, process = engine.model.transformer.cache.pool, psutil.Process()
     ended: Counter[str] = Counter()
