@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,23 @@ def run(
     process = start(*arguments, **env)
     out, err = process.communicate(stdin, timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
+
+
+def eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until something is so; returns what the condition gave."""
+    deadline = time.monotonic() + SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def wait_until_idle(worker: "Served") -> None:
+    """Wait until it runs nothing, for far less time than the jobs would take that were cancelled."""
+    deadline = time.monotonic() + 5
+    while (state := httpx.get(f"{worker.url}/v1/worker").json())["running"] or state["queued"]:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.02)
 
 
 def environment(**changes: str) -> dict[str, str]:

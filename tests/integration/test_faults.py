@@ -5,15 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from tests.tiny import damage_normalizer, write_tiny_model
 
-from .conftest import SECONDS, RawConnection, Served, environment, events_of, serving
+from .conftest import SECONDS, RawConnection, Served, environment, events_of, eventually, serving
 
 PROGRESS = "/v1/loading/progress"
 GET_PROGRESS = b"GET /v1/loading/progress HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -34,13 +32,6 @@ def threads(worker: Served) -> set[str]:
     folder = Path(f"/proc/{worker.process.pid}/task")
     names = {(task / "comm").read_text().strip() for task in folder.iterdir()}
     return {name for name in names if name.startswith(("loader", "weight-reader"))}
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come true"
-        time.sleep(0.05)
 
 
 def test_a_thousand_watchers_all_get_the_end(gguf_path: Path) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,10 @@ import pytest
 from httpx_sse import connect_sse
 from openai import AsyncOpenAI, OpenAI
 
-from .conftest import SECONDS, RawConnection, Served, serving
+from .conftest import RawConnection, Served, eventually, serving, wait_until_idle
 
 HI: Any = [{"role": "user", "content": "hi"}]
 LONG: dict[str, Any] = {"max_tokens": 3900, "extra_body": {"ignore_eos": True}}
-
-
-def wait_until_idle(worker: Served) -> None:
-    deadline = time.monotonic() + 5  # far less than the jobs would take
-    while (state := httpx.get(f"{worker.url}/v1/worker").json())["running"] or state["queued"]:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.02)
-
-
-def wait_until_running(worker: Served) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not httpx.get(f"{worker.url}/v1/worker").json()["running"]:
-        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize(
@@ -146,7 +132,7 @@ def test_the_asynchronous_client(worker: Served) -> None:
             text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
             assert text == whole.choices[0].message.content
             long = asyncio.create_task(client.chat.completions.create(model="gpt-tiny", messages=HI, **LONG))
-            await asyncio.to_thread(wait_until_running, worker)
+            await asyncio.to_thread(eventually, lambda: httpx.get(f"{worker.url}/v1/worker").json()["running"])
             long.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await long

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
-from .conftest import Served, serving
+from .conftest import Served, serving, wait_until_idle
 
 LOOK: Any = {
     "type": "function",
@@ -48,13 +47,6 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def client(worker: Served) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def wait_until_idle(worker: Served) -> None:
-    deadline = time.monotonic() + 5  # far less than the jobs would take
-    while (state := httpx.get(f"{worker.url}/v1/worker").json())["running"] or state["queued"]:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.02)
 
 
 def answer_of(response: Response) -> str:

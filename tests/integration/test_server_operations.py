@@ -16,18 +16,10 @@ import httpx
 import pytest
 import trustme
 
-from .conftest import PROGRAM, RawConnection, Served, environment, events_of, run, serving, start
+from .conftest import PROGRAM, RawConnection, Served, environment, events_of, eventually, run, serving, start
 
 INFER = "/v1/inference"
 LONG = b'{"prompt":"x","max_tokens":1000,"ignore_eos":true}'
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -5,9 +5,9 @@ import uuid
 
 import httpx
 
-from tests.integration.conftest import SECONDS, Served, events_of
+from tests.integration.conftest import SECONDS, Served, events_of, eventually
 
-from .wire import INFER, eventually
+from .wire import INFER
 
 
 class Beside:

@@ -7,11 +7,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.conftest import Served, serving
+from tests.integration.conftest import Served, eventually, serving
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
 from .beside import Beside
-from .wire import CONNECTIONS, describe, eventually
+from .wire import CONNECTIONS, describe
 
 # The limits that no option sets, short enough to wait for.
 IMPATIENT = """

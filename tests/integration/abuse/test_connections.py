@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.conftest import SECONDS, Served
+from tests.integration.conftest import SECONDS, Served, eventually
 
 from .beside import Beside
 from .wire import (
@@ -24,7 +24,6 @@ from .wire import (
     connected,
     describe,
     envelope,
-    eventually,
     exchange,
     get,
     head,

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from tests.integration.conftest import Served, events_of
+from tests.integration.conftest import Served, events_of, eventually
 
 from .beside import Beside
 from .wire import (
@@ -19,7 +19,6 @@ from .wire import (
     RESPOND,
     chunked,
     envelope,
-    eventually,
     exchange,
     get,
     head,

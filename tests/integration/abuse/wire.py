@@ -2,8 +2,7 @@
 
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,14 +17,6 @@ RESPOND = "/v1/responses"
 MESSAGES = [{"role": "user", "content": "x"}]
 OK = b'{"prompt":"x","max_tokens":2,"ignore_eos":true}'
 CONNECTIONS = 48
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def describe(worker: Served) -> dict[str, Any]:
