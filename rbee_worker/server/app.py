@@ -79,7 +79,7 @@ def create_app(
     native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model), metrics)
     openai = OpenAI(worker, config, native.holding, native.streams)
     app = Starlette(
-        routes=Described([*routes(native), *openai.routes()], keyed=bool(keys)).routes,
+        routes=Described([*routes(native), *routes(openai)], keyed=bool(keys)).routes,
         middleware=[
             Middleware(RequestLog, metrics),
             *([Middleware(Tracing, tracer_provider)] if tracer_provider is not None else ()),

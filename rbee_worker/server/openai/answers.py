@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Final, Literal, Self
+
+from typing_extensions import TypedDict
 
 from rbee_worker.errors import (
     Cancelled,
@@ -36,8 +38,23 @@ def finish_reason(end: End) -> FinishReason:
     return _FINISH.get(end.stop_reason, "stop")
 
 
+class PromptTokensDetails(TypedDict):
+    """Prompt tokens whose keys and values were reused."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of a request, all its answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
 @dataclass(slots=True)
-class Usage:
+class UsedTokens:
     """Tokens that a request has used so far; a prompt counts once, however many answers it gets."""
 
     prompt_tokens: int = 0
@@ -51,7 +68,7 @@ class Usage:
             self.prompt_tokens += end.prompt_tokens
             self.cached_tokens += end.cached_tokens
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Usage:
         """OpenAI's ``usage``."""
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -12,7 +12,7 @@ from rbee_worker.config import JSON_LAYOUT, GenerationRequest, GrammarSpec, Mess
 from rbee_worker.errors import FieldError, InvalidRequest, Unavailable
 from rbee_worker.events import End, InferenceEvent, Token, TokenLogprob
 from rbee_worker.runtime.tokenizer.tokenizer import ChatPrompt, Tokenizer
-from rbee_worker.server.openai.answers import Answers, FinishReason, Usage, finish_reason
+from rbee_worker.server.openai.answers import Answers, FinishReason, UsedTokens, finish_reason
 from rbee_worker.server.openai.requests import choice_ids, choice_seed
 from rbee_worker.worker.worker import Worker
 
@@ -83,7 +83,7 @@ class ConversationReply:
     def __init__(
         self, answers: Answers, parsers: Sequence[OutputParser], tokenizer: Tokenizer, *, parallel_tool_calls: bool
     ) -> None:
-        self.usage = Usage()
+        self.usage = UsedTokens()
         self.tokenizer = tokenizer
         self._answers = answers
         self._parsers = parsers

@@ -1,7 +1,10 @@
 """Log-probabilities in OpenAI's two shapes."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Final
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from rbee_worker.events import TokenLogprob
 
@@ -12,13 +15,48 @@ _CONTINUATION, _CONTINUATION_BITS = 0xC0, 0x80
 """Mask and value of UTF-8's bytes that do not begin a character."""
 
 
-def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+class ChatTopLogprob(TypedDict):
+    """One of the likeliest tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TypedDict):
+    """A token, its natural log-probability, and the likeliest ones at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    """Log-probabilities in the older shape: lists of one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[Mapping[str, float] | None]
+    text_offset: Annotated[list[int], Field(description="Where each token begins in the text, in characters.")]
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
     """``logprobs`` of a chat choice."""
-    content = [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
+    content: list[ChatTokenLogprob] = [
+        {**_entry(token), "top_logprobs": [_entry(other) for other in token.top]} for token in tokens
+    ]
     return {"content": content, "refusal": None}
 
 
-def _entry(token: TokenLogprob) -> dict[str, Any]:
+def _entry(token: TokenLogprob) -> ChatTopLogprob:
     return {"token": token.token, "logprob": _finite(token.logprob), "bytes": list(token.bytes)}
 
 
@@ -26,8 +64,8 @@ def _finite(logprob: float | None) -> float:
     return max(logprob, _LOWEST) if logprob is not None else _LOWEST
 
 
-class CompletionLogprobs:
-    """``logprobs`` of a completion, a piece at a time.
+class LogprobsWriter:
+    """Writes ``logprobs`` of a completion, a piece at a time.
 
     ``text_offset`` counts characters of the choice's text; a token that begins within a character has that one's.
     """
@@ -35,7 +73,7 @@ class CompletionLogprobs:
     def __init__(self) -> None:
         self._characters = 0
 
-    def prompt(self, tokens: Sequence[TokenLogprob], text: str) -> dict[str, Any]:
+    def prompt(self, tokens: Sequence[TokenLogprob], text: str) -> CompletionLogprobs:
         """Those of the prompt, whose ``text`` comes first; tokens that are not in it, such as BOS, stand at 0."""
         self._characters = len(text) - sum(_begun(token.bytes) for token in tokens)
         return self.tokens(tokens)
@@ -44,9 +82,9 @@ class CompletionLogprobs:
         """Count a text whose tokens are not told."""
         self._characters += len(text)
 
-    def tokens(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def tokens(self, tokens: Iterable[TokenLogprob]) -> CompletionLogprobs:
         """Those of the next tokens."""
-        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             inside = bool(token.bytes) and not _begins(token.bytes[0])
             out["tokens"].append(_spelling(token))
@@ -57,10 +95,14 @@ class CompletionLogprobs:
         return out
 
 
-def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
     """Several pieces as one."""
-    keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return {key: [item for piece in pieces for item in piece[key]] for key in keys}
+    return {
+        "tokens": [token for piece in pieces for token in piece["tokens"]],
+        "token_logprobs": [logprob for piece in pieces for logprob in piece["token_logprobs"]],
+        "top_logprobs": [top for piece in pieces for top in piece["top_logprobs"]],
+        "text_offset": [offset for piece in pieces for offset in piece["text_offset"]],
+    }
 
 
 def _top(token: TokenLogprob) -> dict[str, float] | None:

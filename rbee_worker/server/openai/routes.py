@@ -4,25 +4,31 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import anyio.to_thread
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from rbee_worker.config import ServerConfig
-from rbee_worker.errors import ModelNotFound, RbeeError
+from rbee_worker.errors import Cancelled, DeadlineExceeded, InferenceError, ModelNotFound, OutOfMemory, RbeeError
 from rbee_worker.events import Event
 from rbee_worker.server import sse
 from rbee_worker.server.holding import Cancellable, Holding
 from rbee_worker.server.http.access import client_of
 from rbee_worker.server.http.envelope import ALWAYS, Json, off_loop, read_object
-from rbee_worker.server.http.operation import Operation, routes
+from rbee_worker.server.http.operation import ERRORS_OF_JOBS, Errors, Operation
 from rbee_worker.server.openai.chat.body import ChatBody
-from rbee_worker.server.openai.chat.chat import ChatChunks, to_conversation, whole_chat
+from rbee_worker.server.openai.chat.chat import (
+    ChatChunks,
+    ChatCompletion,
+    ChatCompletionChunk,
+    to_conversation,
+    whole_chat,
+)
 from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.completions.completions import (
+    Completion,
+    CompletionChunk,
     CompletionChunks,
     CompletionReply,
     CompletionStep,
@@ -33,15 +39,16 @@ from rbee_worker.server.openai.conversation import ChatStep, ConversationReply, 
 from rbee_worker.server.openai.models import Model, ModelList, Models
 from rbee_worker.server.openai.requests import new_id
 from rbee_worker.server.openai.responses.body import ResponsesBody
-from rbee_worker.server.openai.responses.events import encode_events
+from rbee_worker.server.openai.responses.events import RESPONSE_EVENTS, encode_events
 from rbee_worker.server.openai.responses.events import failed as response_failed
-from rbee_worker.server.openai.responses.object import ResponseObject
+from rbee_worker.server.openai.responses.object import ResponseObject, ResponseWriter
 from rbee_worker.server.openai.responses.responses import begin_response, response_events, whole_response
 from rbee_worker.server.openai.responses.responses import to_conversation as to_response_conversation
 from rbee_worker.server.openai.streams import (
     Ahead,
     Chunks,
     ChunkSource,
+    FailedChunk,
     LastChunks,
     Step,
     chunks_failed,
@@ -52,6 +59,8 @@ from rbee_worker.worker.worker import Worker
 
 S = TypeVar("S", bound=Step)
 R = TypeVar("R", bound=Cancellable)
+
+_ERRORS: Final[Errors] = (ModelNotFound, *ERRORS_OF_JOBS, Cancelled, InferenceError, OutOfMemory, DeadlineExceeded)
 
 
 class OpenAI:
@@ -71,15 +80,6 @@ class OpenAI:
         self._streams = streams
         self._models = Models(worker, config.served_model_names)
 
-    def routes(self) -> list[Route]:
-        """Every route of this package."""
-        return [
-            *routes(self),
-            Route("/v1/completions", self.complete, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/responses", self.respond, methods=["POST"]),
-        ]
-
     @Operation("GET", "/v1/models", tag="openai")
     async def models(self, _request: Request) -> Json[ModelList]:
         """The model, by its names."""
@@ -96,8 +96,20 @@ class OpenAI:
         """One of the names."""
         return Json(await anyio.to_thread.run_sync(self._models.find, request.path_params["model"]))
 
-    async def complete(self, request: Request) -> Response:
-        """Continue one prompt or several."""
+    @Operation(
+        "POST",
+        "/v1/completions",
+        tag="openai",
+        body=CompletionBody,
+        frames=(CompletionChunk, FailedChunk),
+        errors=_ERRORS,
+    )
+    async def complete(self, request: Request) -> Json[Completion] | sse.EventStream:
+        """Continue prompts, in OpenAI's shape.
+
+        With `stream` the answer is a stream, the last frame of which is `[DONE]`. Fields of other servers that would
+        change the answer are refused by name; other unknown ones are not.
+        """
         size = len(await request.body())
         body = await off_loop(size, CompletionBody.parse, await read_object(request))
         size = ALWAYS if body.grammar_spec is not None else size
@@ -113,10 +125,22 @@ class OpenAI:
             return await self._stream(request, size, begin, chunks)
         async with aclosing(await off_loop(size, begin)) as reply:
             whole = whole_completion(reply, body, self._models.name)
-            return JSONResponse(await unless_left(request, whole))
+            return Json(await unless_left(request, whole))
 
-    async def chat(self, request: Request) -> Response:
-        """Answer a conversation."""
+    @Operation(
+        "POST",
+        "/v1/chat/completions",
+        tag="openai",
+        body=ChatBody,
+        frames=(ChatCompletionChunk, FailedChunk),
+        errors=_ERRORS,
+    )
+    async def chat(self, request: Request) -> Json[ChatCompletion] | sse.EventStream:
+        """Answer a conversation, in OpenAI's shape.
+
+        With `stream` the answer is a stream, the last frame of which is `[DONE]`. Fields of other servers that would
+        change the answer are refused by name; other unknown ones are not.
+        """
         size = len(await request.body())
         body = await off_loop(size, ChatBody.parse, await read_object(request))
         conversation = await off_loop(size, to_conversation, body, client_of(request.scope))
@@ -134,15 +158,28 @@ class OpenAI:
             return await self._stream(request, size, begin, chunks)
         async with aclosing(await off_loop(size, begin)) as reply:
             whole = whole_chat(reply, body, response_id, self._models.name)
-            return JSONResponse(await unless_left(request, whole))
+            return Json(await unless_left(request, whole))
 
-    async def respond(self, request: Request) -> Response:
-        """Make a response; nothing of it is kept."""
+    @Operation(
+        "POST",
+        "/v1/responses",
+        tag="openai",
+        body=ResponsesBody,
+        frames=RESPONSE_EVENTS,
+        errors=_ERRORS,
+    )
+    async def respond(self, request: Request) -> Json[ResponseObject] | sse.EventStream:
+        """Make a response, in OpenAI's shape.
+
+        Nothing of it is kept. With `stream` the answer is a stream, the last frame of which is `[DONE]`. Each frame has
+        an `event` line too. Fields of other servers that would change the answer are refused by name; other unknown
+        ones are not.
+        """
         size = len(await request.body())
         body = await off_loop(size, ResponsesBody.parse, await read_object(request))
         conversation = await off_loop(size, to_response_conversation, body, client_of(request.scope))
         size = ALWAYS if conversation.grammar is not None or conversation.tools else size
-        response = ResponseObject(body, f"resp_{uuid.uuid4().hex}", int(time.time()))
+        response = ResponseWriter(body, f"resp_{uuid.uuid4().hex}", int(time.time()))
 
         def begin() -> ConversationReply:
             self._models.check(body.model)
@@ -158,7 +195,7 @@ class OpenAI:
             return await self._stream(request, size, begin, events, failure=failure, encoder=encode_events)
         async with aclosing(await off_loop(size, begin)) as reply:
             whole = whole_response(reply, response, self._models.name)
-            return JSONResponse(await unless_left(request, whole))
+            return Json(await unless_left(request, whole))
 
     async def _stream(
         self,
@@ -169,7 +206,7 @@ class OpenAI:
         *,
         failure: sse.Failure = chunks_failed,
         encoder: sse.Encoder = encode_chunks,
-    ) -> Response:
+    ) -> sse.EventStream:
         """The stream of a reply. Its 200 goes out with the first chunk, or when a keep-alive is due."""
         source: AsyncIterator[Chunks]
         cancel = None

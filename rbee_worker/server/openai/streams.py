@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from typing_extensions import TypedDict
 
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import Event, InferenceEvent, Started
-from rbee_worker.server.http.envelope import OPENAI_CODES, envelope
+from rbee_worker.server.http.envelope import OPENAI_CODES, ErrorDetail, envelope
 
 T = TypeVar("T")
 C_co = TypeVar("C_co", covariant=True)
 Object = Mapping[str, Any]
+
+
+class FailedChunk(TypedDict):
+    """The error with which a stream of chunks ends when it fails."""
+
+    error: ErrorDetail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +52,8 @@ def to_json(item: Object) -> bytes:
 
 def chunks_failed(error: RbeeError, _last: Event | None = None) -> LastChunks:
     """The terminal frame of a stream that fails: OpenAI's error object."""
-    return LastChunks(objects=({"error": envelope(error, OPENAI_CODES)["error"]},))
+    chunk: FailedChunk = {"error": envelope(error, OPENAI_CODES)["error"]}
+    return LastChunks(objects=(chunk,))
 
 
 class Reply(Protocol[C_co]):

@@ -22,7 +22,6 @@ from rbee_worker.errors import (
 from rbee_worker.server.http.access import OPEN_PATHS
 from rbee_worker.server.http.envelope import ErrorEnvelope
 from rbee_worker.server.http.operation import Errors, Operation, json_shape, operation_of
-from rbee_worker.server.openapi.operations import OPENAI
 from rbee_worker.server.openapi.schemas import Schema, body_schemas, event_schemas, plain, record_schemas, ref
 
 JSON: Final = "application/json"
@@ -88,7 +87,7 @@ def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
 
 def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]:
     """Every schema that the document refers to."""
-    all_described = [described(*one) for one in served]
+    all_described = [described(route) for _, route in served]
     bodies = {operation.body for operation, _, _ in all_described if operation.body is not None}
     shapes = {shape for operation, _, answer in all_described for shape in (answer, *operation.frames)}
     sent = [ErrorEnvelope, *(shape for shape in shapes if is_typeddict(shape))]
@@ -101,18 +100,16 @@ def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]
     return dict(sorted(schemas.items()))
 
 
-def described(method: str, route: Route) -> tuple[Operation, str, Any]:
+def described(route: Route) -> tuple[Operation, str, Any]:
     """A route's operation, the text about it, and the shape of its JSON answers."""
     operation = operation_of(route.endpoint)
-    if operation is not None:
-        return operation, inspect.getdoc(route.endpoint) or "", json_shape(route.endpoint)
-    if (method, route.path_format) in OPENAI:
-        return OPENAI[method, route.path_format]
-    raise LookupError(f"no @Operation(...) stands above the handler of {route.path}")
+    if operation is None:
+        raise LookupError(f"no @Operation(...) stands above the handler of {route.path}")
+    return operation, inspect.getdoc(route.endpoint) or "", json_shape(route.endpoint)
 
 
 def _operation(method: str, route: Route, *, keyed: bool) -> dict[str, Any]:
-    operation, text, shape = described(method, route)
+    operation, text, shape = described(route)
     path = route.path_format
     opened = path in OPEN_PATHS
     summary, _, description = text.partition("\n\n")

@@ -3,14 +3,108 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired
 
-from rbee_worker.chat.output import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
-from rbee_worker.events import PromptProgress, Started
+from typing_extensions import TypedDict
+
+from rbee_worker.chat import output
+from rbee_worker.events import PromptProgress, Started, TokenLogprob
+from rbee_worker.server.openai.answers import FinishReason, Usage
 from rbee_worker.server.openai.chat.body import ChatBody, NamedTool
 from rbee_worker.server.openai.conversation import ChatStep, Conversation, ConversationReply
-from rbee_worker.server.openai.logprobs import chat_logprobs
-from rbee_worker.server.openai.requests import progress
+from rbee_worker.server.openai.logprobs import ChatLogprobs, chat_logprobs
+from rbee_worker.server.openai.requests import PromptFigures, prompt_figures
+
+
+class CalledFunction(TypedDict):
+    """The function that is called, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(TypedDict):
+    """A tool call of an answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(TypedDict):
+    """The conversation's next message."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnswerToolCall]]
+
+
+class ChatChoice(TypedDict):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """The answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CalledFunctionDelta(TypedDict):
+    """More of a call's function."""
+
+    arguments: str
+    name: NotRequired[str]
+
+
+class ToolCallDelta(TypedDict):
+    """More of a tool call; its first piece has the id and the name."""
+
+    index: int
+    function: CalledFunctionDelta
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+
+
+class Delta(TypedDict):
+    """What a chunk adds to a message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChatChunkChoice(TypedDict):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """A piece of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_progress: NotRequired[PromptFigures]
 
 
 def to_conversation(body: ChatBody, client: str) -> Conversation:
@@ -52,74 +146,89 @@ class ChatChunks:
     def __init__(self, reply: ConversationReply, body: ChatBody, response_id: str, model: str) -> None:
         self._reply = reply
         self._body = body
-        self._head: dict[str, Any] = {
-            "id": response_id,
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self._id = response_id
+        self._created = int(time.time())
+        self._model = model
 
-    def __call__(self, step: ChatStep) -> list[dict[str, Any]]:
+    def __call__(self, step: ChatStep) -> list[ChatCompletionChunk]:
         """The chunks of one step."""
         event = step.event
         if isinstance(event, Started):
-            return [self._chunk(step.index, {"role": "assistant", "content": ""})]
+            return [self._chunk([_choice(step.index, {"role": "assistant", "content": ""})])]
         if isinstance(event, PromptProgress):
-            return [self._chunk(step.index, {}) | progress(event)] if step.index == 0 else []
-        chunks = [self._chunk(step.index, _delta(delta)) for delta in step.deltas]
+            if step.index > 0:
+                return []
+            chunk = self._chunk([_choice(step.index, {})])
+            chunk["prompt_progress"] = prompt_figures(event)
+            return [chunk]
+        choices = [_choice(step.index, _delta(delta)) for delta in step.deltas]
         if step.finish_reason is not None:
-            chunks.append(self._chunk(step.index, {}, step.finish_reason))
-            if self._reply.ended and self._body.include_usage:
-                chunks.append(self._head | {"choices": [], "usage": self._reply.usage.to_dict()})
+            choices.append(_choice(step.index, {}, step.finish_reason))
         if step.logprobs:
-            chunks[0]["choices"][0]["logprobs"] = chat_logprobs(step.logprobs)
+            choices[0]["logprobs"] = chat_logprobs(step.logprobs)
+        chunks = [self._chunk([choice]) for choice in choices]
+        if step.finish_reason is not None and self._reply.ended and self._body.include_usage:
+            chunks.append(self._chunk([], self._reply.usage.to_dict()))
         return chunks
 
-    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        usage = {"usage": None} if self._body.include_usage else {}
-        return self._head | {"choices": [choice]} | usage
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
+        chunk: ChatCompletionChunk = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+        if self._body.include_usage:
+            chunk["usage"] = usage
+        return chunk
 
 
-def _delta(delta: Delta) -> dict[str, Any]:
+def _choice(index: int, delta: Delta, finish: FinishReason | None = None) -> ChatChunkChoice:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def _delta(delta: output.Delta) -> Delta:
     match delta:
-        case ContentDelta(text):
+        case output.ContentDelta(text):
             return {"content": text}
-        case ReasoningDelta(text):
+        case output.ReasoningDelta(text):
             return {"reasoning_content": text}
-        case ToolCallDelta(index, call_id, name, arguments):
-            function = {"name": name} if name is not None else {}
-            call: dict[str, Any] = {"index": index, "function": function | {"arguments": arguments}}
+        case output.ToolCallDelta(index, call_id, name, arguments):
+            function: CalledFunctionDelta = (
+                {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
+            )
+            call: ToolCallDelta = {"index": index, "function": function}
             if call_id is not None:
-                call |= {"id": call_id, "type": "function"}
+                call["id"], call["type"] = call_id, "function"
             return {"tool_calls": [call]}
 
 
 @dataclass(slots=True)
-class _Choice:
+class _Answer:
     """One answer, put together."""
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    logprobs: list[Any] = field(default_factory=list)
-    finish: str | None = None
+    calls: dict[int, AnswerToolCall] = field(default_factory=dict)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason = "stop"
 
-    def add(self, deltas: Sequence[Delta]) -> None:
+    def add(self, deltas: Sequence[output.Delta]) -> None:
         for delta in deltas:
             match delta:
-                case ContentDelta(text):
+                case output.ContentDelta(text):
                     self.content.append(text)
-                case ReasoningDelta(text):
+                case output.ReasoningDelta(text):
                     self.reasoning.append(text)
-                case ToolCallDelta(index, call_id, name, arguments):
-                    function = {"name": name, "arguments": ""}
-                    new = {"id": call_id, "type": "function", "function": function}
+                case output.ToolCallDelta(index, call_id, name, arguments):
+                    function: CalledFunction = {"name": name or "", "arguments": ""}
+                    new: AnswerToolCall = {"id": call_id or "", "type": "function", "function": function}
                     self.calls.setdefault(index, new)["function"]["arguments"] += arguments
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> AnswerMessage:
         content = "".join(self.content)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: AnswerMessage = {"role": "assistant", "content": content, "refusal": None}
         if self.reasoning:
             message["reasoning_content"] = "".join(self.reasoning)
         if self.calls:
@@ -128,19 +237,19 @@ class _Choice:
         return message
 
 
-async def whole_chat(reply: ConversationReply, body: ChatBody, response_id: str, model: str) -> dict[str, Any]:
+async def whole_chat(reply: ConversationReply, body: ChatBody, response_id: str, model: str) -> ChatCompletion:
     """The response to a chat completion that is not streamed.
 
     Raises:
         RbeeError: an answer failed.
     """
     created = int(time.time())
-    choices = [_Choice() for _ in range(body.n)]
+    answers = [_Answer() for _ in range(body.n)]
     async for step in reply:
-        choice = choices[step.index]
-        choice.add(step.deltas)
-        choice.logprobs += step.logprobs
-        choice.finish = step.finish_reason or choice.finish
+        answer = answers[step.index]
+        answer.add(step.deltas)
+        answer.logprobs += step.logprobs
+        answer.finish = step.finish_reason or answer.finish
     return {
         "id": response_id,
         "object": "chat.completion",
@@ -149,11 +258,11 @@ async def whole_chat(reply: ConversationReply, body: ChatBody, response_id: str,
         "choices": [
             {
                 "index": index,
-                "message": choice.message(),
-                "logprobs": chat_logprobs(choice.logprobs) if body.logprobs else None,
-                "finish_reason": choice.finish,
+                "message": answer.message(),
+                "logprobs": chat_logprobs(answer.logprobs) if body.logprobs else None,
+                "finish_reason": answer.finish,
             }
-            for index, choice in enumerate(choices)
+            for index, answer in enumerate(answers)
         ],
         "usage": reply.usage.to_dict(),
     }

@@ -3,15 +3,49 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Literal, NotRequired, Self
+
+from typing_extensions import TypedDict
 
 from rbee_worker.config import GenerationRequest
 from rbee_worker.events import End, InferenceEvent, PromptLogprobs, PromptProgress, Started, Token
-from rbee_worker.server.openai.answers import Answers, Usage, finish_reason
+from rbee_worker.server.openai.answers import Answers, FinishReason, Usage, UsedTokens, finish_reason
 from rbee_worker.server.openai.completions.body import CompletionBody
-from rbee_worker.server.openai.logprobs import CompletionLogprobs, joined
-from rbee_worker.server.openai.requests import choice_ids, choice_seed, new_id, progress
+from rbee_worker.server.openai.logprobs import CompletionLogprobs, LogprobsWriter, joined
+from rbee_worker.server.openai.requests import PromptFigures, choice_ids, choice_seed, new_id, prompt_figures
 from rbee_worker.worker.worker import Worker
+
+
+class CompletionChoice(TypedDict):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """The continuations of one prompt or several."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(TypedDict):
+    """A piece of a streamed completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+    prompt_progress: NotRequired[PromptFigures]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +62,7 @@ class CompletionStep:
     index: int
     event: InferenceEvent
     text: str = ""
-    logprobs: dict[str, Any] | None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class CompletionReply:
@@ -43,11 +77,11 @@ class CompletionReply:
     def __init__(self, answers: Answers, body: CompletionBody, response_id: str, echoes: Sequence[str]) -> None:
         self.id = response_id
         self.created = int(time.time())
-        self.usage = Usage()
+        self.usage = UsedTokens()
         self._answers = answers
         self._body = body
         self._echoes = echoes
-        self._logprobs = [CompletionLogprobs() for _ in range(len(body.prompts) * body.n)]
+        self._logprobs = [LogprobsWriter() for _ in range(len(body.prompts) * body.n)]
 
     @property
     def ended(self) -> bool:
@@ -93,7 +127,7 @@ class CompletionReply:
         if self._body.max_tokens == 0:
             self.usage.completion_tokens = 0
 
-    def finish_reason(self, end: End) -> str:
+    def finish_reason(self, end: End) -> FinishReason:
         """Why a choice ended."""
         return "length" if self._body.max_tokens == 0 else finish_reason(end)
 
@@ -145,39 +179,49 @@ class CompletionChunks:
     def __init__(self, reply: CompletionReply, body: CompletionBody, model: str) -> None:
         self._reply = reply
         self._body = body
-        self._head: dict[str, Any] = {
-            "id": reply.id,
-            "object": "text_completion",
-            "created": reply.created,
-            "model": model,
-        }
+        self._model = model
 
-    def __call__(self, step: CompletionStep) -> list[dict[str, Any]]:
+    def __call__(self, step: CompletionStep) -> list[CompletionChunk]:
         """The chunks of one step."""
         event = step.event
         if isinstance(event, PromptProgress):
-            return [self._chunk(step) | progress(event)] if step.index == 0 else []
+            if step.index > 0:
+                return []
+            chunk = self._chunk([_choice(step)])
+            chunk["prompt_progress"] = prompt_figures(event)
+            return [chunk]
         if not isinstance(event, End):
-            return [self._chunk(step)] if step.text or step.logprobs else []
-        chunks = [self._chunk(step, self._reply.finish_reason(event))]
+            return [self._chunk([_choice(step)])] if step.text or step.logprobs else []
+        chunks = [self._chunk([_choice(step, self._reply.finish_reason(event))])]
         if self._reply.ended and self._body.include_usage:
-            chunks.append(self._head | {"choices": [], "usage": self._reply.usage.to_dict()})
+            chunks.append(self._chunk([], self._reply.usage.to_dict()))
         return chunks
 
-    def _chunk(self, step: CompletionStep, finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": step.index, "text": step.text, "logprobs": step.logprobs, "finish_reason": finish}
-        usage = {"usage": None} if self._body.include_usage else {}
-        return self._head | {"choices": [choice]} | usage
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionChunk:
+        chunk: CompletionChunk = {
+            "id": self._reply.id,
+            "object": "text_completion",
+            "created": self._reply.created,
+            "model": self._model,
+            "choices": choices,
+        }
+        if self._body.include_usage:
+            chunk["usage"] = usage
+        return chunk
+
+
+def _choice(step: CompletionStep, finish: FinishReason | None = None) -> CompletionChoice:
+    return {"index": step.index, "text": step.text, "logprobs": step.logprobs, "finish_reason": finish}
 
 
 @dataclass(slots=True)
 class _Choice:
     text: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None
+    logprobs: list[CompletionLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
 
 
-async def whole_completion(reply: CompletionReply, body: CompletionBody, model: str) -> dict[str, Any]:
+async def whole_completion(reply: CompletionReply, body: CompletionBody, model: str) -> Completion:
     """The response to a completion that is not streamed.
 
     Raises:

@@ -2,175 +2,381 @@
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import TypedDict
+
 from rbee_worker.chat.output import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
+from rbee_worker.server.openai.logprobs import ChatTokenLogprob
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
-Told = tuple[str, dict[str, Any]]
-"""An event: its type and what it says, without its number."""
 
 
-class OutputItem(ABC):
-    """One item of the output.
+class OutputText(TypedDict):
+    """What a message says."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[ChatTokenLogprob]
+
+
+class OutputReasoningText(TypedDict):
+    """What the model thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputMessage(TypedDict):
+    """The answer itself."""
+
+    id: str
+    type: Literal["message"]
+    status: ItemStatus
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputReasoning(TypedDict):
+    """What the model thinks before it answers; no summaries are made."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: ItemStatus
+    summary: list[Any]
+    content: list[OutputReasoningText]
+
+
+class OutputCall(TypedDict):
+    """A call of a function; its arguments are JSON text."""
+
+    id: str
+    type: Literal["function_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
+
+
+class ResponseItemEvent(TypedDict):
+    """An item begins, or is whole."""
+
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    sequence_number: int
+    output_index: int
+    item: OutputItem
+
+
+class ResponsePartEvent(TypedDict):
+    """A part of an item begins, or is whole."""
+
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    part: OutputText | OutputReasoningText
+
+
+class ResponseTextDeltaEvent(TypedDict):
+    """More of the answer."""
+
+    type: Literal["response.output_text.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    logprobs: list[ChatTokenLogprob]
+
+
+class ResponseTextDoneEvent(TypedDict):
+    """The answer is whole."""
+
+    type: Literal["response.output_text.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+    logprobs: list[ChatTokenLogprob]
+
+
+class ResponseReasoningDeltaEvent(TypedDict):
+    """More of the reasoning."""
+
+    type: Literal["response.reasoning_text.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+
+
+class ResponseReasoningDoneEvent(TypedDict):
+    """The reasoning is whole."""
+
+    type: Literal["response.reasoning_text.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+
+
+class ResponseArgumentsDeltaEvent(TypedDict):
+    """More of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class ResponseArgumentsDoneEvent(TypedDict):
+    """A call's arguments are whole."""
+
+    type: Literal["response.function_call_arguments.done"]
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
+ItemEvent = (
+    ResponseItemEvent
+    | ResponsePartEvent
+    | ResponseTextDeltaEvent
+    | ResponseTextDoneEvent
+    | ResponseReasoningDeltaEvent
+    | ResponseReasoningDoneEvent
+    | ResponseArgumentsDeltaEvent
+    | ResponseArgumentsDoneEvent
+)
+
+
+class ItemWriter(ABC):
+    """Writes one item of the output, and the events that tell of it.
 
     Args:
         output_index: its place in the output.
+        numbers: of the stream's events; each event takes the next one.
     """
 
     prefix: ClassVar[str]
 
-    def __init__(self, output_index: int) -> None:
+    def __init__(self, output_index: int, numbers: Iterator[int]) -> None:
         self.id = f"{self.prefix}_{uuid.uuid4().hex}"
+        self.status: ItemStatus = "in_progress"
         self._index = output_index
+        self._numbers = numbers
         self._pieces: list[str] = []
-        self._status: ItemStatus = "in_progress"
 
     @property
     def text(self) -> str:
         """What it says so far."""
         return "".join(self._pieces)
 
-    def begun(self) -> list[Told]:
+    def begun(self) -> list[ItemEvent]:
         """That it is there."""
-        return [("response.output_item.added", {"output_index": self._index, "item": self.to_dict()})]
+        return [self._item("response.output_item.added")]
 
-    def add(self, text: str, logprobs: Sequence[Any] = ()) -> list[Told]:
+    def add(self, text: str, logprobs: Sequence[ChatTokenLogprob] = ()) -> list[ItemEvent]:
         """That it goes on with ``text``."""
         if not text:
             return []
         self._pieces.append(text)
         return [self._grown(text, logprobs)]
 
-    def ended(self, status: ItemStatus) -> list[Told]:
+    def ended(self, status: ItemStatus) -> list[ItemEvent]:
         """That it is whole, or will not be."""
-        self._status = status
-        return [*self._last(), ("response.output_item.done", {"output_index": self._index, "item": self.to_dict()})]
+        self.status = status
+        return [*self._last(), self._item("response.output_item.done")]
 
     @abstractmethod
     def continues(self, delta: Delta) -> bool:
         """Whether ``delta`` is more of this item."""
 
     @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
+    def write(self) -> OutputItem:
         """The item; while it grows, without what it says."""
 
     @abstractmethod
-    def _grown(self, text: str, logprobs: Sequence[Any]) -> Told: ...
+    def _grown(self, text: str, logprobs: Sequence[ChatTokenLogprob]) -> ItemEvent: ...
 
     @abstractmethod
-    def _last(self) -> list[Told]: ...
+    def _last(self) -> list[ItemEvent]: ...
 
-    def _here(self) -> dict[str, Any]:
-        return {"item_id": self.id, "output_index": self._index}
+    def _item(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> ResponseItemEvent:
+        return {
+            "type": kind,
+            "sequence_number": next(self._numbers),
+            "output_index": self._index,
+            "item": self.write(),
+        }
 
-
-class _PartItem(OutputItem):
-    """An item with one part of content."""
-
-    word: ClassVar[str]
-
-    def begun(self) -> list[Told]:
-        return [*super().begun(), ("response.content_part.added", self._here() | {"part": self._part("")})]
-
-    def _content(self) -> list[dict[str, Any]]:
-        return [] if self._status == "in_progress" else [self._part(self.text)]
-
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"type": self.word, "text": text}
-
-    def _grown(self, text: str, _logprobs: Sequence[Any]) -> Told:
-        return f"response.{self.word}.delta", self._here() | {"delta": text}
-
-    def _last(self) -> list[Told]:
-        text = self.text
-        done = self._here() | {"text": text}
-        part = self._here() | {"part": self._part(text)}
-        return [(f"response.{self.word}.done", done), ("response.content_part.done", part)]
-
-    def _here(self) -> dict[str, Any]:
-        return super()._here() | {"content_index": 0}
+    def _part(
+        self,
+        kind: Literal["response.content_part.added", "response.content_part.done"],
+        part: OutputText | OutputReasoningText,
+    ) -> ResponsePartEvent:
+        return {
+            "type": kind,
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "content_index": 0,
+            "part": part,
+        }
 
 
-class ReasoningOutput(_PartItem):
+class ReasoningWriter(ItemWriter):
     """What the model thinks before it answers."""
 
     prefix = "rs"
-    word = "reasoning_text"
+
+    def begun(self) -> list[ItemEvent]:
+        return [*super().begun(), self._part("response.content_part.added", self._content(""))]
 
     def continues(self, delta: Delta) -> bool:
         return isinstance(delta, ReasoningDelta)
 
-    def to_dict(self) -> dict[str, Any]:
-        told = {"id": self.id, "type": "reasoning", "status": self._status}
-        return told | {"summary": [], "content": self._content()}
+    def write(self) -> OutputReasoning:
+        content = [] if self.status == "in_progress" else [self._content(self.text)]
+        return {"id": self.id, "type": "reasoning", "status": self.status, "summary": [], "content": content}
+
+    def _content(self, text: str) -> OutputReasoningText:
+        return {"type": "reasoning_text", "text": text}
+
+    def _grown(self, text: str, _logprobs: Sequence[ChatTokenLogprob]) -> ResponseReasoningDeltaEvent:
+        return {
+            "type": "response.reasoning_text.delta",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "content_index": 0,
+            "delta": text,
+        }
+
+    def _last(self) -> list[ItemEvent]:
+        done: ResponseReasoningDoneEvent = {
+            "type": "response.reasoning_text.done",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "content_index": 0,
+            "text": self.text,
+        }
+        return [done, self._part("response.content_part.done", self._content(self.text))]
 
 
-class MessageOutput(_PartItem):
+class MessageWriter(ItemWriter):
     """The answer itself."""
 
     prefix = "msg"
-    word = "output_text"
 
-    def __init__(self, output_index: int) -> None:
-        super().__init__(output_index)
-        self._logprobs: list[Any] = []
+    def __init__(self, output_index: int, numbers: Iterator[int]) -> None:
+        super().__init__(output_index, numbers)
+        self._logprobs: list[ChatTokenLogprob] = []
+
+    def begun(self) -> list[ItemEvent]:
+        return [*super().begun(), self._part("response.content_part.added", self._content(""))]
 
     def continues(self, delta: Delta) -> bool:
         return isinstance(delta, ContentDelta)
 
-    def to_dict(self) -> dict[str, Any]:
-        told = {"id": self.id, "type": "message", "status": self._status}
-        return told | {"role": "assistant", "content": self._content()}
+    def write(self) -> OutputMessage:
+        content = [] if self.status == "in_progress" else [self._content(self.text)]
+        return {"id": self.id, "type": "message", "status": self.status, "role": "assistant", "content": content}
 
-    def _part(self, text: str) -> dict[str, Any]:
-        return super()._part(text) | {"annotations": [], "logprobs": list(self._logprobs)}
+    def _content(self, text: str) -> OutputText:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
 
-    def _grown(self, text: str, logprobs: Sequence[Any]) -> Told:
+    def _grown(self, text: str, logprobs: Sequence[ChatTokenLogprob]) -> ResponseTextDeltaEvent:
         self._logprobs += logprobs
-        kind, told = super()._grown(text, logprobs)
-        return kind, told | {"logprobs": list(logprobs)}
+        return {
+            "type": "response.output_text.delta",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "content_index": 0,
+            "delta": text,
+            "logprobs": list(logprobs),
+        }
 
-    def _last(self) -> list[Told]:
-        (kind, done), *rest = super()._last()
-        return [(kind, done | {"logprobs": list(self._logprobs)}), *rest]
+    def _last(self) -> list[ItemEvent]:
+        done: ResponseTextDoneEvent = {
+            "type": "response.output_text.done",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "content_index": 0,
+            "text": self.text,
+            "logprobs": list(self._logprobs),
+        }
+        return [done, self._part("response.content_part.done", self._content(self.text))]
 
 
-class CallOutput(OutputItem):
-    """A call of a function."""
+class CallWriter(ItemWriter):
+    """A call of a function, begun by its ``first`` delta."""
 
     prefix = "fc"
 
-    def __init__(self, output_index: int, first: ToolCallDelta) -> None:
-        super().__init__(output_index)
-        self._call = first
+    def __init__(self, output_index: int, numbers: Iterator[int], first: ToolCallDelta) -> None:
+        super().__init__(output_index, numbers)
+        self._call = first.index
+        self._call_id, self._name = first.id or "", first.name or ""
 
     def continues(self, delta: Delta) -> bool:
-        return isinstance(delta, ToolCallDelta) and delta.index == self._call.index
+        return isinstance(delta, ToolCallDelta) and delta.index == self._call
 
-    def to_dict(self) -> dict[str, Any]:
-        arguments = "" if self._status == "in_progress" else self.text
-        told = {"id": self.id, "type": "function_call", "status": self._status, "call_id": self._call.id}
-        return told | {"name": self._call.name, "arguments": arguments}
+    def write(self) -> OutputCall:
+        return {
+            "id": self.id,
+            "type": "function_call",
+            "status": self.status,
+            "call_id": self._call_id,
+            "name": self._name,
+            "arguments": "" if self.status == "in_progress" else self.text,
+        }
 
-    def _grown(self, text: str, _logprobs: Sequence[Any]) -> Told:
-        return "response.function_call_arguments.delta", self._here() | {"delta": text}
+    def _grown(self, text: str, _logprobs: Sequence[ChatTokenLogprob]) -> ResponseArgumentsDeltaEvent:
+        return {
+            "type": "response.function_call_arguments.delta",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "delta": text,
+        }
 
-    def _last(self) -> list[Told]:
-        done = self._here() | {"name": self._call.name, "arguments": self.text}
-        return [("response.function_call_arguments.done", done)]
+    def _last(self) -> list[ItemEvent]:
+        done: ResponseArgumentsDoneEvent = {
+            "type": "response.function_call_arguments.done",
+            "sequence_number": next(self._numbers),
+            "item_id": self.id,
+            "output_index": self._index,
+            "name": self._name,
+            "arguments": self.text,
+        }
+        return [done]
 
 
-def new_item(output_index: int, delta: Delta) -> OutputItem:
-    """The item that begins with ``delta``."""
+def new_item(output_index: int, numbers: Iterator[int], delta: Delta) -> ItemWriter:
+    """What writes the item that begins with ``delta``."""
     match delta:
         case ReasoningDelta():
-            return ReasoningOutput(output_index)
+            return ReasoningWriter(output_index, numbers)
         case ContentDelta():
-            return MessageOutput(output_index)
+            return MessageWriter(output_index, numbers)
         case ToolCallDelta():
-            return CallOutput(output_index, delta)
+            return CallWriter(output_index, numbers, delta)
 
 
 def text_of(delta: Delta) -> str:

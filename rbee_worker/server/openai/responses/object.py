@@ -3,17 +3,100 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rbee_worker.server.openai.answers import Usage
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from rbee_worker.server.openai.answers import UsedTokens
 from rbee_worker.server.openai.responses.body import ResponsesBody
+from rbee_worker.server.openai.responses.items import OutputItem
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
-Object = Mapping[str, Any]
+
+
+class InputTokensDetails(TypedDict):
+    """Prompt tokens whose keys and values were reused; writing to the cache is not counted."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(TypedDict):
+    """Tokens of the reasoning."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    """Tokens of a response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(TypedDict):
+    """Why a response is not whole."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseError(TypedDict):
+    """Why a response failed."""
+
+    code: str
+    message: str
+
+
+class RepeatedReasoning(TypedDict):
+    """What was asked of the reasoning."""
+
+    effort: str | None
+    summary: str | None
+
+
+class ResponseObject(TypedDict):
+    """A response, at every stage of its making; much of it repeats what was asked."""
+
+    id: str
+    object: Literal["response"]
+    created_at: Annotated[int, Field(description="Seconds since 1970.")]
+    completed_at: int | None
+    status: Status
+    background: Literal[False]
+    error: ResponseError | None
+    incomplete_details: IncompleteDetails | None
+    model: str
+    output: Annotated[list[OutputItem], Field(description="Its items; empty until it has ended.")]
+    previous_response_id: None
+    service_tier: Literal["default"]
+    store: Literal[False]
+    truncation: Literal["disabled"]
+    usage: Annotated[ResponseUsage | None, Field(description="Null until it has ended.")]
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: Mapping[str, str]
+    parallel_tool_calls: bool
+    presence_penalty: float
+    frequency_penalty: float
+    prompt_cache_key: str | None
+    reasoning: RepeatedReasoning
+    safety_identifier: str | None
+    temperature: float
+    text: Mapping[str, Any]
+    tool_choice: str | Mapping[str, Any]
+    tools: list[Mapping[str, Any]]
+    top_logprobs: int
+    top_p: float
+    user: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseObject:
+class ResponseWriter:
     """What is known of a response before there is anything of it, and how the rest is put into it.
 
     Attributes:
@@ -26,15 +109,15 @@ class ResponseObject:
     id: str
     created_at: int
 
-    def to_dict(
+    def write(
         self,
         model: str,
         status: Status,
-        output: Sequence[Object] = (),
+        output: Sequence[OutputItem] = (),
         *,
-        usage: Object | None = None,
-        error: Object | None = None,
-    ) -> dict[str, Any]:
+        usage: ResponseUsage | None = None,
+        error: ResponseError | None = None,
+    ) -> ResponseObject:
         """OpenAI's ``response``.
 
         Args:
@@ -44,7 +127,7 @@ class ResponseObject:
             usage: see :func:`usage_of`; None while it is not known.
             error: why it failed.
         """
-        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        body, choice = self.body, self.body.tool_choice
         return {
             "id": self.id,
             "object": "response",
@@ -53,7 +136,7 @@ class ResponseObject:
             "status": status,
             "background": False,
             "error": error,
-            "incomplete_details": incomplete,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": model,
             "output": list(output),
             "previous_response_id": None,
@@ -61,13 +144,6 @@ class ResponseObject:
             "store": False,
             "truncation": "disabled",
             "usage": usage,
-            **self._repeated(),
-        }
-
-    def _repeated(self) -> dict[str, Any]:
-        body = self.body
-        choice = body.tool_choice
-        return {
             "instructions": body.instructions,
             "max_output_tokens": body.max_tokens,
             "max_tool_calls": body.max_tool_calls,
@@ -88,12 +164,12 @@ class ResponseObject:
         }
 
 
-def usage_of(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
+def usage_of(used: UsedTokens, reasoning_tokens: int) -> ResponseUsage:
     """``usage`` of a response; writing to the cache costs nothing and is not counted."""
     return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, usage.completion_tokens)},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "input_tokens": used.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": used.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": used.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, used.completion_tokens)},
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
     }

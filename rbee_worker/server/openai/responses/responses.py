@@ -10,7 +10,7 @@ from rbee_worker.server.openai.conversation import Conversation, ConversationRep
 from rbee_worker.server.openai.responses.body import AllowedTools, NamedFunction, ResponsesBody
 from rbee_worker.server.openai.responses.events import ResponseEvents
 from rbee_worker.server.openai.responses.input import to_messages
-from rbee_worker.server.openai.responses.object import ResponseObject
+from rbee_worker.server.openai.responses.object import ResponseObject, ResponseWriter
 from rbee_worker.worker.worker import Worker
 
 _OF_TOOLS: Final = re.compile(r"(tools\[[0-9]+\])\.function\.")
@@ -59,7 +59,7 @@ def _of_response(error: FieldError) -> FieldError:
     return replace(error, field=name, message=_OF_TOOLS.sub(r"\1.", error.message))
 
 
-def response_events(reply: ConversationReply, response: ResponseObject, model: str) -> ResponseEvents:
+def response_events(reply: ConversationReply, response: ResponseWriter, model: str) -> ResponseEvents:
     """What writes the steps of ``reply``."""
 
     def count(text: str) -> int:
@@ -68,16 +68,16 @@ def response_events(reply: ConversationReply, response: ResponseObject, model: s
     return ResponseEvents(reply.usage, response, model, count)
 
 
-async def whole_response(reply: ConversationReply, response: ResponseObject, model: str) -> dict[str, Any]:
+async def whole_response(reply: ConversationReply, response: ResponseWriter, model: str) -> ResponseObject:
     """A response that is not streamed: what the last event of its stream would hold.
 
     Raises:
         RbeeError: the answer failed.
     """
     write = response_events(reply, response, model)
-    last: dict[str, Any] = {}
+    last = response.write(model, "in_progress")
     async for step in reply:
         for event in write(step):
-            last = event
-    whole: dict[str, Any] = last["response"]
-    return whole
+            if event["type"] in ("response.completed", "response.incomplete"):
+                last = event["response"]
+    return last

@@ -11,7 +11,7 @@ from rbee_worker.errors import InferenceError, InvalidRequest, QueueFull, Unavai
 from rbee_worker.events import InferenceFailed, Token
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openai.responses.events import encode_events, failed
-from rbee_worker.server.openai.responses.object import ResponseObject
+from rbee_worker.server.openai.responses.object import ResponseWriter
 from rbee_worker.server.openai.responses.responses import (
     begin_response,
     response_events,
@@ -30,7 +30,7 @@ PATH = "/v1/responses"
 def begin(worker, fields):
     body = ResponsesBody.parse({"input": "hi"} | fields)
     reply = begin_response(worker, to_conversation(body, "key"), "resp_1")
-    return reply, ResponseObject(body, "resp_1", 1795347090)
+    return reply, ResponseWriter(body, "resp_1", 1795347090)
 
 
 def whole(worker, **fields):
@@ -228,7 +228,7 @@ def test_a_failure_is_raised_when_nothing_is_streamed():
     ],
 )
 def test_the_events_of_a_failure(error, codes):
-    response = ResponseObject(ResponsesBody.parse({"input": "hi"}), "resp_1", 1)
+    response = ResponseWriter(ResponsesBody.parse({"input": "hi"}), "resp_1", 1)
     (alone,) = failed(response, "m", error, None).objects
     assert (alone["sequence_number"], alone["code"], alone["message"]) == (0, codes[0], "no")
     last = Chunks(objects=({"type": "response.created", "sequence_number": 4},))
