@@ -101,16 +101,16 @@ def panics_blamed_on(path: Path) -> Iterator[None]:
 
 
 def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> FolderTokenizer:
-    folder = path.parent
+    listed = _listed(path.parent, tokenizer_config)
     if path.name == "tokenizer.json":
         text = read_text(path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder.")
         backend = _parse(path, text)
         adds = _asked_for(tokenizer_config)
-        changed = _complete(backend, folder, tokenizer_config)
+        changed = _complete(backend, path.parent, listed, tokenizer_config)
     else:
         text, changed = "", True
-        backend, adds = _convert(path, config, tokenizer_config)
-        _complete(backend, folder, tokenizer_config)
+        backend, adds = _convert(path, config, tokenizer_config, listed)
+        _complete(backend, path.parent, listed, tokenizer_config)
         adds |= _asked_for(tokenizer_config)
     changed |= _put_around(backend, adds, tokenizer_config)
     return FolderTokenizer(backend, backend.to_str() if changed else text)
@@ -192,7 +192,7 @@ def _parse(path: Path, text: str) -> Tokenizer:
 
 
 def _convert(
-    path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+    path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], listed: Mapping[int, AddedToken]
 ) -> tuple[Tokenizer, dict[str, bool]]:
     """A tokenizer of another file than tokenizer.json, and which tokens are put around a text unless said otherwise."""
     data = read_bytes(path, limit=_TOKENIZER_LIMIT, hint=_HINT)
@@ -206,7 +206,6 @@ def _convert(
         family = family_of(config, RANK_FAMILIES, file=path.name)
         return build_from_ranks(read_ranks(data, file=path.name), family), {"bos": family.add_bos}
     model = read_sentencepiece(data, file=path.name)
-    listed = _listed(path.parent, tokenizer_config)
     backend = build_sentencepiece(model, legacy=_legacy(tokenizer_config), file=path.name, listed=listed)
     return backend, {"bos": model.bos_id is not None}
 
@@ -220,12 +219,14 @@ def _legacy(tokenizer_config: Mapping[str, Any]) -> bool:
     return name not in {"LlamaTokenizer", "CodeLlamaTokenizer"}
 
 
-def _complete(backend: Tokenizer, folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
+def _complete(
+    backend: Tokenizer, folder: Path, listed: Mapping[int, AddedToken], tokenizer_config: Mapping[str, Any]
+) -> bool:
     """Add the tokens that the other files list and the tokenizer lacks; whether there were any."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     end = backend.get_vocab_size(with_added_tokens=True)
     changed = False
-    for index, token in sorted(_listed(folder, tokenizer_config).items()):
+    for index, token in sorted(listed.items()):
         if token.content in known or (index < end and backend.token_to_id(token.content) != index):
             continue  # the tokenizer's own file decides
         while (free := backend.get_vocab_size(with_added_tokens=True)) < index:

@@ -51,7 +51,9 @@ def test_a_folder(tmp_path: Path, *, quantized: bool) -> None:
     path = write_tiny_model(tmp_path / "m", chat_template=CHAT_TEMPLATE, **method)
     (path / "generation_config.json").write_text("{}")
     (path / "special_tokens_map.json").write_text("{}")
+    (path / "added_tokens.json").write_text("{}")
     assert opened(path / "config.json", path) == {
+        "added_tokens.json": 1,
         "config.json": 1,
         "generation_config.json": 1,
         "headers": 1,
