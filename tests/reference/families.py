@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rbee_worker.runtime.architecture.config import ROPE_KINDS
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
-from rbee_worker.runtime.formats.gguf import families as gguf_families
+from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES as GGUF_ARCHITECTURES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN = "<!-- proven: written by python -m tests.reference.families -->"
@@ -282,7 +282,7 @@ def _row(architecture: str) -> tuple[str, ...]:
     greedy = any(CASES[name].generates for name in names)
     variants = [name.partition(", ")[2] for name in names if ", " in name]
     family = ARCHITECTURES[architecture].family
-    formats = [f"`{name}`" for name, known in gguf_families.ARCHITECTURES.items() if known.name == architecture]
+    formats = [f"`{name}`" for name, known in GGUF_ARCHITECTURES.items() if known.name == architecture]
     return family, f"`{architecture}`", "✓", "✓" if greedy else "", "✓", ", ".join(formats), "; ".join(variants)
 
 

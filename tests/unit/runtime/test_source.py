@@ -16,6 +16,7 @@ from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelU
 from rbee_worker.runtime.hub.client import HubModel
 from rbee_worker.runtime.hub.download import DownloadProgress, Step
 from rbee_worker.runtime.source import ModelSource, locate, resolve
+from tests.tiny import write_tiny_model
 
 Folder = Callable[..., Path]
 STEP = DownloadProgress(1, 2, 3.0)
@@ -208,6 +209,16 @@ def test_chat_template(model_folder: Folder) -> None:
 
 
 # -- the embedded default
+
+
+READ_ONCE = ("checkpoint", "weights", "config", "model_config", "generation_config", "tokenizer_config", "tokenizer")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_what_was_read_is_not_read_again(tmp_path: Path, files: SimpleNamespace, kind: str) -> None:
+    path = files.write_gguf(tmp_path / "m.gguf") if kind == "gguf" else write_tiny_model(tmp_path / "m")
+    source = resolve(str(path))
+    assert [name for name in READ_ONCE if getattr(source, name) is not getattr(source, name)] == []
 
 
 @pytest.fixture
