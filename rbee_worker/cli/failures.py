@@ -15,7 +15,7 @@ from typing import NoReturn, ParamSpec
 import typer
 
 from rbee_worker import log
-from rbee_worker.errors import DeviceUnavailable, RbeeError, Setting
+from rbee_worker.errors import DeviceUnavailable, OutOfMemory, RbeeError, Setting
 from rbee_worker.escape import one_line
 from rbee_worker.panics import panics_as_errors
 
@@ -109,8 +109,12 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
 
 def advice(error: RbeeError) -> str:
     """What to do about an error, in the words of the command line; empty: nothing is known."""
-    listed = "`rbee-worker devices` lists what there is." if isinstance(error, DeviceUnavailable) else ""
-    return " ".join(filter(None, (error.advice(_option), listed)))
+    shown = ""
+    if isinstance(error, DeviceUnavailable):
+        shown = "`rbee-worker devices` lists what there is."
+    elif isinstance(error, OutOfMemory) and not error.remedies:
+        shown = "`rbee-worker devices` shows what is free."
+    return " ".join(filter(None, (error.advice(_option), shown)))
 
 
 def _option(name: Setting, value: str | int) -> str:

@@ -63,15 +63,15 @@ def test_quiet_is_quiet():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "hint"),
     [
-        (ModelNotFound("m: no such file.", hint="Check the path."), 3),
-        (ModelMalformed("m: damaged."), 3),
-        (ModelUnsupported("m: Mamba."), 4),
-        (OutOfMemory("m needs 8 GiB, cpu has 4 GiB.", hint="Try --dtype float16."), 5),
+        (ModelNotFound("m: no such file.", hint="Check the path."), 3, "Check the path."),
+        (ModelMalformed("m: damaged."), 3, ""),
+        (ModelUnsupported("m: Mamba."), 4, ""),
+        (OutOfMemory("m: too big.", remedies=[Remedy({"dtype": "float16"})]), 5, "Use --dtype float16."),
     ],
 )
-def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeError, code: int):
+def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeError, code: int, hint: str):
     failed = LoadFailed(code=error.code, message=error.message, seq=1, elapsed_seconds=0.1)
 
     def loading(_: threading.Event) -> Iterator[LoadingEvent]:
@@ -82,7 +82,7 @@ def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeEr
     engine.loading = loading
     result = run("load", "m", "--quiet")
     assert result.exit_code == code
-    assert result.output == f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else "")
+    assert result.output == f"error: {error.message}\n" + (f"hint: {hint}\n" if hint else "")
     result = run("load", "m", "--json")
     assert result.exit_code == code
     assert result.stdout.splitlines()[-1] == to_json(failed)
@@ -102,6 +102,18 @@ def test_remedies_are_options(engine: Script):
     assert run("load", "--quiet").stderr.splitlines() == [
         "error: m: too big.",
         "hint: What would fit: --device cpu --max-context 512 (1,024 MiB); --kv-cache-memory 2MiB (3 MiB).",
+    ]
+
+
+def test_where_no_setting_helps_the_command_that_shows_free_memory_is_named(engine: Script):
+    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+        raise OutOfMemory("Memory ran out.", hint="Something else may have taken it.")
+        yield
+
+    engine.loading = loading
+    assert run("load", "--quiet").stderr.splitlines() == [
+        "error: Memory ran out.",
+        "hint: Something else may have taken it. `rbee-worker devices` shows what is free.",
     ]
 
 
