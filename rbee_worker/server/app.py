@@ -77,7 +77,7 @@ def create_app(
 
     metrics = WorkerMetrics(worker, by_client=bool(keys))
     native = Native(worker, config, AllowedModels(model, config.allow_models, has_start_model), metrics)
-    openai = OpenAI(worker, config, native.holding, native.streams)
+    openai = OpenAI(worker, config, native.streams)
     app = Starlette(
         routes=Described([*routes(native), *routes(openai)], keyed=bool(keys)).routes,
         middleware=[
@@ -92,7 +92,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.streams = native.streams
+    app.state.streams = native.streams.open
     return app
 
 

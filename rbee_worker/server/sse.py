@@ -1,16 +1,16 @@
-r"""The only encoder of events to Server-Sent Events, and the response that carries them.
+r"""Server-Sent Events: a frame, and the response that sends frames.
 
-A stream goes ``Running -> SendingDone -> Done``: frames ``data: <one line of JSON>\n\n`` while events come, then
-``data: [DONE]\n\n`` once, as the last frame, however the events ended. A source that fails, or ends without its
-terminal event, gets one first. ``: keep-alive\n\n`` is sent after silence only. There are no ``id:``, ``retry:`` or
-``event:`` lines.
+A stream goes ``Running -> SendingDone -> Done``: frames ``data: <one line of JSON>\n\n`` while its source has some,
+then ``data: [DONE]\n\n`` once, as the last frame, however the source ended. ``: keep-alive\n\n`` is sent after silence
+only. There are no ``id:`` and ``retry:`` lines, and ``event:`` lines only where a format has them.
 """
 
 import asyncio
 import enum
+import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import suppress
 
 import anyio
 from sse_starlette import EventSourceResponse
@@ -18,31 +18,17 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
 from rbee_worker.errors import RbeeError
-from rbee_worker.events import Event, InferenceFailed, LoadFailed, LoadingEvent, to_json
-from rbee_worker.server.words import in_words
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
+Frames = AsyncGenerator[bytes, None]
+
 log = logging.getLogger(__name__)
 
 _MAX_WAITING = 64
 """Frames held for a client that does not read; then the source is left to wait (and to skip, where it may)."""
-
-
-class Encoder(Protocol):
-    """Turns an event into its frames (usually one; none is allowed)."""
-
-    def __call__(self, event: Event, /) -> bytes:
-        """The bytes to send for ``event``."""
-
-
-class Failure(Protocol):
-    """Makes the terminal event of a stream whose source failed; ``last`` is the event before it, if any."""
-
-    def __call__(self, error: RbeeError, last: Event | None, /) -> Event:
-        """The event that says ``error``."""
 
 
 class StreamState(enum.Enum):
@@ -53,62 +39,25 @@ class StreamState(enum.Enum):
     DONE = "done"
 
 
-def encode(event: Event) -> bytes:
-    """One event as one frame."""
+def frame(data: Mapping[str, object], event: str | None = None) -> bytes:
+    """One frame: an object as a line of JSON, UTF-8 text unescaped, after the line that names its event, if any."""
     # A name that is no Unicode is escaped, in a form that JSON reads.
-    return b"data: " + to_json(event).encode(errors="backslashreplace") + b"\n\n"
-
-
-def encode_error(error: RbeeError) -> bytes:
-    """The whole body of a stream that never began: the error's frame and ``[DONE]``."""
-    return encode(inference_failed(error)) + DONE
-
-
-class SharedFrames:
-    """An :class:`Encoder` that encodes an event once for all the streams that carry it.
-
-    Events are told apart by identity: the last ``size`` of them are kept alive, so that no id is used twice.
-    """
-
-    def __init__(self, size: int = 64) -> None:
-        self._size = size
-        self._frames: dict[int, tuple[Event, bytes]] = {}
-
-    def __call__(self, event: Event) -> bytes:
-        """The frame of ``event``."""
-        known = self._frames.get(id(event))
-        if known is not None:
-            return known[1]
-        frame = encode(event)
-        self._frames[id(event)] = (event, frame)
-        if len(self._frames) > self._size:
-            del self._frames[next(iter(self._frames))]
-        return frame
-
-
-def inference_failed(error: RbeeError, _last: Event | None = None) -> InferenceFailed:
-    """The ``error`` event of a job."""
-    return InferenceFailed(code=error.code, message=in_words(error))
-
-
-def loading_failed(error: RbeeError, last: Event | None = None) -> LoadFailed:
-    """The ``error`` event of a progress stream, numbered after ``last``."""
-    seq, elapsed = (last.seq + 1, last.elapsed_seconds) if isinstance(last, LoadingEvent) else (0, 0.0)
-    return LoadFailed(seq=seq, elapsed_seconds=elapsed, code=error.code, message=in_words(error))
+    line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+    name = b"event: %b\n" % event.encode() if event is not None else b""
+    return b"%bdata: %b\n\n" % (name, line)
 
 
 class EventStream(EventSourceResponse):
-    """Streams the events of ``source`` until the terminal one, then ``[DONE]``.
+    """Sends the frames of a source, then ``[DONE]``.
 
-    A task of its own reads ``source`` for as long as the response lives, so that no timeout ever cancels a read half
-    way and loses an event; events that wait already leave in one write. When the response ends, for whatever reason,
-    ``on_close`` is called at once if the terminal event had not come, and ``source`` is closed.
+    A task of its own reads the source for as long as the response lives, so that no timeout ever cancels a read half
+    way and loses a frame; frames that wait already leave in one write. When the response ends, for whatever reason, the
+    source is closed.
 
     Args:
-        source: the events; closed with ``aclose()`` where it has one, also when it was never started.
-        failure: makes the terminal event when ``source`` raises or ends without one.
-        encoder: event to frames.
-        on_close: called, without waiting, when the client left before the end (to cancel the job).
+        frames: the source. A generator that was never started has no cleanup: that is what ``on_close`` is for.
+        failure: the last frames of a stream whose source raised.
+        on_close: called, without waiting, when the stream ends before its source (to cancel the job).
         keep_alive: seconds of silence before a comment line; 0: never.
         send_timeout: seconds that a client may leave bytes unread; 0: for ever.
         open_streams: holds this stream while it is being sent.
@@ -116,10 +65,9 @@ class EventStream(EventSourceResponse):
 
     def __init__(
         self,
-        source: AsyncIterator[Event],
+        frames: Frames,
         *,
-        failure: Failure,
-        encoder: Encoder = encode,
+        failure: Callable[[RbeeError], bytes],
         on_close: Callable[[], object] | None = None,
         keep_alive: float = 10.0,
         send_timeout: float = 60.0,
@@ -127,26 +75,25 @@ class EventStream(EventSourceResponse):
     ) -> None:
         super().__init__(self._chunks(), headers=HEADERS, sep="\n", ping=0, send_timeout=send_timeout or None)
         self.state = StreamState.RUNNING
-        self._source = source
+        self._frames = frames
         self._failure = failure
-        self._encode = encoder
         self._on_close = on_close
         self._keep_alive = keep_alive
         self._open_streams = open_streams if open_streams is not None else set()
-        self._pumping: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._waiting: list[bytes] = []
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
-        self._last: Event | None = None
+        self._error: Exception | None = None
         self._read = False  # the source has given all it will
+        self._finishing = False
         self._silent = False  # a keep-alive is due
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; returns when it is complete or the client has left."""
-        loop = asyncio.get_running_loop()
-        self._sent_at = loop.time()
-        pump = self._pumping = loop.create_task(self._pump())
+        self._sent_at = asyncio.get_running_loop().time()
+        self._begin()
         self._open_streams.add(self)
         timer = _IdleTimer(self._keep_alive, self._idle_since, self._on_silence)
         try:
@@ -156,46 +103,71 @@ class EventStream(EventSourceResponse):
         finally:
             self._open_streams.discard(self)
             timer.cancel()
-            pump.cancel()
-            if self._on_close is not None and not self._terminal:
-                self._on_close()
-            # Cleanup in a cancelled scope is cancelled too, unless it is shielded.
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({pump})
-                await self._close_source()
+            await self.aclose()
+
+    async def first_frame(self, seconds: float | None) -> None:
+        """Begin to read before the response begins; returns when a frame is there, or after ``seconds``.
+
+        So a request that fails at once gets the status of its failure, and one that waits long gets its stream.
+
+        Raises:
+            Exception: what the source raised before its first frame.
+        """
+        self._begin()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        if self._error is not None and not self._waiting:
+            raise self._error
 
     def finish(self, error: RbeeError) -> None:
-        """End the stream now, with ``error`` unless its terminal event has come, and ``[DONE]``."""
-        if not self._terminal:
-            self._put(self._failure(error, self._last))
-        if self._pumping is not None:
-            self._pumping.cancel()
+        """End the stream: what its source has at hand is sent, then ``error`` unless that was all, then ``[DONE]``."""
+        self._finishing = True
+        self._room.set()
+        asyncio.get_running_loop().call_soon(self._stop, error)
 
-    @property
-    def _terminal(self) -> bool:
-        return self._last is not None and self._last.terminal
+    async def aclose(self) -> None:
+        """Stop reading, and close the source."""
+        reading = self._reading
+        if self._on_close is not None and (reading is None or not reading.done() or reading.cancelled()):
+            self._on_close()
+        # Cleanup in a cancelled scope is cancelled too, unless it is shielded.
+        with anyio.CancelScope(shield=True):
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait({reading})
+            try:
+                await self._frames.aclose()
+            except Exception:
+                log.exception("closing a stream's source failed")
 
-    async def _pump(self) -> None:
-        try:
-            async for event in self._source:
-                self._put(event)
-                if event.terminal:
-                    break
-                if len(self._waiting) >= _MAX_WAITING:
-                    self._room.clear()
-                    await self._room.wait()
-            if not self._terminal:
-                self._put(self._failure(RbeeError("The stream ended before its result."), self._last))
-        except Exception as error:  # noqa: BLE001 - whatever it was, the client gets its error frame and [DONE]
-            self._put(self._failure(_public(error), self._last))
-        finally:
-            self._read = True
+    def _begin(self) -> None:
+        if self._reading is None:
+            self._reading = asyncio.get_running_loop().create_task(self._read_all())
+
+    def _stop(self, error: RbeeError) -> None:
+        if not self._read:
+            self._end(error)
+            if self._reading is not None:
+                self._reading.cancel()
+
+    def _end(self, error: Exception | None = None) -> None:
+        if not self._read:
+            self._error, self._read = error, True
             self._wake.set()
 
-    def _put(self, event: Event) -> None:
-        self._waiting.append(self._encode(event))
-        self._last = event
-        self._wake.set()
+    async def _read_all(self) -> None:
+        try:
+            async for one in self._frames:
+                self._waiting.append(one)
+                self._wake.set()
+                if len(self._waiting) >= _MAX_WAITING and not self._finishing:
+                    self._room.clear()
+                    await self._room.wait()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the client gets its error frame and [DONE]
+            self._end(error)
+        else:
+            self._end()
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while self.state is StreamState.RUNNING:
@@ -206,6 +178,7 @@ class EventStream(EventSourceResponse):
             self._room.set()
             if self._read:
                 self.state = StreamState.SENDING_DONE
+                chunk += self._failure(_public(self._error)) if self._error is not None else b""
                 chunk += DONE
             elif self._silent and not chunk:
                 chunk = KEEP_ALIVE
@@ -221,15 +194,6 @@ class EventStream(EventSourceResponse):
     def _on_silence(self) -> None:
         self._silent = True
         self._wake.set()
-
-    async def _close_source(self) -> None:
-        aclose = getattr(self._source, "aclose", None)
-        if aclose is None:
-            return
-        try:
-            await aclose()
-        except Exception:
-            log.exception("closing a stream's source failed")
 
 
 class _IdleTimer:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from rbee_worker.events import LoadingEvent, LoadingToVram, Resolving, Stalled
 
@@ -60,7 +60,7 @@ class LoadingBroadcast:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def subscribe(self) -> AsyncIterator[LoadingEvent]:
+    async def subscribe(self) -> AsyncGenerator[LoadingEvent, None]:
         """The latest counts and state at once, then what follows, until the terminal event."""
         self.subscribers += 1
         try:

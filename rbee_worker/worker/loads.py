@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Literal
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
@@ -59,7 +59,7 @@ class Loads:
         """The newest event of the latest load."""
         return self.broadcast.latest if self.broadcast is not None else None
 
-    def progress(self) -> AsyncIterator[LoadingEvent]:
+    def progress(self) -> AsyncGenerator[LoadingEvent, None]:
         """The latest state of the load at once, then what follows, until its terminal event.
 
         Raises:

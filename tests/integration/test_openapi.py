@@ -48,7 +48,7 @@ CONFORMANCE = [
 def operations() -> dict[tuple[str, str], Operation]:
     """What every route does, by method and path."""
     native = routes(Native(None, ServerConfig(), AllowedModels(None), None))
-    every = Described([*native, *routes(OpenAI(None, ServerConfig(), None, set()))], keyed=False).routes
+    every = Described([*native, *routes(OpenAI(None, ServerConfig(), None))], keyed=False).routes
     served = [(method, route) for route in every for method in route.methods - {"HEAD"}]
     return {(method, route.path_format): described(route)[0] for method, route in served}
 

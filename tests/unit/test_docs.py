@@ -162,7 +162,7 @@ def test_the_tables_of_openais_fields_are_the_schemas(heading: str):
 
 
 def test_every_route_of_openai_has_its_section():
-    served = routes(OpenAI(None, ServerConfig(), None, set()))
+    served = routes(OpenAI(None, ServerConfig(), None))
     registered = {f"`{method} {route.path_format}`" for route in served for method in route.methods - {"HEAD"}}
     assert {heading for heading in headings(read("docs/openai.md")) if re.match(r"`[A-Z]+ /", heading)} == registered
 

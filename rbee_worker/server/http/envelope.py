@@ -15,6 +15,7 @@ from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from rbee_worker.errors import BodyEncoded, InvalidRequest, RbeeError
+from rbee_worker.events import InferenceFailed, to_dict
 from rbee_worker.server import sse
 from rbee_worker.server.words import in_words
 
@@ -114,6 +115,11 @@ def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> ErrorE
     }
 
 
+def inference_failed(error: RbeeError) -> bytes:
+    """The terminal frame of a job that fails."""
+    return sse.frame(to_dict(InferenceFailed(code=error.code, message=in_words(error))))
+
+
 def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | None = None) -> Response:
     """The response that says ``error``.
 
@@ -128,7 +134,7 @@ def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | 
     if error.http_status in _CLOSING:
         extra["Connection"] = "close"
     if scope["path"] == INFERENCE_PATH and accepts_event_stream(Headers(scope=scope)):
-        return Response(sse.encode_error(error), error.http_status, {**sse.HEADERS, **extra})
+        return Response(inference_failed(error) + sse.DONE, error.http_status, {**sse.HEADERS, **extra})
     openai = scope["path"].startswith(_OPENAI_PATHS)
     if openai and error.http_status in _FINAL:
         extra["X-Should-Retry"] = "false"

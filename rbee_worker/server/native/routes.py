@@ -1,8 +1,6 @@
 """The worker's own routes: inference, loading, and what the worker says of itself."""
 
 import functools
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NotRequired
 
@@ -13,7 +11,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from rbee_worker import __version__
-from rbee_worker.config import DEFAULT_MODEL, GenerationRequest, ServerConfig
+from rbee_worker.config import DEFAULT_MODEL, ServerConfig
 from rbee_worker.errors import (
     Conflict,
     DeviceUnavailable,
@@ -27,15 +25,16 @@ from rbee_worker.errors import (
     NotFound,
     Unavailable,
 )
-from rbee_worker.events import Event, InferenceEvent, LoadingEvent
+from rbee_worker.events import InferenceEvent, LoadingEvent
 from rbee_worker.runtime.machine.devices import DeviceInfo, list_devices
-from rbee_worker.server import sse
-from rbee_worker.server.holding import Holding
 from rbee_worker.server.http.access import client_of
-from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, Json, off_loop, read_object
+from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, Json, inference_failed, off_loop, read_object
 from rbee_worker.server.http.operation import ERRORS_OF_JOBS, Operation
 from rbee_worker.server.native.bodies import DetokenizeBody, InferenceBody, LoadingBody, TokenizeBody
+from rbee_worker.server.native.frames import SharedFrames, Watcher, inference_frames
 from rbee_worker.server.observe.metrics import CONTENT_TYPE, WorkerMetrics
+from rbee_worker.server.sse import EventStream
+from rbee_worker.server.streams import Streams
 from rbee_worker.server.words import in_words
 from rbee_worker.worker.worker import State, Worker
 
@@ -180,18 +179,16 @@ class Native:
     """The handlers; one instance per application.
 
     Attributes:
-        holding: the streaming requests that wait for a load.
-        streams: those that are being sent now.
+        streams: those of all routes.
     """
 
     def __init__(self, worker: Worker, config: ServerConfig, models: AllowedModels, metrics: WorkerMetrics) -> None:
         self._worker = worker
         self._config = config
         self._models = models
-        self._progress_frames = sse.SharedFrames()
+        self._shared_frames = SharedFrames()
         self._metrics = metrics
-        self.holding = Holding(worker, config)
-        self.streams: set[sse.EventStream] = set()
+        self.streams = Streams(worker, config)
 
     # -- inference
 
@@ -204,7 +201,7 @@ class Native:
         errors=ERRORS_OF_JOBS,
         streams_errors=True,
     )
-    async def infer(self, request: Request) -> sse.EventStream:
+    async def infer(self, request: Request) -> EventStream:
         """Generate text, streamed.
 
         Whatever can be refused is refused before the stream begins. A client that leaves ends its job.
@@ -214,17 +211,8 @@ class Native:
         asked = replace(body.to_request(), client=client_of(request.scope))
         if asked.sampling.grammar is not None:
             size = ALWAYS
-        if self.holding.due():
-            return self._stream(self._held(asked, size), sse.inference_failed)
-        job = await off_loop(size, self._worker.submit, asked)
-        return self._stream(job.events(), sse.inference_failed, on_close=job.cancel)
-
-    async def _held(self, asked: GenerationRequest, size: int) -> AsyncIterator[Event]:
-        """A job that begins when the load has ended; until then its stream is silent, and so kept alive."""
-        job = await self.holding.begin(size, functools.partial(self._worker.submit, asked))
-        async with aclosing(job):
-            async for event in job:
-                yield event
+        submit = functools.partial(self._worker.submit, asked)
+        return await self.streams.of_jobs(size, submit, inference_frames, inference_failed)
 
     @Operation(
         "DELETE",
@@ -244,12 +232,13 @@ class Native:
     # -- loading
 
     @Operation("GET", PROGRESS_PATH, tag="loading", frames=(LoadingEvent,), errors=(Unavailable,))
-    async def progress(self, _request: Request) -> sse.EventStream:
+    async def progress(self, _request: Request) -> EventStream:
         """The load's events, streamed.
 
         The latest state first, then what follows, to the terminal event. Leaving cancels nothing.
         """
-        return self._stream(self._worker.loads.progress(), sse.loading_failed, encoder=self._progress_frames)
+        watcher = Watcher(self._worker.loads.progress(), self._shared_frames)
+        return self.streams.of(watcher.frames(), watcher.failed)
 
     @Operation(
         "POST",
@@ -398,24 +387,6 @@ class Native:
         return Json({"text": await off_loop(size, decode)})
 
     # -- helpers
-
-    def _stream(
-        self,
-        source: AsyncIterator[Event],
-        failure: sse.Failure,
-        *,
-        encoder: sse.Encoder = sse.encode,
-        on_close: Callable[[], object] | None = None,
-    ) -> sse.EventStream:
-        return sse.EventStream(
-            source,
-            failure=failure,
-            encoder=encoder,
-            on_close=on_close,
-            keep_alive=self._config.keep_alive_seconds,
-            send_timeout=self._config.send_timeout_seconds,
-            open_streams=self.streams,
-        )
 
     def _serves(self) -> bool:
         return self._worker.serves

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 from rbee_worker.chat.output import ChatFormat, Delta, OutputParser, ToolCallDelta
 from rbee_worker.chat.tools import read_tools, tools_as_text
@@ -12,8 +13,9 @@ from rbee_worker.config import JSON_LAYOUT, GenerationRequest, GrammarSpec, Mess
 from rbee_worker.errors import FieldError, InvalidRequest, Unavailable
 from rbee_worker.events import End, InferenceEvent, Token, TokenLogprob
 from rbee_worker.runtime.tokenizer.tokenizer import ChatPrompt, Tokenizer
-from rbee_worker.server.openai.answers import Answers, FinishReason, UsedTokens, finish_reason
+from rbee_worker.server.openai.choices import Choices, FinishReason, finish_reason
 from rbee_worker.server.openai.requests import choice_ids, choice_seed
+from rbee_worker.worker.job import Job
 from rbee_worker.worker.worker import Worker
 
 _TESTS_FOR_NONE: Final = re.compile(r"""\bcontent(?:['"]\])?\s+is\s+none""")
@@ -54,15 +56,15 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatStep:
-    """What one event adds to an answer.
+class ChatPiece:
+    """What one event adds to a choice.
 
     Attributes:
         index: of the choice.
         event: as it came.
         deltas: what it adds.
-        logprobs: of the tokens that came since the last step that had any deltas.
-        finish_reason: why the answer ended; None: it goes on.
+        logprobs: of the tokens that came since the last piece that had any deltas.
+        finish_reason: why the choice ended; None: it goes on.
     """
 
     index: int
@@ -72,71 +74,68 @@ class ChatStep:
     finish_reason: FinishReason | None = None
 
 
-class ConversationReply:
-    """The answers, as they come: an asynchronous iterator of steps.
+class ChatChoices(Choices):
+    """The choices of a conversation's next message, all with the same prompt.
+
+    Args:
+        worker, jobs: see :class:`~rbee_worker.server.openai.choices.Choices`.
+        parsers: one for each choice.
+        tokenizer: of the model that answers.
+        parallel_tool_calls: allow several calls in one choice.
 
     Attributes:
-        usage: so far.
-        tokenizer: of the model that answers.
+        tokenizer: as given.
     """
 
     def __init__(
-        self, answers: Answers, parsers: Sequence[OutputParser], tokenizer: Tokenizer, *, parallel_tool_calls: bool
+        self,
+        worker: Worker,
+        jobs: Sequence[Job],
+        parsers: Sequence[OutputParser],
+        tokenizer: Tokenizer,
+        *,
+        parallel_tool_calls: bool,
     ) -> None:
-        self.usage = UsedTokens()
+        super().__init__(worker, jobs, per_prompt=len(jobs))
         self.tokenizer = tokenizer
-        self._answers = answers
         self._parsers = parsers
         self._parallel = parallel_tool_calls
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in parsers]
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last step has been given."""
-        return self._answers.ended
+    async def pieces(self) -> AsyncGenerator[ChatPiece, None]:
+        """What each event adds to its choice, and what its text is: content, reasoning, tool calls.
 
-    def cancel(self) -> None:
-        """Ask for the end."""
-        self._answers.cancel()
-
-    async def aclose(self) -> None:
-        """Stop listening; what has not ended is cancelled."""
-        await self._answers.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ChatStep:
-        index, event = await anext(self._answers)
-        parser = self._parsers[index]
-        if isinstance(event, Token):
-            self._logprobs[index] += event.logprobs or ()
-            deltas = self._kept(index, parser.push(event.t))
-            return ChatStep(index=index, event=event, deltas=deltas, logprobs=self._told(index) if deltas else ())
-        if isinstance(event, End):
-            self.usage.add(event, first=index == 0)
-            deltas = self._kept(index, parser.finish())
-            reason = finish_reason(event)
-            if reason == "stop" and parser.tool_calls:
-                reason = "tool_calls"
-            return ChatStep(index=index, event=event, deltas=deltas, logprobs=self._told(index), finish_reason=reason)
-        return ChatStep(index=index, event=event)
-
-    def _told(self, index: int) -> tuple[TokenLogprob, ...]:
-        told, self._logprobs[index] = tuple(self._logprobs[index]), []
-        return told
+        Raises:
+            RbeeError: as :meth:`~rbee_worker.server.openai.choices.Choices.events`.
+        """
+        logprobs: list[list[TokenLogprob]] = [[] for _ in self._parsers]
+        async with aclosing(self.events()) as events:
+            async for index, event in events:
+                parser, reason = self._parsers[index], None
+                deltas: tuple[Delta, ...] = ()
+                if isinstance(event, Token):
+                    logprobs[index] += event.logprobs or ()
+                    deltas = self._kept(index, parser.push(event.t))
+                elif isinstance(event, End):
+                    deltas = self._kept(index, parser.finish())
+                    reason = finish_reason(event)
+                    if reason == "stop" and parser.tool_calls:
+                        reason = "tool_calls"
+                told: tuple[TokenLogprob, ...] = ()
+                if deltas or reason is not None:
+                    told, logprobs[index] = tuple(logprobs[index]), []
+                yield ChatPiece(index=index, event=event, deltas=deltas, logprobs=told, finish_reason=reason)
 
     def _kept(self, index: int, deltas: list[Delta]) -> tuple[Delta, ...]:
-        """Without a second call, where only one is wanted: that is where the answer ends."""
+        """Without a second call, where only one is wanted: that is where the choice ends."""
         if self._parallel:
             return tuple(deltas)
         kept = tuple(delta for delta in deltas if not isinstance(delta, ToolCallDelta) or delta.index == 0)
         if len(kept) < len(deltas):
-            self._answers.cut(index)
+            self.cut(index)
         return kept
 
 
-def begin_conversation(worker: Worker, conversation: Conversation, response_id: str) -> ConversationReply:
+def begin_conversation(worker: Worker, conversation: Conversation, response_id: str) -> ChatChoices:
     """Render the prompt and submit the jobs, all or none; takes time, and no event loop.
 
     Args:
@@ -154,15 +153,15 @@ def begin_conversation(worker: Worker, conversation: Conversation, response_id: 
         jobs = worker.submit_all(turn.requests(response_id))
     except InvalidRequest as error:
         raise type(error)(error.message, fields=list(map(_of_messages, error.fields)), hint=error.hint) from None
-    answers = Answers(worker, jobs)
+    choices = ChatChoices(worker, jobs, turn.parsers(), tokenizer, parallel_tool_calls=conversation.parallel_tool_calls)
     try:
         replaced = worker.tokenizer() is not tokenizer
     except Unavailable:
         replaced = False  # a swap waits for these very jobs
     if replaced:
-        answers.cancel()
+        choices.cancel()
         raise Unavailable("The model was replaced; ask again.", retry_after=1)
-    return ConversationReply(answers, turn.parsers(), tokenizer, parallel_tool_calls=conversation.parallel_tool_calls)
+    return choices
 
 
 def _of_messages(error: FieldError) -> FieldError:

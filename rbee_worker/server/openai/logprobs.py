@@ -50,10 +50,12 @@ class CompletionLogprobs(TypedDict):
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
     """``logprobs`` of a chat choice."""
-    content: list[ChatTokenLogprob] = [
-        {**_entry(token), "top_logprobs": [_entry(other) for other in token.top]} for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": token_logprobs(tokens), "refusal": None}
+
+
+def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[ChatTokenLogprob]:
+    """An entry for each token."""
+    return [{**_entry(token), "top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
 
 
 def _entry(token: TokenLogprob) -> ChatTopLogprob:
@@ -98,10 +100,10 @@ class LogprobsWriter:
 def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
     """Several pieces as one."""
     return {
-        "tokens": [token for piece in pieces for token in piece["tokens"]],
-        "token_logprobs": [logprob for piece in pieces for logprob in piece["token_logprobs"]],
-        "top_logprobs": [top for piece in pieces for top in piece["top_logprobs"]],
-        "text_offset": [offset for piece in pieces for offset in piece["text_offset"]],
+        "tokens": [item for piece in pieces for item in piece["tokens"]],
+        "token_logprobs": [item for piece in pieces for item in piece["token_logprobs"]],
+        "top_logprobs": [item for piece in pieces for item in piece["top_logprobs"]],
+        "text_offset": [item for piece in pieces for item in piece["text_offset"]],
     }
 
 

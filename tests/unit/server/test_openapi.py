@@ -143,7 +143,7 @@ def test_schemas_are_schemas_and_ids_and_tags_are_known(document):
 
 
 def test_every_field_of_a_body_is_described(stand_in):
-    bodies = {described(route)[0].body for route in registered(stand_in)}
+    bodies = {described(route)[0].body for route in registered(stand_in) for method in route.methods - {"HEAD"}}
     for kind, schema in body_schemas(bodies - {None}).items():
         assert schema["description"], kind
         for name, field in schema["properties"].items():

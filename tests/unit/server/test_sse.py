@@ -1,23 +1,23 @@
-"""The stream response by itself: every event once, in order, however slow the other side is."""
+"""The stream response by itself: every frame once, in order, however slow the other side is."""
 
 import asyncio
 
 import anyio
 import pytest
 
-from rbee_worker.errors import Unavailable
-from rbee_worker.events import End, Resolving, Token
+from rbee_worker.errors import NotFound, Unavailable
 from rbee_worker.server import sse
+from rbee_worker.server.http.envelope import inference_failed
 
 HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}
 
 
-def tokens(n):
-    return [Token(t="x", i=i) for i in range(n)]
+def frames(n):
+    return [sse.frame({"i": i}) for i in range(n)]
 
 
-def expected(events):
-    return b"".join(map(sse.encode, events)) + sse.DONE
+def expected(sent):
+    return b"".join(sent) + sse.DONE
 
 
 class Client:
@@ -47,11 +47,12 @@ class Client:
 
 
 class Source:
-    """Events, then nothing; counts what was read."""
+    """Frames, then nothing; counts what was read."""
 
-    def __init__(self, events, *, hang=False):
-        self.events = list(events)
+    def __init__(self, frames, *, hang=False, error=None):
+        self.frames = list(frames)
         self.hang = hang
+        self.error = error
         self.read = 0
         self.closed = 0
 
@@ -59,9 +60,11 @@ class Source:
         return self
 
     async def __anext__(self):
-        if self.read < len(self.events):
+        if self.read < len(self.frames):
             self.read += 1
-            return self.events[self.read - 1]
+            return self.frames[self.read - 1]
+        if self.error is not None:
+            raise self.error
         if self.hang:
             await asyncio.Event().wait()
         raise StopAsyncIteration
@@ -71,7 +74,7 @@ class Source:
 
 
 def stream(source, **options):
-    return sse.EventStream(source, failure=options.pop("failure", sse.inference_failed), **options)
+    return sse.EventStream(source, failure=inference_failed, **options)
 
 
 async def settle():
@@ -79,13 +82,17 @@ async def settle():
         await asyncio.sleep(0)
 
 
-def test_events_that_wait_leave_in_one_write(stand_in):
+def test_a_frame_is_one_line_of_json_after_its_name():
+    assert sse.frame({"t": "é\n\udc80"}) == b'data: {"t":"\xc3\xa9\\n\\udc80"}\n\n'
+    assert sse.frame({}, "a.b") == b"event: a.b\ndata: {}\n\n"
+
+
+def test_frames_that_wait_leave_in_one_write():
     async def scenario():
-        events, client = [*tokens(50), stand_in.end()], Client()
-        source = Source(events)
+        client, source = Client(), Source(frames(50))
         response = stream(source)
         await response(HTTP, client.receive, client.send)
-        assert client.body == expected(events)
+        assert client.body == expected(frames(50))
         assert len(client.chunks) == 1
         assert response.state is sse.StreamState.DONE
         assert source.closed == 1
@@ -93,41 +100,39 @@ def test_events_that_wait_leave_in_one_write(stand_in):
     asyncio.run(scenario())
 
 
-def test_a_slow_reader_holds_the_source_back_and_loses_nothing(stand_in):
+def test_a_slow_reader_holds_the_source_back_and_loses_nothing():
     async def scenario():
-        events, client = [*tokens(1000), stand_in.end()], Client()
+        client, source = Client(), Source(frames(1000))
         client.reading.clear()
-        source = Source(events)
         serving = asyncio.create_task(stream(source, keep_alive=0.001)(HTTP, client.receive, client.send))
         await asyncio.sleep(0.02)  # long enough for a keep-alive to be due: what waits is no silence
         assert 0 < source.read < 200
         client.reading.set()
         await serving
-        assert client.body == expected(events)
+        assert client.body == expected(frames(1000))
 
     asyncio.run(scenario())
 
 
-def test_keep_alives_interleave_with_events_without_losing_one():
+def test_keep_alives_interleave_with_frames_without_losing_one():
     async def source():
-        for event in tokens(30):
+        for frame in frames(30):
             await asyncio.sleep(0.004)
-            yield event
-        yield END
+            yield frame
 
     async def scenario():
         client = Client()
         await stream(source(), keep_alive=0.005)(HTTP, client.receive, client.send)
-        assert client.body.replace(sse.KEEP_ALIVE, b"") == expected([*tokens(30), END])
+        assert client.body.replace(sse.KEEP_ALIVE, b"") == expected(frames(30))
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("when", ["before the first event", "between events"])
+@pytest.mark.parametrize("when", ["before the first frame", "between frames"])
 def test_leaving_calls_on_close_once_and_closes_the_source(when):
     async def scenario():
         client, calls = Client(), []
-        source = Source(tokens(0 if when.startswith("before") else 2), hang=True)
+        source = Source(frames(0 if when.startswith("before") else 2), hang=True)
         response = stream(source, on_close=lambda: calls.append(1), keep_alive=0)
         serving = asyncio.create_task(response(HTTP, client.receive, client.send))
         await settle()
@@ -139,13 +144,62 @@ def test_leaving_calls_on_close_once_and_closes_the_source(when):
     asyncio.run(scenario())
 
 
+def test_a_response_that_never_began_calls_on_close():
+    async def scenario():
+        calls = []
+
+        async def source():
+            try:
+                yield frames(1)[0]
+            finally:
+                calls.append("cleanup")
+
+        await stream(source(), on_close=lambda: calls.append("closed")).aclose()
+        assert calls == ["closed"]  # a generator that never began has no cleanup
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("begun", [[], frames(1)], ids=["at once", "later"])
+def test_a_source_that_fails_before_its_first_frame_raises_and_later_it_sends_the_failure(begun):
+    async def scenario():
+        client, source = Client(), Source(begun, error=NotFound("no"))
+        response = stream(source)
+        if not begun:
+            with pytest.raises(NotFound):
+                await response.first_frame(None)
+            await response.aclose()
+            assert source.closed == 1
+            return
+        await response.first_frame(None)
+        await response(HTTP, client.receive, client.send)
+        assert client.body == expected([*begun, inference_failed(NotFound("no"))])
+
+    asyncio.run(scenario())
+
+
+def test_a_first_frame_that_comes_late_is_not_lost():
+    async def source():
+        await asyncio.sleep(0.03)
+        for frame in frames(2):
+            yield frame
+
+    async def scenario():
+        client, response = Client(), stream(source())
+        await response.first_frame(0.001)
+        await response(HTTP, client.receive, client.send)
+        assert client.body == expected(frames(2))
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_response_still_cleans_up():
     async def scenario():
         client, closed = Client(), []
 
         async def source():
             try:
-                yield tokens(1)[0]
+                yield frames(1)[0]
                 await asyncio.Event().wait()
             finally:
                 await asyncio.sleep(0.01)  # cleanup that waits must not be cut short
@@ -162,7 +216,7 @@ def test_a_cancelled_response_still_cleans_up():
 
 def test_a_response_in_a_cancelled_scope_still_cleans_up():
     async def scenario():
-        client, source = Client(), Source(tokens(1), hang=True)
+        client, source = Client(), Source(frames(1), hang=True)
         with anyio.move_on_after(0.02):
             await stream(source)(HTTP, client.receive, client.send)
         assert source.closed == 1
@@ -170,65 +224,69 @@ def test_a_response_in_a_cancelled_scope_still_cleans_up():
     asyncio.run(scenario())
 
 
-def test_on_close_is_not_called_after_the_terminal_event(stand_in):
+def test_on_close_is_not_called_when_the_source_has_ended():
     async def scenario():
         client, calls = Client(), []
-        await stream(Source([stand_in.end()]), on_close=lambda: calls.append(1))(HTTP, client.receive, client.send)
+        await stream(Source(frames(1)), on_close=lambda: calls.append(1))(HTTP, client.receive, client.send)
         assert calls == []
 
     asyncio.run(scenario())
 
 
+UNAVAILABLE = b'data: {"event":"error","code":"UNAVAILABLE","message":"stopping"}\n\n'
+
+
 def test_finish_ends_a_stuck_stream_with_an_error_and_done():
     async def scenario():
         client, open_streams = Client(), set()
-        response = stream(Source(tokens(1), hang=True), open_streams=open_streams)
+        response = stream(Source(frames(1), hang=True), open_streams=open_streams)
         serving = asyncio.create_task(response(HTTP, client.receive, client.send))
         await settle()
         assert open_streams == {response}
         response.finish(Unavailable("stopping"))
         await serving
         assert open_streams == set()
-        error = b'data: {"event":"error","code":"UNAVAILABLE","message":"stopping"}\n\n'
-        assert client.body == sse.encode(tokens(1)[0]) + error + sse.DONE
+        assert client.body == expected([*frames(1), UNAVAILABLE])
 
     asyncio.run(scenario())
 
 
-def test_an_encoder_that_fails_ends_the_stream_in_order(stand_in):
+@pytest.mark.parametrize("hang", [False, True])
+def test_finish_sends_what_there_is_to_a_client_that_did_not_read(hang):
     async def scenario():
         client = Client()
-        broken = Token(t=b"bytes", i=0)  # no JSON
-        await stream(Source([broken, stand_in.end()]))(HTTP, client.receive, client.send)
-        assert b'"code":"INTERNAL_ERROR"' in client.body
-        assert client.body.endswith(b"}\n\n" + sse.DONE)
+        client.reading.clear()
+        response = stream(Source(frames(500), hang=hang))
+        serving = asyncio.create_task(response(HTTP, client.receive, client.send))
+        await settle()
+        response.finish(Unavailable("stopping"))
+        await settle()
+        client.reading.set()
+        await serving
+        # An answer that is whole is not followed by an error.
+        assert client.body == expected([*frames(500), *([UNAVAILABLE] if hang else [])])
 
     asyncio.run(scenario())
 
 
-def test_shared_frames_encode_once_per_event(monkeypatch):
-    made = []
-    monkeypatch.setattr(sse, "to_json", lambda event: made.append(event) or "{}")
-    frames = sse.SharedFrames(size=2)
-    first, second, third = (Resolving(seq=i, elapsed_seconds=0.0, model="m") for i in range(3))
-    for event in (first, first, second, first, third, second, first):
-        frames(event)
-    assert made == [first, second, third, first]  # the third one pushed the first one out
-    assert len(frames._frames) == 2
+def test_a_source_whose_cleanup_hangs_does_not_hold_back_its_end():
+    async def scenario():
+        client, may_end = Client(), asyncio.Event()
 
+        async def source():
+            try:
+                yield frames(1)[0]
+                await asyncio.Event().wait()
+            finally:
+                await may_end.wait()
 
-def test_equal_events_are_not_confused_with_one_that_has_gone():
-    frames = sse.SharedFrames(size=1)
-    seen = {frames(Resolving(seq=i, elapsed_seconds=0.0, model="m")) for i in range(100)}
-    assert len(seen) == 100
+        response = stream(source())
+        serving = asyncio.create_task(response(HTTP, client.receive, client.send))
+        await settle()
+        response.finish(Unavailable("stopping"))
+        await settle()
+        assert client.body == expected([*frames(1), UNAVAILABLE])
+        may_end.set()
+        await serving
 
-
-END = End(
-    tokens_out=30,
-    decode_time_ms=1,
-    stop_reason="eos",
-    prompt_tokens=1,
-    cached_tokens=0,
-    prefill_time_ms=1,
-    tokens_per_second=1.0,
-)
+    asyncio.run(scenario())

@@ -1,9 +1,11 @@
 """What clients are told of an error: settings as a request has them, else as the worker's options."""
 
+import json
+
 from rbee_worker.errors import ModelNotFound, ModelNotLoaded, OutOfMemory, Remedy
-from rbee_worker.server.http.envelope import envelope
+from rbee_worker.server.http.envelope import envelope, inference_failed
 from rbee_worker.server.native.bodies import LoadingBody
-from rbee_worker.server.sse import inference_failed, loading_failed
+from rbee_worker.server.native.frames import SharedFrames, Watcher
 from rbee_worker.server.words import _IN_REQUESTS, in_words
 
 TOO_BIG = OutOfMemory("m: too big.", remedies=[Remedy({"quantize": "int8", "max_context": 512}, 7)])
@@ -13,7 +15,8 @@ SAID = 'm: too big. What would fit: "quantize": "int8" --max-context 512 (7 MiB)
 def test_remedies_are_fields_of_requests_or_options_of_the_worker():
     assert in_words(TOO_BIG) == SAID
     assert envelope(TOO_BIG)["error"]["message"] == SAID
-    assert loading_failed(TOO_BIG).message == inference_failed(TOO_BIG).message == SAID
+    for frame in (Watcher(None, SharedFrames()).failed(TOO_BIG), inference_failed(TOO_BIG)):
+        assert json.loads(frame.removeprefix(b"data: "))["message"] == SAID
     body = {"device": "cpu", "dtype": "auto", "quantize": "int8"}
     assert body.keys() == _IN_REQUESTS
     assert LoadingBody.parse(body)

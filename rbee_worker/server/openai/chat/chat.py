@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from rbee_worker.chat import output
+from rbee_worker.chat import deltas
 from rbee_worker.events import PromptProgress, Started, TokenLogprob
-from rbee_worker.server.openai.answers import FinishReason, Usage
 from rbee_worker.server.openai.chat.body import ChatBody, NamedTool
-from rbee_worker.server.openai.conversation import ChatStep, Conversation, ConversationReply
+from rbee_worker.server.openai.choices import FinishReason, Usage
+from rbee_worker.server.openai.chunks import PromptFigures, prompt_figures
+from rbee_worker.server.openai.conversation import ChatChoices, ChatPiece, Conversation
 from rbee_worker.server.openai.logprobs import ChatLogprobs, chat_logprobs
-from rbee_worker.server.openai.requests import PromptFigures, prompt_figures
+from rbee_worker.server.sse import Frames, frame
 
 
 class CalledFunction(TypedDict):
@@ -140,64 +142,66 @@ def to_conversation(body: ChatBody, client: str) -> Conversation:
     )
 
 
-class ChatChunks:
-    """Writes the steps of a reply as the chunks of a stream."""
+async def chat_frames(choices: ChatChoices, body: ChatBody, response_id: str, model: str) -> Frames:
+    """The frames of a chat completion that is streamed.
 
-    def __init__(self, reply: ConversationReply, body: ChatBody, response_id: str, model: str) -> None:
-        self._reply = reply
-        self._body = body
-        self._id = response_id
-        self._created = int(time.time())
-        self._model = model
+    Raises:
+        RbeeError: a choice failed.
+    """
+    created = int(time.time())
 
-    def __call__(self, step: ChatStep) -> list[ChatCompletionChunk]:
-        """The chunks of one step."""
-        event = step.event
-        if isinstance(event, Started):
-            return [self._chunk([_choice(step.index, {"role": "assistant", "content": ""})])]
-        if isinstance(event, PromptProgress):
-            if step.index > 0:
-                return []
-            chunk = self._chunk([_choice(step.index, {})])
-            chunk["prompt_progress"] = prompt_figures(event)
-            return [chunk]
-        choices = [_choice(step.index, _delta(delta)) for delta in step.deltas]
-        if step.finish_reason is not None:
-            choices.append(_choice(step.index, {}, step.finish_reason))
-        if step.logprobs:
-            choices[0]["logprobs"] = chat_logprobs(step.logprobs)
-        chunks = [self._chunk([choice]) for choice in choices]
-        if step.finish_reason is not None and self._reply.ended and self._body.include_usage:
-            chunks.append(self._chunk([], self._reply.usage.to_dict()))
-        return chunks
-
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatCompletionChunk:
-        chunk: ChatCompletionChunk = {
-            "id": self._id,
+    def chunk(*choices: ChatChunkChoice) -> ChatCompletionChunk:
+        made: ChatCompletionChunk = {
+            "id": response_id,
             "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
+            "created": created,
+            "model": model,
+            "choices": list(choices),
         }
-        if self._body.include_usage:
-            chunk["usage"] = usage
-        return chunk
+        if body.include_usage:
+            made["usage"] = None
+        return made
+
+    async with aclosing(choices.pieces()) as pieces:
+        async for piece in pieces:
+            if isinstance(piece.event, PromptProgress) and piece.index == 0:
+                made = chunk(_choice(piece, {}))
+                made["prompt_progress"] = prompt_figures(piece.event)
+                yield frame(made)
+            for choice in _chunk_choices(piece):
+                yield frame(chunk(choice))
+    if body.include_usage:
+        last = chunk()
+        last["usage"] = choices.used.to_usage()
+        yield frame(last)
 
 
-def _choice(index: int, delta: Delta, finish: FinishReason | None = None) -> ChatChunkChoice:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+def _chunk_choices(piece: ChatPiece) -> list[ChatChunkChoice]:
+    """What a piece adds: a chunk for each."""
+    if isinstance(piece.event, Started):
+        return [_choice(piece, {"role": "assistant", "content": ""})]
+    told = [_choice(piece, _delta(delta)) for delta in piece.deltas]
+    if piece.finish_reason is not None:
+        told.append(_choice(piece, {}, piece.finish_reason))
+    if piece.logprobs:
+        told[0]["logprobs"] = chat_logprobs(piece.logprobs)
+    return told
 
 
-def _delta(delta: output.Delta) -> Delta:
+def _choice(piece: ChatPiece, delta: Delta, finish: FinishReason | None = None) -> ChatChunkChoice:
+    return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def _delta(delta: deltas.Delta) -> Delta:
     match delta:
-        case output.ContentDelta(text):
+        case deltas.ContentDelta(text):
             return {"content": text}
-        case output.ReasoningDelta(text):
+        case deltas.ReasoningDelta(text):
             return {"reasoning_content": text}
-        case output.ToolCallDelta(index, call_id, name, arguments):
-            function: CalledFunctionDelta = (
-                {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
-            )
+        case deltas.ToolCallDelta(index, call_id, name, arguments):
+            function: CalledFunctionDelta = {"arguments": arguments}
+            if name is not None:
+                function = {"name": name, "arguments": arguments}
             call: ToolCallDelta = {"index": index, "function": function}
             if call_id is not None:
                 call["id"], call["type"] = call_id, "function"
@@ -205,8 +209,8 @@ def _delta(delta: output.Delta) -> Delta:
 
 
 @dataclass(slots=True)
-class _Answer:
-    """One answer, put together."""
+class _Whole:
+    """One choice, put together."""
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -214,17 +218,18 @@ class _Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason = "stop"
 
-    def add(self, deltas: Sequence[output.Delta]) -> None:
-        for delta in deltas:
+    def add(self, pieces: Sequence[deltas.Delta]) -> None:
+        for delta in pieces:
             match delta:
-                case output.ContentDelta(text):
+                case deltas.ContentDelta(text):
                     self.content.append(text)
-                case output.ReasoningDelta(text):
+                case deltas.ReasoningDelta(text):
                     self.reasoning.append(text)
-                case output.ToolCallDelta(index, call_id, name, arguments):
-                    function: CalledFunction = {"name": name or "", "arguments": ""}
-                    new: AnswerToolCall = {"id": call_id or "", "type": "function", "function": function}
-                    self.calls.setdefault(index, new)["function"]["arguments"] += arguments
+                case deltas.ToolCallDelta(index, call_id, name, arguments):
+                    if index not in self.calls:
+                        function: CalledFunction = {"name": name or "", "arguments": ""}
+                        self.calls[index] = {"id": call_id or "", "type": "function", "function": function}
+                    self.calls[index]["function"]["arguments"] += arguments
 
     def message(self) -> AnswerMessage:
         content = "".join(self.content)
@@ -237,19 +242,20 @@ class _Answer:
         return message
 
 
-async def whole_chat(reply: ConversationReply, body: ChatBody, response_id: str, model: str) -> ChatCompletion:
+async def whole_chat(choices: ChatChoices, body: ChatBody, response_id: str, model: str) -> ChatCompletion:
     """The response to a chat completion that is not streamed.
 
     Raises:
-        RbeeError: an answer failed.
+        RbeeError: a choice failed.
     """
     created = int(time.time())
-    answers = [_Answer() for _ in range(body.n)]
-    async for step in reply:
-        answer = answers[step.index]
-        answer.add(step.deltas)
-        answer.logprobs += step.logprobs
-        answer.finish = step.finish_reason or answer.finish
+    wholes = [_Whole() for _ in range(body.n)]
+    async with aclosing(choices.pieces()) as pieces:
+        async for piece in pieces:
+            whole = wholes[piece.index]
+            whole.add(piece.deltas)
+            whole.logprobs += piece.logprobs
+            whole.finish = piece.finish_reason or whole.finish
     return {
         "id": response_id,
         "object": "chat.completion",
@@ -258,11 +264,11 @@ async def whole_chat(reply: ConversationReply, body: ChatBody, response_id: str,
         "choices": [
             {
                 "index": index,
-                "message": answer.message(),
-                "logprobs": chat_logprobs(answer.logprobs) if body.logprobs else None,
-                "finish_reason": answer.finish,
+                "message": whole.message(),
+                "logprobs": chat_logprobs(whole.logprobs) if body.logprobs else None,
+                "finish_reason": whole.finish,
             }
-            for index, answer in enumerate(answers)
+            for index, whole in enumerate(wholes)
         ],
-        "usage": reply.usage.to_dict(),
+        "usage": choices.used.to_usage(),
     }

@@ -1,18 +1,22 @@
 """Completions: text continued as it is, in OpenAI's older shape."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, Self
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from rbee_worker.config import GenerationRequest
 from rbee_worker.events import End, InferenceEvent, PromptLogprobs, PromptProgress, Started, Token
-from rbee_worker.server.openai.answers import Answers, FinishReason, Usage, UsedTokens, finish_reason
+from rbee_worker.server.openai.choices import Choices, FinishReason, Usage, finish_reason
+from rbee_worker.server.openai.chunks import PromptFigures, prompt_figures
 from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.logprobs import CompletionLogprobs, LogprobsWriter, joined
-from rbee_worker.server.openai.requests import PromptFigures, choice_ids, choice_seed, new_id, prompt_figures
+from rbee_worker.server.openai.requests import choice_ids, choice_seed, new_id
+from rbee_worker.server.sse import Frames, frame
+from rbee_worker.worker.job import Job
 from rbee_worker.worker.worker import Worker
 
 
@@ -49,90 +53,82 @@ class CompletionChunk(TypedDict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionStep:
-    """What one event adds to a completion.
+class CompletionPiece:
+    """What one event adds to a choice.
 
     Attributes:
         index: of the choice.
         event: as it came.
         text: what it adds to the text.
         logprobs: what it adds to ``logprobs``; None: nothing.
+        finish_reason: why the choice ended; None: it goes on.
     """
 
     index: int
     event: InferenceEvent
     text: str = ""
     logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
 
 
-class CompletionReply:
-    """The answers to one completion: an asynchronous iterator of steps.
+class CompletionChoices(Choices):
+    """The choices of one completion.
+
+    Args:
+        worker, jobs: see :class:`~rbee_worker.server.openai.choices.Choices`.
+        body: what was asked.
+        response_id: see ``id``.
+        echoes: the text of each prompt, where it is given back.
 
     Attributes:
         id: of the response; without its choice's number also that of the first job.
         created: seconds since 1970.
-        usage: so far.
     """
 
-    def __init__(self, answers: Answers, body: CompletionBody, response_id: str, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, worker: Worker, jobs: Sequence[Job], body: CompletionBody, response_id: str, echoes: Sequence[str]
+    ) -> None:
+        super().__init__(worker, jobs, per_prompt=body.n)
         self.id = response_id
         self.created = int(time.time())
-        self.usage = UsedTokens()
-        self._answers = answers
         self._body = body
         self._echoes = echoes
-        self._logprobs = [LogprobsWriter() for _ in range(len(body.prompts) * body.n)]
+        self._logprobs = [LogprobsWriter() for _ in jobs]
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last step has been given."""
-        return self._answers.ended
+    async def pieces(self) -> AsyncGenerator[CompletionPiece, None]:
+        """What each event adds to its choice.
 
-    def cancel(self) -> None:
-        """Ask for the end."""
-        self._answers.cancel()
+        Raises:
+            RbeeError: as :meth:`~rbee_worker.server.openai.choices.Choices.events`.
+        """
+        async with aclosing(self.events()) as events:
+            async for index, event in events:
+                if self._body.max_tokens == 0:
+                    self.used.completion = 0
+                yield self._piece(index, event)
 
-    async def aclose(self) -> None:
-        """Stop listening; what has not ended is cancelled."""
-        await self._answers.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> CompletionStep:
-        index, event = await anext(self._answers)
-        if isinstance(event, End):
-            self._count(index, event)
-        return self._step(index, event)
-
-    def _step(self, index: int, event: InferenceEvent) -> CompletionStep:
+    def _piece(self, index: int, event: InferenceEvent) -> CompletionPiece:
         body, logprobs = self._body, self._logprobs[index]
         wanted = body.logprobs is not None
         match event:
             # The prompt's text comes with its log-probabilities, where those come too.
             case Started() if body.echo and not wanted:
-                return CompletionStep(index=index, event=event, text=self._echoes[index // body.n])
+                return CompletionPiece(index=index, event=event, text=self._echoes[index // body.n])
             case PromptLogprobs() if body.echo:
                 text = self._echoes[index // body.n]
                 told = logprobs.prompt(event.logprobs, text)
-                return CompletionStep(index=index, event=event, text=text, logprobs=told)
+                return CompletionPiece(index=index, event=event, text=text, logprobs=told)
             case Token() if body.max_tokens != 0:
                 tokens = logprobs.tokens(event.logprobs) if wanted and event.logprobs else None
-                return CompletionStep(index=index, event=event, text=event.t, logprobs=tokens)
+                return CompletionPiece(index=index, event=event, text=event.t, logprobs=tokens)
+            case End():
+                reason = "length" if body.max_tokens == 0 else finish_reason(event)
+                return CompletionPiece(index=index, event=event, finish_reason=reason)
             case _:
-                return CompletionStep(index=index, event=event)
-
-    def _count(self, index: int, end: End) -> None:
-        self.usage.add(end, first=index % self._body.n == 0)
-        if self._body.max_tokens == 0:
-            self.usage.completion_tokens = 0
-
-    def finish_reason(self, end: End) -> FinishReason:
-        """Why a choice ended."""
-        return "length" if self._body.max_tokens == 0 else finish_reason(end)
+                return CompletionPiece(index=index, event=event)
 
 
-def begin_completion(worker: Worker, body: CompletionBody, client: str) -> CompletionReply:
+def begin_completion(worker: Worker, body: CompletionBody, client: str) -> CompletionChoices:
     """Submit a completion's jobs, all or none.
 
     Raises:
@@ -141,7 +137,7 @@ def begin_completion(worker: Worker, body: CompletionBody, client: str) -> Compl
     response_id = new_id("cmpl")
     requests = list(_requests(body, client, response_id))
     echoes = [_text(worker, prompt) for prompt in body.prompts] if body.echo else []
-    return CompletionReply(Answers(worker, worker.submit_all(requests)), body, response_id, echoes)
+    return CompletionChoices(worker, worker.submit_all(requests), body, response_id, echoes)
 
 
 def _requests(body: CompletionBody, client: str, response_id: str) -> Iterator[GenerationRequest]:
@@ -173,82 +169,82 @@ def _text(worker: Worker, prompt: str | list[int]) -> str:
     return tokenizer.decode([token for token in prompt if token < tokenizer.vocab_size], skip_special_tokens=False)
 
 
-class CompletionChunks:
-    """Writes the steps of a reply as the chunks of a stream."""
+async def completion_frames(choices: CompletionChoices, body: CompletionBody, model: str) -> Frames:
+    """The frames of a completion that is streamed.
 
-    def __init__(self, reply: CompletionReply, body: CompletionBody, model: str) -> None:
-        self._reply = reply
-        self._body = body
-        self._model = model
+    Raises:
+        RbeeError: a choice failed.
+    """
 
-    def __call__(self, step: CompletionStep) -> list[CompletionChunk]:
-        """The chunks of one step."""
-        event = step.event
-        if isinstance(event, PromptProgress):
-            if step.index > 0:
-                return []
-            chunk = self._chunk([_choice(step)])
-            chunk["prompt_progress"] = prompt_figures(event)
-            return [chunk]
-        if not isinstance(event, End):
-            return [self._chunk([_choice(step)])] if step.text or step.logprobs else []
-        chunks = [self._chunk([_choice(step, self._reply.finish_reason(event))])]
-        if self._reply.ended and self._body.include_usage:
-            chunks.append(self._chunk([], self._reply.usage.to_dict()))
-        return chunks
-
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionChunk:
-        chunk: CompletionChunk = {
-            "id": self._reply.id,
+    def chunk(*pieces: CompletionPiece) -> CompletionChunk:
+        return {
+            "id": choices.id,
             "object": "text_completion",
-            "created": self._reply.created,
-            "model": self._model,
-            "choices": choices,
+            "created": choices.created,
+            "model": model,
+            "choices": [
+                {
+                    "index": piece.index,
+                    "text": piece.text,
+                    "logprobs": piece.logprobs,
+                    "finish_reason": piece.finish_reason,
+                }
+                for piece in pieces
+            ],
         }
-        if self._body.include_usage:
-            chunk["usage"] = usage
-        return chunk
 
-
-def _choice(step: CompletionStep, finish: FinishReason | None = None) -> CompletionChoice:
-    return {"index": step.index, "text": step.text, "logprobs": step.logprobs, "finish_reason": finish}
+    async with aclosing(choices.pieces()) as pieces:
+        async for piece in pieces:
+            made = chunk(piece)
+            if body.include_usage:
+                made["usage"] = None
+            if isinstance(piece.event, PromptProgress):
+                if piece.index == 0:
+                    made["prompt_progress"] = prompt_figures(piece.event)
+                    yield frame(made)
+            elif piece.text or piece.logprobs or piece.finish_reason:
+                yield frame(made)
+    if body.include_usage:
+        last = chunk()
+        last["usage"] = choices.used.to_usage()
+        yield frame(last)
 
 
 @dataclass(slots=True)
-class _Choice:
+class _Whole:
+    """One choice, put together."""
+
     text: list[str] = field(default_factory=list)
     logprobs: list[CompletionLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
 
 
-async def whole_completion(reply: CompletionReply, body: CompletionBody, model: str) -> Completion:
+async def whole_completion(choices: CompletionChoices, body: CompletionBody, model: str) -> Completion:
     """The response to a completion that is not streamed.
 
     Raises:
-        RbeeError: an answer failed.
+        RbeeError: a choice failed.
     """
-    choices = [_Choice() for _ in range(len(body.prompts) * body.n)]
-    async for step in reply:
-        choice = choices[step.index]
-        choice.text.append(step.text)
-        if step.logprobs is not None:
-            choice.logprobs.append(step.logprobs)
-        if isinstance(step.event, End):
-            choice.finish = reply.finish_reason(step.event)
-    wanted = body.logprobs is not None
+    wholes = [_Whole() for _ in range(len(body.prompts) * body.n)]
+    async with aclosing(choices.pieces()) as pieces:
+        async for piece in pieces:
+            whole = wholes[piece.index]
+            whole.text.append(piece.text)
+            whole.logprobs += [piece.logprobs] if piece.logprobs is not None else []
+            whole.finish = piece.finish_reason
     return {
-        "id": reply.id,
+        "id": choices.id,
         "object": "text_completion",
-        "created": reply.created,
+        "created": choices.created,
         "model": model,
         "choices": [
             {
                 "index": index,
-                "text": "".join(choice.text),
-                "logprobs": joined(choice.logprobs) if wanted else None,
-                "finish_reason": choice.finish,
+                "text": "".join(whole.text),
+                "logprobs": joined(whole.logprobs) if body.logprobs is not None else None,
+                "finish_reason": whole.finish,
             }
-            for index, choice in enumerate(choices)
+            for index, whole in enumerate(wholes)
         ],
-        "usage": reply.usage.to_dict(),
+        "usage": choices.used.to_usage(),
     }

@@ -5,23 +5,25 @@ As OpenAI sends them, and as the Open Responses specification asks: each frame h
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Final, Literal, Protocol
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Final, Literal
 
 from typing_extensions import TypedDict
 
 from rbee_worker.chat.output import ContentDelta
 from rbee_worker.errors import InvalidRequest, QueueFull, RbeeError
-from rbee_worker.events import Event, Started, TokenLogprob
+from rbee_worker.events import Started, TokenLogprob
 from rbee_worker.server.http.envelope import OPENAI_CODES, ErrorDetail, envelope
-from rbee_worker.server.openai.answers import UsedTokens
-from rbee_worker.server.openai.conversation import ChatStep
-from rbee_worker.server.openai.logprobs import ChatTokenLogprob, chat_logprobs
+from rbee_worker.server.openai.conversation import ChatChoices, ChatPiece
+from rbee_worker.server.openai.logprobs import ChatTokenLogprob, token_logprobs
+from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openai.responses.items import (
     ItemEvent,
-    ItemStatus,
     ItemWriter,
     MessageWriter,
+    OutputItem,
     ReasoningWriter,
     ResponseArgumentsDeltaEvent,
     ResponseArgumentsDoneEvent,
@@ -34,8 +36,15 @@ from rbee_worker.server.openai.responses.items import (
     new_item,
     text_of,
 )
-from rbee_worker.server.openai.responses.object import ResponseError, ResponseObject, ResponseWriter, usage_of
-from rbee_worker.server.openai.streams import Chunks, LastChunks, to_json
+from rbee_worker.server.openai.responses.object import (
+    ResponseError,
+    ResponseObject,
+    ResponseUsage,
+    Status,
+    response_object,
+    usage_of,
+)
+from rbee_worker.server.sse import Frames, frame
 
 _FAILURES: Final[tuple[tuple[type[RbeeError], str], ...]] = (
     (InvalidRequest, "invalid_prompt"),
@@ -44,7 +53,11 @@ _FAILURES: Final[tuple[tuple[type[RbeeError], str], ...]] = (
 """``response.error.code`` of errors that are not the server's; OpenAI has a closed list of them."""
 
 Stage = Literal[
-    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    "response.created",
+    "response.in_progress",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
 ]
 
 
@@ -67,7 +80,7 @@ class ResponseErrorEvent(TypedDict):
     error: ErrorDetail
 
 
-ResponseEvent = ResponseStageEvent | ItemEvent | ResponseErrorEvent
+ResponseEvent = ItemEvent | ResponseStageEvent | ResponseErrorEvent
 
 RESPONSE_EVENTS: Final = (
     ResponseStageEvent,
@@ -84,82 +97,142 @@ RESPONSE_EVENTS: Final = (
 """What may come in the stream of a response."""
 
 
-class Counter(Protocol):
-    """Counts the tokens of a text."""
-
-    def __call__(self, text: str, /) -> int:
-        """How many tokens ``text`` is."""
-
-
-class ResponseEvents:
-    """Writes the steps of a reply as the events of a stream.
+class ResponseWriter:
+    """Writes one response: the events of its stream, or the whole.
 
     Args:
-        usage: of the reply; it is read when the reply has ended.
-        response: writes the response.
-        model: what it is called in answers.
-        count: tokens of the reasoning.
+        body: what was asked.
+        response_id: of the response, and of its job.
     """
 
-    def __init__(self, usage: UsedTokens, response: ResponseWriter, model: str, count: Counter) -> None:
-        self._usage = usage
-        self._response = response
-        self._model = model
-        self._count = count
-        self._items: list[ItemWriter] = []
-        self._open: ItemWriter | None = None
+    def __init__(self, body: ResponsesBody, response_id: str) -> None:
+        self._body = body
+        self._id = response_id
+        self._created_at = int(time.time())
+        self._model = ""
         self._numbers = itertools.count()
 
-    def __call__(self, step: ChatStep) -> list[ResponseEvent]:
-        """The events of one step."""
-        told: list[ResponseEvent] = []
-        if isinstance(step.event, Started):
-            begun = self._response.write(self._model, "in_progress")
-            told = [self._stage("response.created", begun), self._stage("response.in_progress", begun)]
-        logprobs = _of_text(step)
-        for delta in step.deltas:
-            if self._open is None or not self._open.continues(delta):
-                told += self._ended("completed")
-                told += self._begun(new_item(len(self._items), self._numbers, delta))
-            if self._open is not None:
-                told += self._open.add(text_of(delta), logprobs if isinstance(delta, ContentDelta) else ())
-            if isinstance(delta, ContentDelta):
-                logprobs = []
-        if step.finish_reason is not None:
-            told += self._finished(cut=step.finish_reason == "length")
-        return told
+    async def frames(self, choices: ChatChoices, model: str) -> Frames:
+        """The frames of a response that is streamed; see :meth:`events`."""
+        async with aclosing(self.events(choices, model)) as events:
+            async for event in events:
+                yield frame(event, event["type"])
 
-    def _begun(self, item: ItemWriter) -> list[ItemEvent]:
-        self._open = item
-        self._items.append(item)
-        return item.begun()
+    async def whole(self, choices: ChatChoices, model: str) -> ResponseObject:
+        """A response that is not streamed: what the last of its :meth:`events` holds."""
+        response = self._response("in_progress")
+        async with aclosing(self.events(choices, model)) as events:
+            async for event in events:
+                if event["type"] == "response.completed" or event["type"] == "response.incomplete":
+                    response = event["response"]
+        return response
 
-    def _ended(self, status: ItemStatus) -> list[ItemEvent]:
-        ended, self._open = self._open, None
-        return ended.ended(status) if ended is not None else []
+    async def events(self, choices: ChatChoices, model: str) -> AsyncGenerator[ResponseEvent, None]:
+        """The events of a response that does not fail.
 
-    def _finished(self, *, cut: bool) -> list[ResponseEvent]:
-        status: Literal["incomplete", "completed"] = "incomplete" if cut else "completed"
-        told: list[ResponseEvent] = [*self._ended(status)]
-        if not cut and all(isinstance(item, ReasoningWriter) for item in self._items):
+        Args:
+            choices: of which there is one.
+            model: what it is called in answers.
+
+        Raises:
+            RbeeError: the answer failed.
+        """
+        self._model = model
+        items: list[ItemWriter] = []  # the last one grows
+        cut = False
+        async with aclosing(choices.pieces()) as pieces:
+            async for piece in pieces:
+                if isinstance(piece.event, Started):
+                    begun = self._response("in_progress")
+                    yield self._stage("response.created", begun)
+                    yield self._stage("response.in_progress", begun)
+                for event in self._grown(items, piece):
+                    yield event
+                cut = piece.finish_reason == "length"
+        for event in self._ended(items, "incomplete" if cut else "completed"):
+            yield event
+        thoughts = [item.text for item in items if isinstance(item, ReasoningWriter)]
+        thought = sum(len(choices.tokenizer.encode(text, add_special_tokens=False)) for text in thoughts)
+        output, usage = [item.write() for item in items], usage_of(choices.used, thought)
+        response = self._response("incomplete" if cut else "completed", output, usage=usage)
+        yield self._stage("response.incomplete" if cut else "response.completed", response)
+
+    def failed(self, error: RbeeError) -> bytes:
+        """The last frames of a stream that fails: ``error``, and ``response.failed`` where it has told of a response.
+
+        ``error`` says what is wrong twice: as OpenAI's schema has it, and in the object that it sends and that makes
+        its clients raise.
+        """
+        number = next(self._numbers)
+        told = envelope(error, OPENAI_CODES)["error"]
+        event: ResponseErrorEvent = {
+            "type": "error",
+            "sequence_number": number,
+            "code": told["code"],
+            "message": told["message"],
+            "param": told["param"],
+            "error": told,
+        }
+        frames = frame(event, event["type"])
+        if number:
+            code = next((code for kind, code in _FAILURES if isinstance(error, kind)), "server_error")
+            response = self._response("failed", error={"code": code, "message": told["message"]})
+            last = self._stage("response.failed", response)
+            frames += frame(last, last["type"])
+        return frames
+
+    def _grown(self, items: list[ItemWriter], piece: ChatPiece) -> Iterator[ItemEvent]:
+        """That the items grow by a piece."""
+        logprobs = _of_text(piece)
+        for delta in piece.deltas:
+            if not items or not items[-1].continues(delta):
+                if items:
+                    yield from items[-1].ended("completed")
+                items.append(new_item(len(items), self._numbers, delta))
+                yield from items[-1].begun()
+            of_text = isinstance(delta, ContentDelta)
+            yield from items[-1].add(text_of(delta), logprobs if of_text else ())
+            logprobs = [] if of_text else logprobs
+
+    def _ended(self, items: list[ItemWriter], status: Literal["completed", "incomplete"]) -> Iterator[ItemEvent]:
+        """That there is no more of the items."""
+        if items:
+            yield from items[-1].ended(status)
+        if status == "completed" and all(isinstance(item, ReasoningWriter) for item in items):
             # An answer without a word is an answer.
-            told += self._begun(MessageWriter(len(self._items), self._numbers))
-            told += self._ended(status)
-        thought = sum(self._count(item.text) for item in self._items if isinstance(item, ReasoningWriter))
-        output = [item.write() for item in self._items]
-        whole = self._response.write(self._model, status, output, usage=usage_of(self._usage, thought))
-        return [*told, self._stage("response.incomplete" if cut else "response.completed", whole)]
+            items.append(MessageWriter(len(items), self._numbers))
+            yield from items[-1].begun()
+            yield from items[-1].ended(status)
 
-    def _stage(self, stage: Stage, response: ResponseObject) -> ResponseStageEvent:
-        return {"type": stage, "sequence_number": next(self._numbers), "response": response}
+    def _response(
+        self,
+        status: Status,
+        output: Sequence[OutputItem] = (),
+        *,
+        usage: ResponseUsage | None = None,
+        error: ResponseError | None = None,
+    ) -> ResponseObject:
+        return response_object(
+            self._body,
+            response_id=self._id,
+            created_at=self._created_at,
+            model=self._model,
+            status=status,
+            output=output,
+            usage=usage,
+            error=error,
+        )
+
+    def _stage(self, kind: Stage, response: ResponseObject) -> ResponseStageEvent:
+        return {"type": kind, "sequence_number": next(self._numbers), "response": response}
 
 
-def _of_text(step: ChatStep) -> list[ChatTokenLogprob]:
+def _of_text(piece: ChatPiece) -> list[ChatTokenLogprob]:
     """The log-probabilities of the tokens that make the text, without those of markers and of other items."""
-    text = "".join(delta.text for delta in step.deltas if isinstance(delta, ContentDelta)).encode()
-    if not step.logprobs or not text:
+    text = "".join(delta.text for delta in piece.deltas if isinstance(delta, ContentDelta)).encode()
+    if not piece.logprobs or not text:
         return []
-    return chat_logprobs(_overlapping(step.logprobs, text))["content"]
+    return token_logprobs(_overlapping(piece.logprobs, text))
 
 
 def _overlapping(tokens: Sequence[TokenLogprob], text: bytes) -> Sequence[TokenLogprob]:
@@ -173,37 +246,3 @@ def _overlapping(tokens: Sequence[TokenLogprob], text: bytes) -> Sequence[TokenL
             found.append(token)
         at += len(token.bytes)
     return found
-
-
-def failed(response: ResponseWriter, model: str, error: RbeeError, last: Event | None) -> LastChunks:
-    """The last events of a stream that fails: ``error``, and ``response.failed`` where there is a response by then.
-
-    ``error`` says what is wrong twice: as OpenAI's schema has it, and in the object that it sends and that makes its
-    clients raise.
-    """
-    number = last.objects[-1]["sequence_number"] + 1 if isinstance(last, Chunks) else 0
-    told = envelope(error, OPENAI_CODES)["error"]
-    why: ResponseErrorEvent = {
-        "type": "error",
-        "sequence_number": number,
-        "code": told["code"],
-        "message": told["message"],
-        "param": told["param"],
-        "error": told,
-    }
-    if not number:
-        return LastChunks(objects=(why,))
-    code = next((code for kind, code in _FAILURES if isinstance(error, kind)), "server_error")
-    problem: ResponseError = {"code": code, "message": told["message"]}
-    end: ResponseStageEvent = {
-        "type": "response.failed",
-        "sequence_number": number + 1,
-        "response": response.write(model, "failed", error=problem),
-    }
-    return LastChunks(objects=(why, end))
-
-
-def encode_events(event: Event) -> bytes:
-    """The frames of :class:`~rbee_worker.server.openai.streams.Chunks`, each with its ``event:`` line."""
-    objects = event.objects if isinstance(event, Chunks) else ()
-    return b"".join(b"event: %b\ndata: %b\n\n" % (item["type"].encode(), to_json(item)) for item in objects)

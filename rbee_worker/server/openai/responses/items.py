@@ -162,22 +162,36 @@ ItemEvent = (
 )
 
 
+class _Place(TypedDict):
+    """Where an event of an item stands, after its type."""
+
+    sequence_number: int
+    item_id: str
+    output_index: int
+
+
+class _PartPlace(_Place):
+    """The same of its one part."""
+
+    content_index: int
+
+
 class ItemWriter(ABC):
-    """Writes one item of the output, and the events that tell of it.
+    """Writes one item of the output, and its events.
 
     Args:
-        output_index: its place in the output.
-        numbers: of the stream's events; each event takes the next one.
+        index: of the item in the output.
+        numbers: of the events.
     """
 
     prefix: ClassVar[str]
 
-    def __init__(self, output_index: int, numbers: Iterator[int]) -> None:
+    def __init__(self, index: int, numbers: Iterator[int]) -> None:
         self.id = f"{self.prefix}_{uuid.uuid4().hex}"
-        self.status: ItemStatus = "in_progress"
-        self._index = output_index
+        self._index = index
         self._numbers = numbers
         self._pieces: list[str] = []
+        self._status: ItemStatus = "in_progress"
 
     @property
     def text(self) -> str:
@@ -186,7 +200,7 @@ class ItemWriter(ABC):
 
     def begun(self) -> list[ItemEvent]:
         """That it is there."""
-        return [self._item("response.output_item.added")]
+        return [self._item_event("response.output_item.added")]
 
     def add(self, text: str, logprobs: Sequence[ChatTokenLogprob] = ()) -> list[ItemEvent]:
         """That it goes on with ``text``."""
@@ -197,8 +211,8 @@ class ItemWriter(ABC):
 
     def ended(self, status: ItemStatus) -> list[ItemEvent]:
         """That it is whole, or will not be."""
-        self.status = status
-        return [*self._last(), self._item("response.output_item.done")]
+        self._status = status
+        return [*self._last(), self._item_event("response.output_item.done")]
 
     @abstractmethod
     def continues(self, delta: Delta) -> bool:
@@ -214,125 +228,114 @@ class ItemWriter(ABC):
     @abstractmethod
     def _last(self) -> list[ItemEvent]: ...
 
-    def _item(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> ResponseItemEvent:
-        return {
-            "type": kind,
-            "sequence_number": next(self._numbers),
-            "output_index": self._index,
-            "item": self.write(),
-        }
+    def _item_event(self, kind: Literal["response.output_item.added", "response.output_item.done"]) -> ItemEvent:
+        number = next(self._numbers)
+        return {"type": kind, "sequence_number": number, "output_index": self._index, "item": self.write()}
 
-    def _part(
-        self,
-        kind: Literal["response.content_part.added", "response.content_part.done"],
-        part: OutputText | OutputReasoningText,
-    ) -> ResponsePartEvent:
-        return {
-            "type": kind,
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "content_index": 0,
-            "part": part,
-        }
+    def _place(self) -> _Place:
+        return {"sequence_number": next(self._numbers), "item_id": self.id, "output_index": self._index}
 
 
-class ReasoningWriter(ItemWriter):
-    """What the model thinks before it answers."""
-
-    prefix = "rs"
+class _PartWriter(ItemWriter):
+    """Writes an item with one part of content."""
 
     def begun(self) -> list[ItemEvent]:
-        return [*super().begun(), self._part("response.content_part.added", self._content(""))]
+        return [*super().begun(), self._part_event("response.content_part.added")]
+
+    @abstractmethod
+    def _part(self, text: str) -> OutputText | OutputReasoningText: ...
+
+    @abstractmethod
+    def _text_done(self) -> ItemEvent: ...
+
+    def _last(self) -> list[ItemEvent]:
+        return [self._text_done(), self._part_event("response.content_part.done")]
+
+    def _part_place(self) -> _PartPlace:
+        return {**self._place(), "content_index": 0}
+
+    def _part_event(self, kind: Literal["response.content_part.added", "response.content_part.done"]) -> ItemEvent:
+        return {
+            "type": kind,
+            **self._part_place(),
+            "part": self._part("" if self._status == "in_progress" else self.text),
+        }
+
+
+class ReasoningWriter(_PartWriter):
+    """Writes what the model thinks before it answers."""
+
+    prefix = "rs"
 
     def continues(self, delta: Delta) -> bool:
         return isinstance(delta, ReasoningDelta)
 
     def write(self) -> OutputReasoning:
-        content = [] if self.status == "in_progress" else [self._content(self.text)]
-        return {"id": self.id, "type": "reasoning", "status": self.status, "summary": [], "content": content}
+        return {
+            "id": self.id,
+            "type": "reasoning",
+            "status": self._status,
+            "summary": [],
+            "content": [] if self._status == "in_progress" else [self._part(self.text)],
+        }
 
-    def _content(self, text: str) -> OutputReasoningText:
+    def _part(self, text: str) -> OutputReasoningText:
         return {"type": "reasoning_text", "text": text}
 
     def _grown(self, text: str, _logprobs: Sequence[ChatTokenLogprob]) -> ResponseReasoningDeltaEvent:
-        return {
-            "type": "response.reasoning_text.delta",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "content_index": 0,
-            "delta": text,
-        }
+        return {"type": "response.reasoning_text.delta", **self._part_place(), "delta": text}
 
-    def _last(self) -> list[ItemEvent]:
-        done: ResponseReasoningDoneEvent = {
-            "type": "response.reasoning_text.done",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "content_index": 0,
-            "text": self.text,
-        }
-        return [done, self._part("response.content_part.done", self._content(self.text))]
+    def _text_done(self) -> ResponseReasoningDoneEvent:
+        return {"type": "response.reasoning_text.done", **self._part_place(), "text": self.text}
 
 
-class MessageWriter(ItemWriter):
-    """The answer itself."""
+class MessageWriter(_PartWriter):
+    """Writes the answer itself."""
 
     prefix = "msg"
 
-    def __init__(self, output_index: int, numbers: Iterator[int]) -> None:
-        super().__init__(output_index, numbers)
+    def __init__(self, index: int, numbers: Iterator[int]) -> None:
+        super().__init__(index, numbers)
         self._logprobs: list[ChatTokenLogprob] = []
-
-    def begun(self) -> list[ItemEvent]:
-        return [*super().begun(), self._part("response.content_part.added", self._content(""))]
 
     def continues(self, delta: Delta) -> bool:
         return isinstance(delta, ContentDelta)
 
     def write(self) -> OutputMessage:
-        content = [] if self.status == "in_progress" else [self._content(self.text)]
-        return {"id": self.id, "type": "message", "status": self.status, "role": "assistant", "content": content}
+        return {
+            "id": self.id,
+            "type": "message",
+            "status": self._status,
+            "role": "assistant",
+            "content": [] if self._status == "in_progress" else [self._part(self.text)],
+        }
 
-    def _content(self, text: str) -> OutputText:
+    def _part(self, text: str) -> OutputText:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
 
     def _grown(self, text: str, logprobs: Sequence[ChatTokenLogprob]) -> ResponseTextDeltaEvent:
         self._logprobs += logprobs
-        return {
-            "type": "response.output_text.delta",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "content_index": 0,
-            "delta": text,
-            "logprobs": list(logprobs),
-        }
+        return {"type": "response.output_text.delta", **self._part_place(), "delta": text, "logprobs": list(logprobs)}
 
-    def _last(self) -> list[ItemEvent]:
-        done: ResponseTextDoneEvent = {
+    def _text_done(self) -> ResponseTextDoneEvent:
+        return {
             "type": "response.output_text.done",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "content_index": 0,
+            **self._part_place(),
             "text": self.text,
             "logprobs": list(self._logprobs),
         }
-        return [done, self._part("response.content_part.done", self._content(self.text))]
 
 
 class CallWriter(ItemWriter):
-    """A call of a function, begun by its ``first`` delta."""
+    """Writes a call of a function; ``first`` has its id and its name."""
 
     prefix = "fc"
 
-    def __init__(self, output_index: int, numbers: Iterator[int], first: ToolCallDelta) -> None:
-        super().__init__(output_index, numbers)
+    def __init__(self, index: int, numbers: Iterator[int], first: ToolCallDelta) -> None:
+        super().__init__(index, numbers)
         self._call = first.index
-        self._call_id, self._name = first.id or "", first.name or ""
+        self._call_id = first.id or ""
+        self._name = first.name or ""
 
     def continues(self, delta: Delta) -> bool:
         return isinstance(delta, ToolCallDelta) and delta.index == self._call
@@ -341,42 +344,34 @@ class CallWriter(ItemWriter):
         return {
             "id": self.id,
             "type": "function_call",
-            "status": self.status,
+            "status": self._status,
             "call_id": self._call_id,
             "name": self._name,
-            "arguments": "" if self.status == "in_progress" else self.text,
+            "arguments": "" if self._status == "in_progress" else self.text,
         }
 
     def _grown(self, text: str, _logprobs: Sequence[ChatTokenLogprob]) -> ResponseArgumentsDeltaEvent:
-        return {
-            "type": "response.function_call_arguments.delta",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
-            "delta": text,
-        }
+        return {"type": "response.function_call_arguments.delta", **self._place(), "delta": text}
 
     def _last(self) -> list[ItemEvent]:
         done: ResponseArgumentsDoneEvent = {
             "type": "response.function_call_arguments.done",
-            "sequence_number": next(self._numbers),
-            "item_id": self.id,
-            "output_index": self._index,
+            **self._place(),
             "name": self._name,
             "arguments": self.text,
         }
         return [done]
 
 
-def new_item(output_index: int, numbers: Iterator[int], delta: Delta) -> ItemWriter:
-    """What writes the item that begins with ``delta``."""
-    match delta:
+def new_item(index: int, numbers: Iterator[int], first: Delta) -> ItemWriter:
+    """What writes the item that begins with ``first``."""
+    match first:
         case ReasoningDelta():
-            return ReasoningWriter(output_index, numbers)
+            return ReasoningWriter(index, numbers)
         case ContentDelta():
-            return MessageWriter(output_index, numbers)
+            return MessageWriter(index, numbers)
         case ToolCallDelta():
-            return CallWriter(output_index, numbers, delta)
+            return CallWriter(index, numbers, first)
 
 
 def text_of(delta: Delta) -> str:

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from rbee_worker.server.openai.answers import UsedTokens
+from rbee_worker.server.openai.choices import UsedTokens
 from rbee_worker.server.openai.responses.body import ResponsesBody
 from rbee_worker.server.openai.responses.items import OutputItem
 
@@ -95,81 +94,72 @@ class ResponseObject(TypedDict):
     user: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseWriter:
-    """What is known of a response before there is anything of it, and how the rest is put into it.
+def response_object(
+    body: ResponsesBody,
+    *,
+    response_id: str,
+    created_at: int,
+    model: str,
+    status: Status,
+    output: Sequence[OutputItem] = (),
+    usage: ResponseUsage | None = None,
+    error: ResponseError | None = None,
+) -> ResponseObject:
+    """OpenAI's ``response``.
 
-    Attributes:
+    Args:
         body: what was asked; much of it is repeated.
-        id: of the response, and of its job.
+        response_id: also the id of its job.
         created_at: seconds since 1970.
+        model: what it is called in answers.
+        status: how far the response is.
+        output: its items.
+        usage: see :func:`usage_of`; None while it is not known.
+        error: why it failed.
     """
-
-    body: ResponsesBody
-    id: str
-    created_at: int
-
-    def write(
-        self,
-        model: str,
-        status: Status,
-        output: Sequence[OutputItem] = (),
-        *,
-        usage: ResponseUsage | None = None,
-        error: ResponseError | None = None,
-    ) -> ResponseObject:
-        """OpenAI's ``response``.
-
-        Args:
-            model: what it is called in answers.
-            status: how far it is.
-            output: its items.
-            usage: see :func:`usage_of`; None while it is not known.
-            error: why it failed.
-        """
-        body, choice = self.body, self.body.tool_choice
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created_at,
-            "completed_at": int(time.time()) if status == "completed" else None,
-            "status": status,
-            "background": False,
-            "error": error,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "model": model,
-            "output": list(output),
-            "previous_response_id": None,
-            "service_tier": "default",
-            "store": False,
-            "truncation": "disabled",
-            "usage": usage,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_tokens,
-            "max_tool_calls": body.max_tool_calls,
-            "metadata": body.metadata or {},
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "presence_penalty": body.presence_penalty,
-            "frequency_penalty": body.frequency_penalty,
-            "prompt_cache_key": body.prompt_cache_key,
-            "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
-            "safety_identifier": body.safety_identifier,
-            "temperature": body.temperature,
-            "text": {"format": body.text.format.to_dict()},
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.to_dict() for tool in body.tools or ()],
-            "top_logprobs": body.top_logprobs,
-            "top_p": body.top_p,
-            "user": body.user,
-        }
+    choice = body.tool_choice
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": created_at,
+        "completed_at": int(time.time()) if status == "completed" else None,
+        "status": status,
+        "background": False,
+        "error": error,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "model": model,
+        "output": list(output),
+        "previous_response_id": None,
+        "service_tier": "default",
+        "store": False,
+        "truncation": "disabled",
+        "usage": usage,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary},
+        "safety_identifier": body.safety_identifier,
+        "temperature": body.temperature,
+        "text": {"format": body.text.format.to_dict()},
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [tool.to_dict() for tool in body.tools or ()],
+        "top_logprobs": body.top_logprobs,
+        "top_p": body.top_p,
+        "user": body.user,
+    }
 
 
 def usage_of(used: UsedTokens, reasoning_tokens: int) -> ResponseUsage:
     """``usage`` of a response; writing to the cache costs nothing and is not counted."""
     return {
-        "input_tokens": used.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": used.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": used.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, used.completion_tokens)},
-        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "input_tokens": used.prompt,
+        "input_tokens_details": {"cached_tokens": used.cached, "cache_write_tokens": 0},
+        "output_tokens": used.completion,
+        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, used.completion)},
+        "total_tokens": used.prompt + used.completion,
     }

@@ -6,11 +6,9 @@ from typing import Any, Final
 
 from rbee_worker.errors import FieldError, InvalidRequest
 from rbee_worker.server.bodies import only_grammar
-from rbee_worker.server.openai.conversation import Conversation, ConversationReply, begin_conversation
+from rbee_worker.server.openai.conversation import ChatChoices, Conversation, begin_conversation
 from rbee_worker.server.openai.responses.body import AllowedTools, NamedFunction, ResponsesBody
-from rbee_worker.server.openai.responses.events import ResponseEvents
 from rbee_worker.server.openai.responses.input import to_messages
-from rbee_worker.server.openai.responses.object import ResponseObject, ResponseWriter
 from rbee_worker.worker.worker import Worker
 
 _OF_TOOLS: Final = re.compile(r"(tools\[[0-9]+\])\.function\.")
@@ -44,7 +42,7 @@ def to_conversation(body: ResponsesBody, client: str) -> Conversation:
     )
 
 
-def begin_response(worker: Worker, conversation: Conversation, response_id: str) -> ConversationReply:
+def begin_response(worker: Worker, conversation: Conversation, response_id: str) -> ChatChoices:
     """See :func:`~rbee_worker.server.openai.conversation.begin_conversation`; errors name the fields of a response."""
     try:
         return begin_conversation(worker, conversation, response_id)
@@ -57,27 +55,3 @@ def begin_response(worker: Worker, conversation: Conversation, response_id: str)
 def _of_response(error: FieldError) -> FieldError:
     name = "input" if error.field == "messages" else _OF_TOOLS.sub(r"\1.", error.field)
     return replace(error, field=name, message=_OF_TOOLS.sub(r"\1.", error.message))
-
-
-def response_events(reply: ConversationReply, response: ResponseWriter, model: str) -> ResponseEvents:
-    """What writes the steps of ``reply``."""
-
-    def count(text: str) -> int:
-        return len(reply.tokenizer.encode(text, add_special_tokens=False))
-
-    return ResponseEvents(reply.usage, response, model, count)
-
-
-async def whole_response(reply: ConversationReply, response: ResponseWriter, model: str) -> ResponseObject:
-    """A response that is not streamed: what the last event of its stream would hold.
-
-    Raises:
-        RbeeError: the answer failed.
-    """
-    write = response_events(reply, response, model)
-    last = response.write(model, "in_progress")
-    async for step in reply:
-        for event in write(step):
-            if event["type"] in ("response.completed", "response.incomplete"):
-                last = event["response"]
-    return last

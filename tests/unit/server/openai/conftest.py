@@ -1,6 +1,7 @@
 """A worker whose jobs have happened already, and a tokenizer with a chat template."""
 
 import asyncio
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -71,22 +72,9 @@ class ScriptedWorker:
         return self.the_tokenizer.decode(self.requests[0].prompt_ids, skip_special_tokens=False)
 
 
-async def _all(reply):
-    return [step async for step in reply]
-
-
-@pytest.fixture
-def steps():
-    """Every step of the reply that a function makes."""
-
-    def run(begin, *arguments):
-        async def collect():
-            reply = begin(*arguments)
-            return reply, await _all(reply)
-
-        return asyncio.run(collect())
-
-    return run
+async def objects(frames):
+    """What the frames of a stream hold."""
+    return [json.loads(frame.split(b"data: ", 1)[1]) async for frame in frames]
 
 
 @pytest.fixture

@@ -4,9 +4,13 @@ import asyncio
 import json
 
 import pytest
+from starlette.requests import Request
 
+from rbee_worker.config import ServerConfig
 from rbee_worker.errors import QueueFull, Unavailable
 from rbee_worker.events import InferenceFailed
+from rbee_worker.server.openai import OpenAI
+from rbee_worker.server.streams import Streams
 
 from .conftest import started, texts
 
@@ -94,6 +98,45 @@ def test_a_client_that_leaves_ends_all_its_jobs(start, worker_of, path, script, 
     client.leave()
     server.wait(lambda: worker.jobs.running == 0)
     assert {request.job_id for request in worker.requests} == set(worker.cancelled)
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_that_fails_ends_the_others(start, worker_of, stand_in, path, stream):
+    worker = worker_of([*texts("a")[:-1], 0.02, FAILED], [*texts("b")[:-1], stand_in.HANG])
+    server = start(worker)
+    reply = server.ask("POST", path, body(path, stream=stream, n=2))
+    assert reply.status == (200 if stream else 500)
+    assert b'"code":"INFERENCE_FAILED"' in reply.body
+    server.wait(lambda: worker.jobs.running == 0)
+    assert worker.cancelled == [worker.requests[1].job_id]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_handler_that_is_cancelled_just_after_its_jobs_were_submitted_leaves_none(worker_of, stand_in, stream):
+    async def scenario():
+        worker = worker_of([started(), stand_in.HANG])
+
+        def submit_all(requests):
+            """As a shutdown may do it: nothing has read the jobs by then."""
+            asyncio.current_task().cancel()
+            return type(worker).submit_all(worker, requests)
+
+        worker.submit_all = submit_all
+        content = json.dumps(body(COMPLETIONS, stream=stream)).encode()
+        sent = iter([{"type": "http.request", "body": content}])
+
+        async def receive():
+            return next(sent, None) or await asyncio.Event().wait()
+
+        handlers = OpenAI(worker, ServerConfig(), Streams(worker, ServerConfig()))
+        scope = {"type": "http", "headers": [], "path": COMPLETIONS, "client": None}
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(handlers.complete(Request(scope, receive)))
+        assert worker.cancelled == [request.job_id for request in worker.requests]
+        assert worker.requests
+
+    asyncio.run(scenario())
 
 
 def test_choices_that_end_at_different_times_come_as_they_are_made(start, worker_of, stand_in):

@@ -8,9 +8,9 @@ import pytest
 from rbee_worker.errors import Cancelled, DeadlineExceeded, InferenceError, InvalidRequest, Unavailable
 from rbee_worker.events import InferenceFailed, PromptProgress
 from rbee_worker.server.openai.chat.body import ChatBody
-from rbee_worker.server.openai.chat.chat import ChatChunks, to_conversation, whole_chat
+from rbee_worker.server.openai.chat.chat import chat_frames, to_conversation, whole_chat
 from rbee_worker.server.openai.conversation import begin_conversation
-from tests.unit.server.openai.conftest import ScriptedWorker, end, started, texts
+from tests.unit.server.openai.conftest import ScriptedWorker, end, objects, started, texts
 
 USER = {"role": "user", "content": "hi"}
 LOOK = {
@@ -28,17 +28,16 @@ def begin(worker, **fields):
 
 def whole(worker, **fields):
     async def run():
-        body, reply = begin(worker, **fields)
-        return await whole_chat(reply, body, "chatcmpl-1", "m")
+        body, choices = begin(worker, **fields)
+        return await whole_chat(choices, body, "chatcmpl-1", "m")
 
     return asyncio.run(run())
 
 
 def chunks(worker, **fields):
     async def run():
-        body, reply = begin(worker, stream=True, **fields)
-        write = ChatChunks(reply, body, "chatcmpl-1", "m")
-        return [chunk async for step in reply for chunk in write(step)]
+        body, choices = begin(worker, stream=True, **fields)
+        return await objects(chat_frames(choices, body, "chatcmpl-1", "m"))
 
     return asyncio.run(run())
 

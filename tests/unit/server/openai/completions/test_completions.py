@@ -7,8 +7,8 @@ import pytest
 
 from rbee_worker.events import PromptLogprobs, Token
 from rbee_worker.server.openai.completions.body import CompletionBody
-from rbee_worker.server.openai.completions.completions import CompletionChunks, begin_completion, whole_completion
-from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, started, texts
+from rbee_worker.server.openai.completions.completions import begin_completion, completion_frames, whole_completion
+from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, objects, started, texts
 
 
 def both(worker, **fields):
@@ -17,9 +17,7 @@ def both(worker, **fields):
     async def run():
         body = CompletionBody.parse({"prompt": "pro"} | fields)
         response = await whole_completion(begin_completion(worker, body, ""), body, "m")
-        reply = begin_completion(worker, body, "")
-        write = CompletionChunks(reply, body, "m")
-        return response, [chunk async for step in reply for chunk in write(step)]
+        return response, await objects(completion_frames(begin_completion(worker, body, ""), body, "m"))
 
     return asyncio.run(run())
 

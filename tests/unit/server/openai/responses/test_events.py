@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import aclosing
 
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
@@ -10,16 +11,9 @@ from pydantic import TypeAdapter
 from rbee_worker.errors import InferenceError, InvalidRequest, QueueFull, Unavailable
 from rbee_worker.events import InferenceFailed, Token
 from rbee_worker.server.openai.responses.body import ResponsesBody
-from rbee_worker.server.openai.responses.events import encode_events, failed
-from rbee_worker.server.openai.responses.object import ResponseWriter
-from rbee_worker.server.openai.responses.responses import (
-    begin_response,
-    response_events,
-    to_conversation,
-    whole_response,
-)
-from rbee_worker.server.openai.streams import Chunks
-from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, started, texts
+from rbee_worker.server.openai.responses.events import ResponseWriter
+from rbee_worker.server.openai.responses.responses import begin_response, to_conversation
+from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, objects, started, texts
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 LOOK = {"type": "function", "name": "look", "description": "d", "parameters": {"type": "object"}, "strict": True}
@@ -29,14 +23,13 @@ PATH = "/v1/responses"
 
 def begin(worker, fields):
     body = ResponsesBody.parse({"input": "hi"} | fields)
-    reply = begin_response(worker, to_conversation(body, "key"), "resp_1")
-    return reply, ResponseWriter(body, "resp_1", 1795347090)
+    return begin_response(worker, to_conversation(body, "key"), "resp_1"), ResponseWriter(body, "resp_1")
 
 
 def whole(worker, **fields):
     async def run():
-        reply, response = begin(worker, fields)
-        return await whole_response(reply, response, "m")
+        choices, writer = begin(worker, fields)
+        return await writer.whole(choices, "m")
 
     found = asyncio.run(run())
     Response.model_validate(found)
@@ -47,9 +40,8 @@ def events(worker, **fields):
     """Every event, parsed strictly by the official client's types, numbered in order."""
 
     async def run():
-        reply, response = begin(worker, fields)
-        write = response_events(reply, response, "m")
-        return [event async for step in reply for event in write(step)]
+        choices, writer = begin(worker, fields)
+        return await objects(writer.frames(choices, "m"))
 
     told = asyncio.run(run())
     for event in told:
@@ -62,9 +54,9 @@ def kinds(told):
     return [event["type"].removeprefix("response.") for event in told]
 
 
-def without_ids(response):
+def without_ids_and_times(response):
     items = [{key: value for key, value in item.items() if key not in {"id", "call_id"}} for item in response["output"]]
-    return response | {"output": items, "completed_at": None}
+    return response | {"output": items, "created_at": None, "completed_at": None}
 
 
 def test_the_events_of_an_answer_in_order():
@@ -92,7 +84,9 @@ def test_a_whole_answer_is_what_its_stream_ends_with():
     for script in (texts("Hel", "lo"), texts("a", reason="max_tokens"), texts("<think>hm</think>", CALL)):
         fields = {"tools": [LOOK], "top_logprobs": 2}
         response = whole(ScriptedWorker(script), **fields)
-        assert without_ids(events(ScriptedWorker(script), **fields)[-1]["response"]) == without_ids(response)
+        assert without_ids_and_times(events(ScriptedWorker(script), **fields)[-1]["response"]) == without_ids_and_times(
+            response
+        )
 
 
 def test_usage():
@@ -228,25 +222,28 @@ def test_a_failure_is_raised_when_nothing_is_streamed():
     ],
 )
 def test_the_events_of_a_failure(error, codes):
-    response = ResponseWriter(ResponsesBody.parse({"input": "hi"}), "resp_1", 1)
-    (alone,) = failed(response, "m", error, None).objects
+    async def run():
+        _, silent = begin(ScriptedWorker(texts("a")), {})
+        choices, writer = begin(ScriptedWorker(texts("a")), {})
+        async with aclosing(writer.frames(choices, "m")) as frames:
+            for _ in range(5):
+                await anext(frames)
+        return [
+            [
+                json.loads(frame.split(b"\ndata: ")[1])
+                for frame in one.failed(error).removesuffix(b"\n\n").split(b"\n\n")
+            ]
+            for one in (silent, writer)
+        ]
+
+    (alone,), (told, whole_one) = asyncio.run(run())
     assert (alone["sequence_number"], alone["code"], alone["message"]) == (0, codes[0], "no")
-    last = Chunks(objects=({"type": "response.created", "sequence_number": 4},))
-    told, whole_one = failed(response, "m", error, last).objects
     for event in (alone, told, whole_one):
         EVENT.validate_python(event)
     assert (told["sequence_number"], whole_one["sequence_number"]) == (5, 6)
     assert told["error"]["message"] == told["message"] == "no"
-    assert whole_one["response"]["status"] == "failed"
+    assert (whole_one["response"]["status"], whole_one["response"]["model"]) == ("failed", "m")
     assert whole_one["response"]["error"] == {"code": codes[1], "message": "no"}
-
-
-def test_frames_repeat_the_type_of_their_event():
-    event = {"type": "response.output_text.delta", "delta": "é\n"}
-    assert encode_events(Chunks(objects=(event, event))) == 2 * (
-        b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"\xc3\xa9\\n"}\n\n'
-    )
-    assert encode_events(end()) == b""
 
 
 # -- over a socket
