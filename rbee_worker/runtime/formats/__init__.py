@@ -1,5 +1,5 @@
-"""What the files of a model hold and where; no torch but where values are decoded.
+"""What the files of a model hold and where. Only the modules that decode or check values import torch.
 
-Read ``checkpoint`` first: what every format becomes. Then ``safetensors``, ``gguf``, ``quantized`` and
+Read ``checkpoint`` first: every format becomes one. Then ``safetensors``, ``gguf``, ``quantized`` and
 ``stacked_experts``.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and where: what every format becomes."""
+"""Checkpoint: the tensors of a model and where they are stored. Every file format becomes one."""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 MAX_TENSORS = 2**17
-"""Tensors in one file: 131,072. The largest models have more, in dozens of files."""
+"""Tensors allowed in one file. The largest models have more, in dozens of files."""
 
 MAX_ELEMENTS = 2**63 - 1
+"""Elements allowed in one tensor."""
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {
@@ -26,11 +27,14 @@ class TensorInfo:
 
     Attributes:
         name: Hugging Face name, such as ``model.layers.0.mlp.up_proj.weight`` (names in GGUF files are mapped).
-        shape: in Hugging Face order: rows, the output features, first.
+        shape: in Hugging Face order: of a matrix [outputs, inputs].
         dtype: as stored: ``F32``, ``BF16``, ``I8``… or a GGUF type such as ``Q4_1``.
-        file, offset, nbytes: where it is stored: from which byte of which file on, and in how many.
-        rope_heads: heads whose rows are permuted for ggml's interleaved rotary embedding (GGUF only); 0: none.
-        shift: what is to be added to every value (GGUF only).
+        file: the file that holds it.
+        offset: its first byte in the file.
+        nbytes: its size in the file.
+        rope_heads: the number of heads whose rows are permuted for ggml's interleaved rotary embedding (GGUF only).
+            0: no row is permuted.
+        shift: added to every value after decoding (GGUF only).
     """
 
     name: str
@@ -44,7 +48,7 @@ class TensorInfo:
 
     @property
     def parameters(self) -> int:
-        """Elements: the product of the shape."""
+        """How many elements it has: the product of the shape."""
         return math.prod(self.shape)
 
 
@@ -53,8 +57,8 @@ class Checkpoint:
     """A read-only view of the tensors of one model.
 
     Attributes:
-        tensors: by name, in the order of the files and of the offsets in them.
-        files: that hold the tensors.
+        tensors: by name. Plain ones stand in the order of the files and of the offsets in them.
+        files: the files that hold the tensors.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -67,7 +71,7 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Stored bytes of each dtype, the largest first."""
+        """Stored bytes of each dtype, the largest number first."""
         counts: dict[str, int] = {}
         for info in self.tensors.values():
             counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes

@@ -1,9 +1,10 @@
-"""Numbers that are not finite: found in weights while they are read, and in logits before a token is chosen.
+"""Finds numbers that are not finite: in weights while they are read, in logits before a token is chosen.
 
-The bits of a positive number, read as an integer, grow with the number, and those of infinity and NaN are above all
-others. Two maxima therefore tell whether all numbers are finite, or within any bound: that of the bits as signed
-integers is the largest positive number's, that of the bits as unsigned ones the largest negative number's. On weights
-that are in the processor's cache both together take 25 microseconds a MiB; ``torch.isfinite`` takes 1000.
+A float's bits can be read as an integer. For positive floats the integer grows with the number, and the integers of
+infinity and NaN are above all others. So two maxima tell whether all numbers are finite, or within a bound. The
+maximum of the bits as signed integers belongs to the largest positive number. The maximum as unsigned integers belongs
+to the negative number of largest magnitude. On weights in the processor's cache both take 25 microseconds a MiB;
+``torch.isfinite`` takes 1000.
 """
 
 import functools
@@ -30,19 +31,19 @@ _NOT_FINITE: Mapping[torch.dtype, int] = MappingProxyType(
         torch.float8_e4m3fn: 0x7F,
     }
 )
-"""The lowest bits that are no finite number's: infinity's, or NaN's where there is no infinity."""
+"""The lowest positive bits that are not a finite number: those of infinity, or of NaN in a dtype without infinity."""
 
 _TOO_LARGE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float16: 65520.0, torch.bfloat16: 2.0**128 - 2.0**119, torch.float32: 2.0**128 - 2.0**103}
 )
-"""The smallest number that is rounded to infinity."""
+"""The smallest number that rounds to infinity in each dtype."""
 
 _DEVICE_NUMBERS = 2**24
-"""Numbers that are looked at together on a device: it takes a few bytes for each."""
+"""Numbers checked at once on a device. The check takes a few bytes of memory for each."""
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether all numbers of a contiguous floating tensor, on any device, are finite."""
+    """Whether all numbers are finite. ``values``: contiguous, of any floating dtype and shape, on any device."""
     if values.device.type == "cpu":
         return _all_below(values, _NOT_FINITE[values.dtype])
     pieces = [piece.isfinite().all() for piece in torch.split(values.view(-1), _DEVICE_NUMBERS)]
@@ -53,13 +54,13 @@ def check_finite(info: TensorInfo, values: Tensor, held: torch.dtype) -> None:
     """Check weights that have just been read.
 
     Args:
-        info: the tensor that they are of, or are part of.
-        values: contiguous, on any device; integers pass.
-        held: the dtype that they will be kept in.
+        info: the tensor that the values belong to.
+        values: all or some of its values: contiguous, on any device. Integers always pass.
+        held: the dtype that the values will be kept in.
 
     Raises:
-        ModelMalformed: one is not finite.
-        ModelUnsupported: one is too large for ``held``.
+        ModelMalformed: a value is not finite.
+        ModelUnsupported: a value is too large for ``held``.
     """
     if not values.is_floating_point():
         return
@@ -73,7 +74,7 @@ def check_finite(info: TensorInfo, values: Tensor, held: torch.dtype) -> None:
 
 
 def _all_below(values: Tensor, bound: int) -> bool:
-    """Whether no number's bits without the sign reach ``bound``."""
+    """Whether the bits of every number, without the sign bit, are below ``bound``."""
     if not values.numel():
         return True
     signed, unsigned = _bits(values)
@@ -91,7 +92,7 @@ def _sign(values: Tensor) -> int:
 
 @functools.cache
 def _bound(stored: torch.dtype, held: torch.dtype) -> int:
-    """The lowest bits, in a stored dtype, of what cannot be held in another."""
+    """The lowest positive bits, in the stored dtype, of a number that the held dtype cannot hold."""
     largest = _TOO_LARGE.get(held)
     if largest is None or torch.finfo(stored).max < largest:
         return _NOT_FINITE[stored]

@@ -1,9 +1,9 @@
-"""Headers of safetensors files: read without torch and without touching the weights.
+"""Headers of safetensors files, read without torch and without reading the weights.
 
-A safetensors file is an 8-byte little-endian header length, that many bytes of JSON mapping each tensor's name to its
-dtype, shape and ``data_offsets`` (begin and end, counted from the end of the header), then the data. Every file here
-is untrusted: a header is checked in full before anything is allocated for it. Format:
-https://github.com/huggingface/safetensors#format
+A safetensors file begins with the length of its header, 8 bytes, little-endian. The header is JSON: it maps each
+tensor's name to its dtype, shape and ``data_offsets`` (begin and end, counted from the end of the header). The data
+follow. Every file is untrusted: a header is checked in full before memory is taken for its tensors.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
@@ -18,21 +18,21 @@ from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, MAX_ELEMENTS, MA
 from rbee_worker.runtime.untrusted import MAX_JSON_BYTES, parse_json_object, read_json_object
 
 MAX_DIMENSIONS = 8
-"""Dimensions of a tensor. The format names no limit; weights have two, and five at most (convolutions of video)."""
+"""Dimensions of a tensor. The format sets no limit. Most weights have two, and none has more than five."""
 
 MAX_METADATA = 2**12
-"""Entries of ``__metadata__``; usual are one to a hundred."""
+"""Entries of ``__metadata__``. Usual files have one to a hundred."""
 
 MAX_FILES = 10_000
-"""Files that an index may name; the largest models have some hundred."""
+"""Files that an index may name. The largest models have a few hundred."""
 
 UNREADABLE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
-"""Dtypes of the format that no supported model stores its weights in; the F4 and F6 ones pack several in a byte."""
+"""Dtypes of the format that are not read: no supported model stores its weights in them."""
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 TEMPLATES_FOLDER = "additional_chat_templates"
-"""Where a model's folder has chat templates beside its default one."""
+"""The folder, inside a model's folder, that holds chat templates beside the default one."""
 
 _DOWNLOAD_AGAIN = "Download the file again."
 _SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")
@@ -46,8 +46,9 @@ def read_safetensors(folder_or_file: Path) -> Checkpoint:
 
     Raises:
         ModelNotFound: no such file or folder, or a folder without weights.
-        ModelMalformed: a header, or the index, is damaged or hostile, or a shard is missing.
-        ModelUnsupported: pickle files only, or a dtype that is not read.
+        ModelMalformed: a header or the index is damaged or hostile, a shard is missing, the file is a single shard, or
+            it is unclear which files make the model.
+        ModelUnsupported: the folder has pickle files only, or a tensor has a dtype that is not read.
     """
     path = folder_or_file
     if path.is_file():
@@ -72,7 +73,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         The tensors by name, in the order of their offsets, and the ``__metadata__``.
 
     Raises:
-        ModelMalformed: the file is truncated or its header wrong in any way.
+        ModelMalformed: the file cannot be read, is truncated, or its header is wrong.
         ModelUnsupported: a dtype that is not read.
     """
     try:
@@ -142,7 +143,7 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tens
     if dtype not in DTYPE_BYTES:
         raise malformed(f"has the unknown dtype {quoted(dtype)}.")
     begin, end = offsets
-    # Each size before their product: the work of multiplying grows with the digits.
+    # The sizes are checked before they are multiplied: multiplying huge integers takes long.
     elements = math.prod(shape) if all(dim <= MAX_ELEMENTS for dim in shape) else MAX_ELEMENTS + 1
     if elements > MAX_ELEMENTS:
         raise malformed(f"has the shape {quoted(shape)}, more elements than 63 bits count.")
@@ -157,7 +158,7 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Tens
 
 
 def _fields(entry: object, malformed: Callable[[str], ModelMalformed]) -> tuple[str, list[int], list[int]]:
-    """The three fields of a tensor's entry, each of its right type."""
+    """The dtype, shape and data_offsets of a tensor's entry, checked for their types."""
     if not isinstance(entry, dict):
         raise malformed(f"is described by a value of type {type(entry).__name__}, not an object.")
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in entry]
@@ -229,7 +230,7 @@ def _sharded(folder: Path) -> Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, set[str]]:
-    """Tensor names by shard."""
+    """Name of each shard -> names of its tensors."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelMalformed(f"{index.name}: weight_map is not an object naming tensors.", hint=_DOWNLOAD_AGAIN)

@@ -1,10 +1,11 @@
-"""Experts that a checkpoint keeps in one tensor for a whole layer, as gpt-oss does: plain, or in MXFP4.
+"""Reads experts from a checkpoint that has one tensor for all experts of a layer, as gpt-oss: plain, or in MXFP4.
 
-Plain matrices are stored as [experts, inputs, outputs], MXFP4 ones as [experts, outputs, inputs / 32, 16] bytes with
-[experts, outputs, inputs / 32] exponents. In both, the outputs of gate and up alternate.
+Plain matrices are stored as [experts, inputs, outputs]. MXFP4 ones are stored as bytes [experts, outputs, inputs / 32,
+16] with exponents [experts, outputs, inputs / 32]. In both, the outputs of gate and up alternate.
 
-MXFP4 (OCP Microscaling Formats, version 1.0): two values of four bits a byte, the lower half first; a sign, two bits of
-exponent and one of mantissa; and for each block of 32 a power of two, stored with a bias of 127.
+MXFP4 (OCP Microscaling Formats, version 1.0): a byte holds two values of four bits, the lower half first. A value has
+a sign, two bits of exponent and one bit of mantissa. Each block of 32 values has a power of two as its scale, stored
+as the exponent plus 127.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,9 +22,10 @@ from rbee_worker.runtime.formats.finite import check_finite
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EXPONENT_BIAS = 127
 _NO_SCALE = 255
-"""What a scale that is NaN is stored as."""
+"""The stored byte of a scale that is NaN."""
 
 Read = Callable[[TensorInfo, Tensor, torch.dtype], None]
+"""Fills a tensor of the stored shape from the file; the dtype is the one that the values will be kept in."""
 
 
 def read_expert(
@@ -35,18 +37,22 @@ def read_expert(
     device: torch.device,
     held: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """One matrix of one expert, float32 [outputs, inputs], and its bias [outputs]; gate comes before up.
+    """Read one matrix of one expert and its bias.
 
     Args:
-        tensors: the layer's, by role.
+        tensors: the tensors of the layer, by role.
         role: ``gate_up`` or ``down``.
-        number: the expert's.
+        number: which expert, from 0.
         read: fills a tensor from the file.
-        device: where they are to be.
+        device: where the results are made.
         held: the dtype that the matrix will be kept in.
 
+    Returns:
+        The matrix, float32 [outputs, inputs], and the bias, float32 [outputs]. For ``gate_up``, all outputs of gate
+        come before all outputs of up.
+
     Raises:
-        ModelMalformed: a value is not finite.
+        ModelMalformed: a value or a scale is not finite.
         ModelUnsupported: a value is too large for ``held``.
     """
 
@@ -75,7 +81,15 @@ def read_expert(
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """float32 [rows, 32 * blocks] from uint8 [rows, blocks, 16] and [rows, blocks]."""
+    """Decode MXFP4 (OCP Microscaling Formats, version 1.0).
+
+    Args:
+        blocks: uint8 [rows, blocks, 16], two values a byte.
+        scales: uint8 [rows, blocks], exponents with a bias of 127; not 255.
+
+    Returns:
+        float32 [rows, 32 * blocks].
+    """
     table = torch.tensor([*_VALUES, *(-value for value in _VALUES)], device=blocks.device)
     values = table[torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).int()]
     return torch.ldexp(values, scales.int().unsqueeze(-1) - _EXPONENT_BIAS).flatten(-2)

@@ -1,4 +1,4 @@
-"""GGUF files, seen as Hugging Face models.
+"""GGUF files, presented as Hugging Face models.
 
-Read ``header`` first: the bytes. Then ``families`` (ggml's names and Hugging Face's) and ``model``.
+Read ``header`` first: it parses the bytes. Then ``families`` (ggml's names and Hugging Face's) and ``model``.
 """

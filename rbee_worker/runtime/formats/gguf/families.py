@@ -1,4 +1,4 @@
-"""The families that GGUF files are read of: ggml's names of tensors and metadata, and Hugging Face's."""
+"""The families that are read from GGUF files: for each, how ggml's names map to Hugging Face's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ class Architecture:
     """How one value of ``general.architecture`` maps to Hugging Face.
 
     Attributes:
-        name: for ``architectures`` in config.json.
-        model_type: for ``model_type``.
+        name: the value of ``architectures`` in config.json.
+        model_type: the value of ``model_type`` in config.json.
         block: ggml's name of a tensor inside a block -> its Hugging Face name, both without prefix and suffix.
-        outer: the same of tensors outside the blocks, as they are.
-        interleaved_rope: tensors of a block whose rows are permuted per head; the metadata key of the head count.
-        biases: whether its config.json says which matrices have biases.
-        norm_shift: what is to be added to norm weights: llama.cpp stores Gemma's as they are multiplied.
-        constants: config keys that are the same for all of the family.
-        numbers: metadata keys, without prefix, of what config.json has under other names; 0 stands for none.
-        partial_rotary: whether fewer dimensions of a head may be rotated than there are.
-        scale_of_heads: layers of the one model whose attention is scaled by ``hidden_size / heads``, where others' is
-            scaled by ``head_dim``; 0: the family has no scale of its own.
+        outer: ggml's full name of a tensor outside the blocks -> its full Hugging Face name.
+        interleaved_rope: tensors of a block whose rows are permuted per head -> the metadata key of the head count.
+        biases: whether config.json says which matrices have biases.
+        norm_shift: added to norm weights. llama.cpp stores Gemma's weight plus 1; Hugging Face stores it without the 1.
+        constants: config keys with a value that is the same for all models of the family.
+        numbers: metadata key, without prefix -> key of config.json. 0 in the metadata stands for null.
+        scale_of_heads: how many layers the one model has whose attention is scaled by ``hidden_size / heads``; in all
+            others it is scaled by ``head_dim``. 0: the family has no ``query_pre_attn_scalar``.
+        partial_rotary: whether only some dimensions of a head may be rotated.
     """
 
     name: str
@@ -62,7 +62,7 @@ _GEMMA_BLOCK = _LLAMA_BLOCK | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-"""LongRoPE's factors, which are tensors: the config key of each, and its name."""
+"""LongRoPE's factors are tensors in GGUF: config key -> name of the tensor."""
 
 _GEMMA_ACTIVATION = {"hidden_activation": "gelu_pytorch_tanh"}
 
@@ -121,4 +121,4 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
     }
 )
-"""By the value of ``general.architecture``."""
+"""Key: the value of ``general.architecture``."""

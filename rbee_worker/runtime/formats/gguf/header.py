@@ -1,8 +1,8 @@
-"""The header of a GGUF file: metadata and where each tensor lies.
+"""The header of a GGUF file: the metadata, and where each tensor lies.
 
-Read with plain buffered reads, every length checked against the file's size first: an untrusted header can neither
-make this loop nor allocate. (The ``gguf`` package's own reader maps the file and makes an array of every string:
-3 s for a vocabulary of 50,000, against 0.1 s here, and it does not end on an array that claims 2^60 elements.)
+The header is untrusted. Every length is checked against the file's size before it is used, so a false one can cause
+neither a long loop nor a large allocation. The ``gguf`` package's own reader is not used: it makes an array of every
+string (3 s for a vocabulary of 50,000, 0.1 s here), and it does not end on an array that claims 2^60 elements.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -30,17 +30,17 @@ _MAX_DIMENSIONS: Final = 4
 _STRING: Final = 8
 _ARRAY: Final = 9
 _LENGTH_BYTES: Final = 8
-"""Of a string's length: what an empty one takes."""
+"""Bytes of a string's length field: the size of an empty string."""
 
 _MAX_HEADER_BYTES: Final = 2**26
 """Bytes of a header: four times what the largest vocabularies take with their merges."""
 
 _MAX_PAIRS: Final = 2**12
-"""Pairs of metadata; usual are 20 to 60."""
+"""Pairs of metadata. Usual files have 20 to 60."""
 
 MAX_ELEMENTS_OF_ARRAYS: Final = 2**23
-"""Elements of all arrays of a header together: several times the largest vocabulary with its merges. A number takes a
-byte in the file and eight and more in memory."""
+"""Elements of all arrays of a header together: several times the largest vocabulary with its merges. The file's size
+is not limit enough: a number may take one byte in the file, and it takes eight or more in memory."""
 
 _SCALARS: Final[Mapping[int, str]] = MappingProxyType(
     {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -54,10 +54,10 @@ class GGUFTensor:
 
     Attributes:
         name: ggml's name, such as ``blk.0.attn_q.weight``.
-        shape: rows first (GGUF itself stores the fastest-moving dimension first).
-        type: how its elements are stored.
-        offset: of its first byte in the file.
-        nbytes: bytes stored.
+        shape: rows first. GGUF itself stores the sizes in the opposite order.
+        type: ggml's type of its elements.
+        offset: its first byte in the file.
+        nbytes: its size in the file.
     """
 
     name: str
@@ -69,10 +69,10 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """All of the header.
+    """A whole header.
 
     Attributes:
-        metadata: by key, such as ``llama.block_count``; arrays are lists.
+        metadata: values by key, such as ``llama.block_count``; arrays are lists.
         tensors: in the order of their offsets.
     """
 
@@ -85,8 +85,8 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises:
         ModelNotFound: no such file.
-        ModelMalformed: it is truncated, no GGUF file, or its header is inconsistent.
-        ModelUnsupported: a version, byte order or tensor type that is not read, or one part of several.
+        ModelMalformed: it cannot be read, is truncated or not a GGUF file, or its header is inconsistent.
+        ModelUnsupported: a version, byte order or tensor type that is not read, or one part of a split model.
     """
     try:
         with path.open("rb") as stream:
@@ -98,7 +98,15 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 def special_token(fields: Mapping[str, Any], role: str, *, file: str) -> tuple[int, str] | None:
-    """The id and text of a token that the metadata names by its role: ``bos``, ``eos`` or ``padding``.
+    """The id and text of a special token.
+
+    Args:
+        fields: the metadata.
+        role: part of the metadata key: ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``.
+        file: the file's name for messages.
+
+    Returns:
+        None where the metadata has no such token.
 
     Raises:
         ModelMalformed: the id is outside the vocabulary.
@@ -114,10 +122,10 @@ def special_token(fields: Mapping[str, Any], role: str, *, file: str) -> tuple[i
 
 
 def strings(fields: Mapping[str, Any], key: str, file: str) -> list[str]:
-    """A list of strings of the metadata.
+    """A list of strings from the metadata. Only the type of the first element is checked: arrays have one type.
 
     Raises:
-        ModelMalformed: there is none under this key.
+        ModelMalformed: the key is missing, or its value is not a list of strings or an empty one.
     """
     value = fields.get(key)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
@@ -126,7 +134,7 @@ def strings(fields: Mapping[str, Any], key: str, file: str) -> list[str]:
 
 
 class _Parser:
-    """Walks the header once, from its first byte to the start of the data."""
+    """Reads the header once, from its first byte to the start of the data."""
 
     def __init__(self, path: Path, stream: io.BufferedReader, size: int) -> None:
         self.name = path.name

@@ -1,8 +1,8 @@
-"""A GGUF file seen as a Hugging Face model: names, shapes, config.json.
+"""A GGUF file presented as a Hugging Face model: names, shapes, config.json.
 
-ggml's names and conventions end here. For Llama that includes the row order of the query and key projections:
-llama.cpp stores them for a rotary embedding over neighbouring pairs, Hugging Face for one over the two halves of a
-head; ``dequantize`` puts the rows back.
+Nothing above this module knows ggml's names and conventions. One of them is the row order of Llama's query and key
+projections. llama.cpp stores the rows for a rotary embedding over neighboring pairs; Hugging Face stores them for one
+over the two halves of a head. ``dequantize`` puts the rows back in Hugging Face's order.
 """
 
 import math
@@ -30,24 +30,24 @@ _DOWNLOAD_AGAIN: Final = "Download the file again."
 TENSOR_TYPES: Final = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
-"""Stored types that are read."""
+"""ggml's types that are read."""
 
 END_OF_TURN_TOKENS: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-"""Control tokens that end a turn in every vocabulary that has them, also where the metadata forgets to say so."""
+"""Control tokens that end a turn in every vocabulary that has them. Some files do not name them in the metadata."""
 
 _BLOCK: Final = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 
 
 LLAMA3_ROPE: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The constants of every published Llama 3.1, 3.2 and 3.3; only the factor differs (8 or 32)."""
+"""``rope_scaling`` of every published Llama 3.1, 3.2 and 3.3. Only the factor differs between them (8 or 32)."""
 
 
 def read_gguf(path: Path) -> "GGUFModel":
-    """Read the header of a GGUF file.
+    """Read the header of a GGUF file; the weights are not read.
 
     Raises:
         ModelNotFound: no such file.
-        ModelMalformed: the file is damaged or inconsistent.
+        ModelMalformed: the file cannot be read, is damaged or inconsistent.
         ModelUnsupported: an architecture, tensor type or version that is not read.
     """
     header = read_header(path)
@@ -66,10 +66,10 @@ class GGUFModel:
     """One GGUF file.
 
     Attributes:
-        path: of the file.
-        header: as stored.
+        path: the file.
+        header: its header.
         prefix: of the architecture's metadata keys: the value of ``general.architecture``.
-        architecture: how it maps to Hugging Face.
+        architecture: how its names map to Hugging Face's.
     """
 
     path: Path
@@ -82,19 +82,19 @@ class GGUFModel:
         """The tensors under their Hugging Face names.
 
         Raises:
-            ModelUnsupported: a tensor that the architecture does not have, or a stored type that is not read.
-            ModelMalformed: a shape that disagrees with the head count.
+            ModelUnsupported: a tensor that the architecture does not have, or a type that is not read.
+            ModelMalformed: a shape that does not fit the head count, or no valid head count.
         """
         rope = ("rope_freqs.weight", *ROPE_FACTORS.values())
         infos = [self._info(tensor) for tensor in self.header.tensors if tensor.name not in rope]
         return Checkpoint(MappingProxyType({info.name: info for info in infos}), (self.path,))
 
     def config(self) -> dict[str, Any]:
-        """What Hugging Face's config.json of this model holds.
+        """What Hugging Face's config.json of this model would hold.
 
         Raises:
             ModelMalformed: a value is missing or impossible.
-            ModelUnsupported: a feature that the decoder would get wrong if it were ignored.
+            ModelUnsupported: a feature that changes the results and is not supported.
         """
         heads, kv_heads = self.count("attention.head_count"), self.count("attention.head_count_kv")
         hidden = self.count("embedding_length")
@@ -125,7 +125,7 @@ class GGUFModel:
         return config | self._token_ids()
 
     def _own(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What the family's config.json has that others' have not."""
+        """The keys of config.json that only this family has."""
         names = self.checkpoint.tensors
         own: dict[str, Any] = dict(self.architecture.constants)
         if self.architecture.biases:
@@ -137,14 +137,21 @@ class GGUFModel:
         if self.architecture.partial_rotary:
             own["partial_rotary_factor"] = self._number("rope.dimension_count", config["head_dim"]) / config["head_dim"]
         if self.architecture.scale_of_heads:
-            # llama.cpp knows the one model of each generation that scales by something else by its layers.
+            # GGUF does not store this scale. As in llama.cpp, the number of layers tells the one exception.
             by_heads = config["num_hidden_layers"] == self.architecture.scale_of_heads
             per_head = config["hidden_size"] // config["num_attention_heads"]
             own["query_pre_attn_scalar"] = per_head if by_heads else config["head_dim"]
         return own
 
     def generation_config(self) -> dict[str, Any]:
-        """``bos_token_id``, ``pad_token_id`` and ``eos_token_id``: a list when several tokens end generation."""
+        """What generation_config.json would hold: ``bos_token_id``, ``pad_token_id`` and ``eos_token_id``.
+
+        A token without an id in the metadata is left out. ``eos_token_id`` is a list when several tokens end
+        generation.
+
+        Raises:
+            ModelMalformed: an id is outside the vocabulary.
+        """
         ids = self._token_ids()
         ends = [ids["eos_token_id"]] if "eos_token_id" in ids else []
         ends += [found[0] for role in ("eot", "eom") if (found := self.special_token(role)) is not None]
@@ -159,10 +166,10 @@ class GGUFModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the embedding.
+        """The number of rows of the embedding.
 
         Raises:
-            ModelMalformed: there is none.
+            ModelMalformed: there is no embedding.
         """
         embedding = self.checkpoint.tensors.get("model.embed_tokens.weight")
         if embedding is None:
@@ -170,11 +177,13 @@ class GGUFModel:
         return embedding.shape[0]
 
     def count(self, key: str) -> int:
-        """A whole number above 0 of the architecture's metadata; ``key`` is without the prefix.
+        """A whole number above 0 from the metadata of the architecture; ``key`` is without the prefix.
+
+        Without ``attention.head_count_kv``, ``attention.head_count`` stands for it.
 
         Raises:
-            ModelMalformed: it is missing or something else.
-            ModelUnsupported: it differs from layer to layer.
+            ModelMalformed: the value is missing or something else.
+            ModelUnsupported: the value differs from layer to layer.
         """
         value = self._value(key)
         if value is None and key == "attention.head_count_kv":
@@ -188,11 +197,11 @@ class GGUFModel:
         return value
 
     def special_token(self, role: str) -> tuple[int, str] | None:
-        """The id and text of the token of a role, as :func:`~.header.special_token`."""
+        """See :func:`~.header.special_token`."""
         return special_token(self.header.metadata, role, file=self.path.name)
 
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation, if the file has one."""
+        """The Jinja chat template; None where the file has none."""
         template = self.header.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
@@ -320,10 +329,11 @@ class GGUFModel:
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float) -> npt.NDArray[np.float64]:
-    """What Llama 3's scaling divides each rotary frequency by; float64 of shape (head_dim / 2,).
+    """What Llama 3's scaling divides each rotary frequency by: float64 [head_dim / 2].
 
-    Source: the published ``apply_scaling`` of Llama 3.1: wavelengths above ``original / low`` are stretched by
-    ``factor``, those below ``original / high`` kept, and what lies between is interpolated.
+    Source: ``apply_scaling`` in Meta's code of Llama 3.1, with ``LLAMA3_ROPE``. Frequencies with a wavelength above
+    ``original / low`` are divided by ``factor``. Those with one below ``original / high`` are kept. Between the two the
+    frequency is interpolated.
     """
     original = LLAMA3_ROPE["original_max_position_embeddings"]
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
@@ -337,15 +347,15 @@ def undo_rope_permutation(data: npt.NDArray[np.uint8], rows: int, heads: int) ->
     """Put the rows of a query or key projection back in Hugging Face's order.
 
     llama.cpp's converter moves row ``half * d/2 + i`` of each head to row ``2 * i + half`` (half 0 or 1, d the head
-    size). Rows are moved as bytes: quantization never crosses a row.
+    size). Rows can be moved as bytes, because no quantized block crosses a row.
 
     Args:
-        data: the stored bytes, of any shape.
-        rows: in the tensor.
-        heads: in the tensor.
+        data: the stored bytes, uint8 of any shape.
+        rows: how many rows the tensor has; a multiple of ``2 * heads``.
+        heads: how many heads it has.
 
     Returns:
-        A new array of shape (rows, bytes per row).
+        A new array, uint8 [rows, bytes per row].
     """
     per_head = data.reshape(heads, rows // heads // 2, 2, -1)
     return np.ascontiguousarray(per_head.swapaxes(1, 2)).reshape(rows, -1)
@@ -355,14 +365,14 @@ def dequantize(info: TensorInfo, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.
     """Decode one stored tensor of a GGUF file.
 
     Args:
-        info: what it is.
-        data: its ``info.nbytes`` bytes.
+        info: the tensor.
+        data: its bytes, uint8 of any shape.
 
     Returns:
         float32 of ``info.shape``, rows in Hugging Face's order.
 
     Raises:
-        ModelMalformed: as many bytes as that are not there.
+        ModelMalformed: ``data`` is not ``info.nbytes`` long.
     """
     if data.size != info.nbytes:
         raise ModelMalformed(

@@ -1,6 +1,6 @@
-"""Quantized checkpoints, seen as plain ones.
+"""Quantized checkpoints, presented as plain ones.
 
-Read ``tensor`` first: several stored parts become one tensor of its true shape. ``methods`` finds the method that
-a config names, ``options`` reads its options; ``fp8``, ``gptq``, ``compressed`` and ``bitsandbytes`` are the methods;
+Read ``tensor`` first: there the stored parts of a matrix become one tensor. ``methods`` finds the method that a config
+names, and ``options`` reads its options. The methods are ``fp8``, ``gptq``, ``compressed`` and ``bitsandbytes``.
 ``dequantize`` computes the values.
 """

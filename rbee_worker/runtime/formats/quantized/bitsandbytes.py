@@ -1,10 +1,15 @@
 """bitsandbytes: 4 bits that index a table of 16 values (nf4, fp4), or int8 with a scale for each row.
 
-As transformers saves them: ``weight`` holds two values a byte, the first in the upper half; ``weight.absmax`` a scale
-for each block of them, itself quantized with ``bnb_4bit_use_double_quant``; ``weight.quant_map`` the table; and
-``weight.quant_state.bitsandbytes__nf4`` the bytes of a JSON object with the true shape. Of int8, ``SCB`` holds the
-largest magnitude of each row, which 127 stands for. Layout: https://github.com/bitsandbytes-foundation/bitsandbytes
-(``functional.py``: ``QuantState``, ``int8_vectorwise_dequant``).
+transformers saves these tensors for 4 bits:
+
+- ``weight``: two values a byte, the first in the upper half.
+- ``weight.absmax``: a scale for each block of values. With ``bnb_4bit_use_double_quant`` the scales are quantized too.
+- ``weight.quant_map``: the table.
+- ``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``): the bytes of a JSON object with the true shape.
+
+For int8, ``SCB`` holds the largest magnitude of each row; the stored value 127 stands for it.
+Layout: https://github.com/bitsandbytes-foundation/bitsandbytes (``functional.py``: ``QuantState``,
+``int8_vectorwise_dequant``).
 """
 
 import math
@@ -46,7 +51,7 @@ class EightBitFormat:
             weight = stored.take(module, "weight", ("I8",), check=lambda shape: len(shape) == 2 and all(shape))  # noqa: PLR2004
             rows, columns = weight.shape
             parts = {"weight": weight, "scale": stored.take(module, "SCB", ("F32",), (rows,))}
-            if stored.has(module, "weight_format"):  # 0: by rows, the only one that is saved
+            if stored.has(module, "weight_format"):  # 0 means by rows; transformers saves no other layout
                 parts["row_format"] = stored.take(module, "weight_format", ("U8",), ())
             what = "bitsandbytes int8, a scale for each row"
             scheme = Grouped(what=what, packing="plain", block=(1, columns), divisor=_INT8_LEVELS)
@@ -54,12 +59,13 @@ class EightBitFormat:
 
 
 def read_bitsandbytes(options: QuantizationReader) -> tuple[FourBitFormat | EightBitFormat, tuple[str, ...]]:
-    """Options of ``bitsandbytes``, and the modules that are not quantized.
+    """The format that the options of ``bitsandbytes`` describe, and the modules that are not quantized.
 
     Raises:
-        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+        ModelUnsupported: an option that is not handled.
+        ModelMalformed: an option of the wrong type, or ``load_in_4bit`` and ``load_in_8bit`` are both set or both off.
     """
-    # transformers says each twice; all are read, so that none is left over.
+    # transformers writes each of them twice. All are read, so refuse_others finds none left.
     keys = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
     said = [options.boolean(key, default=False) for key in keys]
     four, eight = any(said[:2]), any(said[2:])
@@ -72,7 +78,7 @@ def read_bitsandbytes(options: QuantizationReader) -> tuple[FourBitFormat | Eigh
     ignored = options.names("llm_int8_skip_modules")
     harmless = {
         *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_use_double_quant"),
-        # how activations are rounded: they are not, here
+        # for rounding activations, which this worker does not do
         *("llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload"),
     }
     options.refuse_others(harmless)
@@ -83,7 +89,7 @@ def _gather(stored: Stored, module: str, kind: str) -> None:
     info = stored.take(module, f"{_STATE}{kind}", ("U8",), check=lambda shape: len(shape) == 1)
     shape, block, nested_block, nested_offset = _state(info, kind)
     values = math.prod(shape)
-    # The bytes may be kept in a wider dtype; how many they are is what counts.
+    # The bytes may be stored in a wider dtype, so only their number is checked.
     weight = stored.take(module, "weight", None)
     if weight.nbytes != (values + 1) // 2:
         raise Stored.malformed(weight, f"has {weight.nbytes} bytes; {list(shape)} in 4 bits takes {(values + 1) // 2}")
@@ -101,7 +107,7 @@ def _gather(stored: Stored, module: str, kind: str) -> None:
 
 
 def _state(info: TensorInfo, kind: str) -> tuple[tuple[int, int], int, int, float]:
-    """Shape, block size, block size of nested scales (0: not nested) and their offset, from the JSON in a tensor."""
+    """Read the JSON in a tensor: the shape, the block size, the block size of nested scales (0: none), their offset."""
     what = f"{info.file.name}: tensor {quoted(info.name)}"
     state = parse_json_object(read_now(info, limit=_MAX_STATE_BYTES), what=what)
     options = QuantizationReader(state, what, where="quant_state")

@@ -1,8 +1,9 @@
-"""compressed-tensors: integers or 8-bit floats, an element each or packed, by rules that name modules.
+"""compressed-tensors: integers or 8-bit floats, plain or packed, by rules that name modules.
 
-``config_groups`` says for which modules (``targets``: a class, a name, or ``re:`` and an expression) the weights have
-which bits, and what shares a scale. Values are signed; packed ones, and packed zero points, are stored with half their
-range added. Layout: https://github.com/vllm-project/compressed-tensors (``compressors``).
+Each entry of ``config_groups`` names modules (``targets``: a class, a name, or ``re:`` and a regular expression). It
+says how many bits their weights have, and which weights share a scale. Values are signed. Packed values and packed
+zero points are stored with half their range added.
+Layout: https://github.com/vllm-project/compressed-tensors (``compressors``).
 """
 
 import re
@@ -19,7 +20,8 @@ FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantize
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 _OBSERVED = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype", "dynamic", "actorder"})
 _MAX_REPEATS = 4
-"""Of an expression for names: what more of them cost grows with the name's length to that power."""
+"""Repeats (``*``, ``+``, ``{``) in one regular expression. The time to match can grow with the length of the name to
+the power of their number."""
 
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -29,12 +31,13 @@ class WeightRule:
     """How the weights of some modules are stored.
 
     Attributes:
-        targets: the modules.
-        packed: in words of 32 bits.
+        targets: the modules, as :func:`~.tensor.names` takes them, or ``Linear`` for all.
+        packed: whether values are packed in words of 32 bits.
         kind: ``int`` or ``float``.
         bits: of a value.
         symmetric: whether there are no zero points.
-        strategy: what shares a scale; ``block`` outputs and inputs do, where it is by group or block.
+        strategy: which weights share a scale; ``channel`` is a row.
+        block: outputs and inputs that share a scale; used where ``strategy`` is ``group`` or ``block``.
     """
 
     targets: tuple[str, ...]
@@ -46,11 +49,11 @@ class WeightRule:
     block: tuple[int, int]
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Outputs and inputs that share a scale in a matrix."""
+        """How many outputs and inputs share a scale in a matrix [rows, columns]."""
         return {"tensor": (rows, columns), "channel": (1, columns)}.get(self.strategy, self.block)
 
     def what(self) -> str:
-        """The format, for people."""
+        """The name of the format, for people."""
         name = f"{self.kind}{self.bits}" if not self.packed else f"{self.bits}-bit"
         high, wide = self.block
         shared = {
@@ -64,7 +67,7 @@ class WeightRule:
 
 @dataclass(frozen=True, slots=True)
 class CompressedFormat:
-    """Method ``compressed-tensors``: its rules, in the order of the config."""
+    """Method ``compressed-tensors``. ``rules``: in the order of the config."""
 
     rules: tuple[WeightRule, ...]
 
@@ -111,7 +114,7 @@ class CompressedFormat:
         stored.put(module, (rows, columns), scheme, parts)
 
     def _rule(self, weight: TensorInfo, module: str) -> WeightRule:
-        """The rule for a module: one that names it comes before one for all of its class."""
+        """The rule for a module. A rule that names the module comes before one for its class."""
         found = [rule for rule in self.rules if any(names(target, module) for target in rule.targets)]
         found += [rule for rule in self.rules if "Linear" in rule.targets]
         if not found:
@@ -124,10 +127,11 @@ class CompressedFormat:
 
 
 def read_compressed(options: QuantizationReader) -> tuple[CompressedFormat, tuple[str, ...]]:
-    """Options of ``compressed-tensors``, and the modules that are not quantized.
+    """The format that the options of ``compressed-tensors`` describe, and the modules that are not quantized.
 
     Raises:
-        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+        ModelUnsupported: an option that is not handled.
+        ModelMalformed: an option of the wrong type, or no weights are named.
     """
     layout = options.one_of("format", "", (*FORMATS, "mixed-precision"))
     groups = options.inside("config_groups")
@@ -142,7 +146,7 @@ def read_compressed(options: QuantizationReader) -> tuple[CompressedFormat, tupl
     sparsity = options.inside("sparsity_config")
     if sparsity is not None:
         sparsity.one_of("format", "dense", ("dense",))
-    # The status says where in its making a checkpoint is; the tensors say whether they are compressed.
+    # The status is not needed: the tensors themselves show whether they are compressed.
     options.refuse_others(("quantization_status", "global_compression_ratio", "version", "kv_cache_scheme"))
     return CompressedFormat(tuple(rules)), ignored
 
@@ -151,7 +155,7 @@ def _rule(group: QuantizationReader, layout: str) -> WeightRule | None:
     targets = _patterns(group, "targets")
     layout = group.one_of("format", layout, FORMATS)
     weights = group.inside("weights")
-    # Activations are not rounded here.
+    # This worker does not round activations.
     group.refuse_others(("input_activations", "output_activations"))
     if weights is None:
         return None
@@ -174,7 +178,7 @@ def _rule(group: QuantizationReader, layout: str) -> WeightRule | None:
 
 
 def _patterns(options: QuantizationReader, key: str) -> tuple[str, ...]:
-    """Names of modules, and expressions for them, none of which could take for ever to match."""
+    """Names of modules, and regular expressions for them. Expressions that could take very long are refused."""
     found = options.names(key)
     for pattern in (name.removeprefix("re:") for name in found if name.startswith("re:")):
         try:

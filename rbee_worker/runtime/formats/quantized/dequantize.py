@@ -1,4 +1,4 @@
-"""The values of quantized tensors, computed as they are read, a block of rows at a time."""
+"""Computes the values of quantized tensors while they are read, a block of rows at a time."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,11 +12,11 @@ from rbee_worker.runtime.formats.finite import check_finite
 from rbee_worker.runtime.formats.quantized.tensor import WORD_BITS, Codebook, Grouped, QuantizedTensor
 
 _WEIGHTS = 2**20
-"""Weights that are computed at once: each takes a dozen bytes on the way."""
+"""Weights that are computed at once. Each needs about a dozen bytes of memory meanwhile."""
 
 _AWQ_OUTPUTS = 8
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-"""Where in its word each of eight outputs is."""
+"""The position, in bits, of each of the eight outputs in a word."""
 
 _DTYPES = {
     "F32": torch.float32,
@@ -31,18 +31,18 @@ _DTYPES = {
 }
 
 ReadBytes = Callable[[TensorInfo, Tensor, int, bool], None]
-"""Fills uint8 memory on the host with a tensor's bytes from an offset; the flag: whether they count as progress."""
+"""Fills a uint8 tensor on the host with a stored tensor's bytes from an offset on. The flag: they count as progress."""
 
 Decode = Callable[[Tensor, int, int], Tensor]
-"""float32 [end - begin, inputs]: rows ``begin`` to ``end`` of the whole matrix, from their packed values."""
+"""(packed values, begin, end) -> float32 [end - begin, inputs]: these rows of the whole matrix."""
 
 
 def read_dequantized(info: QuantizedTensor, target: Tensor, held: torch.dtype, read: ReadBytes) -> None:
-    """Fill ``target``, of ``info.shape``, with the values of a quantized tensor.
+    """Fill ``target`` with the values of a quantized tensor.
 
     Args:
         info: the tensor, or a range of its rows.
-        target: of any floating dtype, on any device.
+        target: of ``info.shape``, of any floating dtype, on any device.
         held: the dtype that the values will be kept in.
         read: reads from the files.
 
@@ -50,7 +50,7 @@ def read_dequantized(info: QuantizedTensor, target: Tensor, held: torch.dtype, r
         ModelMalformed: what was read contradicts the headers, or a value is not finite.
         ModelUnsupported: a value is too large for ``held``.
     """
-    small = {  # of each range of rows they are read again, but counted once
+    small = {  # read again for each range of rows, but counted as progress only once
         role: _whole(part, read, counted=info.first == 0) for role, part in info.parts.items() if role != "weight"
     }
     scheme = info.scheme
@@ -74,10 +74,10 @@ def _whole(part: TensorInfo, read: ReadBytes, *, counted: bool) -> Tensor:
 
 
 def _packed_values(info: QuantizedTensor, read: ReadBytes) -> tuple[Callable[[int, int], Tensor], int]:
-    """What gives the packed values of a range of rows, and how many rows are packed together.
+    """A function that gives the packed values of a range of rows, and how many rows are packed together.
 
-    Where the rows of the matrix lie along those of the file, each range is read when it is needed. Where they are
-    columns of the file, all of ``info`` is read at once, packed, and ranges are parts of that.
+    Where a row of the matrix is a row of the file, each range is read when it is needed. Where a row of the matrix is a
+    column of the file, all of ``info`` is read at once, and each range is a part of that.
     """
     weight, scheme = info.parts["weight"], info.scheme
     if isinstance(scheme, Codebook) or scheme.packing in {"plain", "rows"}:
@@ -101,7 +101,7 @@ def _packed_values(info: QuantizedTensor, read: ReadBytes) -> tuple[Callable[[in
 
 
 def _columns(weight: TensorInfo, first: int, last: int, read: ReadBytes) -> Tensor:
-    """Columns of an int32 matrix, read row by row unless they are all of it."""
+    """Columns ``first`` to ``last`` of an int32 matrix. They are read row by row, unless they are the whole matrix."""
     rows, columns = weight.shape
     held = torch.empty((rows, last - first), dtype=torch.int32)
     raw = held.view(torch.uint8)
@@ -114,7 +114,10 @@ def _columns(weight: TensorInfo, first: int, last: int, read: ReadBytes) -> Tens
 
 
 def _unpack(words: Tensor, bits: int, dim: int, shifts: tuple[int, ...] = ()) -> Tensor:
-    """int32 values of ``bits`` bits from int32 words, each word's side by side along ``dim``, the lowest first."""
+    """Split int32 words into int32 values of ``bits`` bits. A word's values follow each other along ``dim``.
+
+    ``shifts``: the position of each value in its word; by default the lowest bits come first.
+    """
     shift = torch.tensor(shifts or range(0, WORD_BITS, bits), dtype=torch.int32)
     shape = (1, -1, 1) if dim == 0 else (1, 1, -1)
     values = words.unsqueeze(dim + 1) >> shift.view(shape)
@@ -158,17 +161,17 @@ def _grouped(info: QuantizedTensor, scheme: Grouped, small: Mapping[str, Tensor]
 
 
 def _aligned(values: Tensor, grid: Tensor, group: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Values [rows, inputs] and what [rows, groups] holds for them, in shapes that broadcast."""
+    """Values [rows, inputs] and a grid [rows, groups], as two tensors whose shapes broadcast."""
     if isinstance(group, int):
         return values.view(len(values), -1, group), grid.unsqueeze(-1)
     return values, grid[:, group]
 
 
 def _group_of_inputs(info: QuantizedTensor, scheme: Grouped, order: Tensor | None, groups: int) -> Tensor | int:
-    """Each input's group, int64 [inputs]; or how many neighbours make one, where all groups are as large.
+    """The group of each input, int64 [inputs]; or the size of a group, where groups are neighbors of equal size.
 
     Raises:
-        ModelMalformed: a group that is not there.
+        ModelMalformed: ``order`` names a group that does not exist.
     """
     columns, wide = info.shape[1], min(scheme.block[1], info.shape[1])
     regular = torch.arange(columns) // wide
@@ -202,7 +205,7 @@ def _indexed(info: QuantizedTensor, scheme: Codebook, small: Mapping[str, Tensor
     if scheme.nested_block:
         nested = small["nested_absmax"].repeat_interleave(scheme.nested_block)[: len(absmax)]
         absmax = small["nested_map"][absmax.int()] * nested + scheme.nested_offset
-    # A byte's two values at once.
+    # The table of all bytes: a byte gives its two values in one look-up.
     pairs: Tensor = torch.cartesian_prod(small["map"], small["map"])
 
     def decode(packed: Tensor, begin: int, end: int) -> Tensor:

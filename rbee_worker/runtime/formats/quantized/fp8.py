@@ -1,8 +1,9 @@
-"""Matrices in 8-bit floating point: a scale for the matrix, for each of its rows, or for each block of it.
+"""Matrices in 8-bit floating point, with a scale for the matrix, for each row, or for each block.
 
-``weight_scale_inv`` holds a scale for each block, as DeepSeek began it and transformers' ``fp8`` writes it; despite its
-name it multiplies. ``weight_scale`` holds one for the matrix, or one for each row (``fbgemm_fp8``). Layouts:
-https://huggingface.co/docs/transformers/quantization/finegrained_fp8 and .../quantization/fbgemm_fp8
+``weight_scale_inv`` holds a scale for each block (DeepSeek, transformers' ``fp8``). Despite its name, the values are
+multiplied by it. ``weight_scale`` holds one scale for the matrix, or one for each row (``fbgemm_fp8``). Either name is
+accepted for either use. Layouts: https://huggingface.co/docs/transformers/quantization/finegrained_fp8 and
+.../quantization/fbgemm_fp8
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,11 @@ class FP8Format:
 
 
 def put_scaled(stored: Stored, module: str, weight: TensorInfo, block: tuple[int, int] | None) -> None:
-    """Gather a matrix and its scales, whichever of the two names they have."""
+    """Replace a matrix [outputs, inputs] and its scales by one quantized tensor. The scales may have either name.
+
+    Raises:
+        ModelMalformed: the scales are missing, or their shape does not fit the matrix.
+    """
     rows, columns = weight.shape
     kind = weight.dtype.removeprefix("F8_").lower()
     if block is not None:
@@ -52,10 +57,11 @@ def put_scaled(stored: Stored, module: str, weight: TensorInfo, block: tuple[int
 
 
 def read_fp8(options: QuantizationReader) -> tuple[FP8Format, tuple[str, ...]]:
-    """Options of ``fp8`` and ``fbgemm_fp8``, and the modules that are not quantized.
+    """The format that the options of ``fp8`` or ``fbgemm_fp8`` describe, and the modules that are not quantized.
 
     Raises:
-        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+        ModelUnsupported: an option that is not handled.
+        ModelMalformed: an option of the wrong type.
     """
     block = None
     if options.has("weight_block_size"):
@@ -65,7 +71,7 @@ def read_fp8(options: QuantizationReader) -> tuple[FP8Format, tuple[str, ...]]:
     options.one_of("scale_fmt", "float", ("float", "ue8m0"))
     options.one_of("expert_dtype", "fp8", ("fp8",))
     ignored = options.names("modules_to_not_convert", "ignored_layers")
-    # How activations are rounded: they are not, here. Names of modules that are quantized: the tensors tell.
+    # This worker does not round activations, and the tensors show which modules are quantized.
     harmless = ("activation_scheme", "activation_scale_ub", "dequantize", "modules_to_convert", "kv_cache_scheme")
     options.refuse_others(harmless)
     return FP8Format(block), ignored

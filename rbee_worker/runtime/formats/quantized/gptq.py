@@ -1,10 +1,11 @@
-"""GPTQ and AWQ: integers packed into words of 32 bits, a scale and a zero point for each group of inputs.
+"""GPTQ and AWQ: integers packed into words of 32 bits, with a scale and a zero point for each group of inputs.
 
-GPTQ packs along the inputs (``qweight`` int32 [inputs * bits / 32, outputs]); its first version stores every zero point
-less one. ``g_idx`` names each input's group; with ``desc_act`` the groups are not side by side. AWQ's ``gemm`` layout
-packs eight outputs into a word, in the order 0, 2, 4, 6, 1, 3, 5, 7. In both ``scales`` is [groups, outputs], and
-``qzeros`` is packed along the outputs. Layouts: https://github.com/AutoGPTQ/AutoGPTQ (``qlinear_cuda_old.py``),
-https://github.com/casper-hansen/AutoAWQ (``awq/utils/packing_utils.py``).
+GPTQ packs along the inputs: ``qweight`` is int32 [inputs * bits / 32, outputs]. Its first version stores every zero
+point minus one. ``g_idx`` names the group of each input; with ``desc_act`` the inputs of a group are not neighbors.
+AWQ's ``gemm`` layout packs eight outputs into a word, in the order 0, 2, 4, 6, 1, 3, 5, 7. In both, ``scales`` is
+[groups, outputs], and ``qzeros`` is packed along the outputs.
+Layouts: https://github.com/AutoGPTQ/AutoGPTQ (``qlinear_cuda_old.py``), https://github.com/casper-hansen/AutoAWQ
+(``awq/utils/packing_utils.py``).
 """
 
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ _HARMLESS = frozenset(
         *("damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "dataset", "tokenizer", "mse"),
         *("model_seqlen", "batch_size", "pad_token_id", "act_group_aware", "hyb_act", "cache_block_outputs", "sym"),
         *("block_name_to_quantize", "modules_in_block_to_quantize", "module_name_preceding_first_block", "meta"),
-        # which programs run them
+        # for programs that run them
         *("backend", "use_exllama", "exllama_config", "disable_exllama", "use_cuda_fp16", "max_input_length"),
         *("model_name_or_path", "model_file_base_name", "do_fuse", "modules_to_fuse", "fuse_max_seq_len"),
-        # said by the tensors
+        # the tensors show it
         "lm_head",
     }
 )
@@ -33,9 +34,9 @@ class GPTQFormat:
 
     Attributes:
         bits: of a weight.
-        group: inputs that share a scale; -1: all.
-        ordered: whether the groups are named by ``g_idx`` alone.
-        zero_offset: of stored zero points.
+        group: inputs that share a scale; -1: all of a row.
+        ordered: whether ``g_idx`` is required (``desc_act``), because the inputs of a group are not neighbors.
+        zero_offset: added to stored zero points.
     """
 
     bits: int
@@ -76,7 +77,7 @@ class GPTQFormat:
 
 @dataclass(frozen=True, slots=True)
 class AWQFormat:
-    """Method ``awq``: ``group`` inputs share a scale; -1: all."""
+    """Method ``awq``. ``group``: inputs that share a scale; -1: all of a row."""
 
     group: int
 
@@ -104,10 +105,11 @@ class AWQFormat:
 
 
 def read_gptq(options: QuantizationReader) -> GPTQFormat:
-    """Options of ``gptq``.
+    """The format that the options of ``gptq`` describe.
 
     Raises:
-        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+        ModelUnsupported: an option that is not handled.
+        ModelMalformed: an option is missing or of the wrong type.
     """
     bits, group = options.bits("bits", (4, 8)), options.group_size("group_size")
     ordered = options.boolean("desc_act", default=False)
@@ -119,10 +121,11 @@ def read_gptq(options: QuantizationReader) -> GPTQFormat:
 
 
 def read_awq(options: QuantizationReader) -> tuple[AWQFormat, tuple[str, ...]]:
-    """Options of ``awq``, and the modules that are not quantized.
+    """The format that the options of ``awq`` describe, and the modules that are not quantized.
 
     Raises:
-        ModelUnsupported, ModelMalformed: an option is not handled, or wrong.
+        ModelUnsupported: an option that is not handled.
+        ModelMalformed: an option is missing or of the wrong type.
     """
     options.bits("bits" if options.has("bits") else "w_bit", (4,))
     group = options.group_size("group_size" if options.has("group_size") else "q_group_size")

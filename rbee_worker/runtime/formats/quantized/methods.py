@@ -1,6 +1,6 @@
-"""Which quantization a checkpoint has, and the checkpoint as the model sees it: true shapes, no formats.
+"""Finds the quantization method of a checkpoint, and gives its tensors the shapes that the model expects.
 
-Never imports torch: ``dequantize.py`` has the arithmetic.
+Does not import torch: the arithmetic is in ``dequantize.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,17 +31,19 @@ METHODS: Mapping[str, Read] = MappingProxyType(
         "bitsandbytes": read_bitsandbytes,
     }
 )
-"""By ``quant_method``."""
+"""Key: the value of ``quant_method``."""
 
 
 def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | None:
-    """The method that ``config.json`` names with its options, and the modules it leaves alone; None: not quantized.
+    """The quantization that ``config.json`` describes.
 
-    gpt-oss's own ``mxfp4`` is part of its family, and none here.
+    Returns:
+        The method with its options, and the modules that are not quantized. None: the checkpoint is not quantized, or
+        is gpt-oss in ``mxfp4``, which ``stacked_experts`` reads.
 
     Raises:
-        ModelUnsupported: another method, or an option that is not handled, by name.
-        ModelMalformed: an option of the wrong type.
+        ModelUnsupported: a method or an option that is not handled; the message names it.
+        ModelMalformed: an option is missing or of the wrong type.
     """
     options = quantization_section(reader)
     if options is None:
@@ -58,20 +60,20 @@ def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | 
 
 
 def present(checkpoint: Checkpoint, config: Mapping[str, Any], *, file: str = "config.json") -> tuple[Checkpoint, str]:
-    """A checkpoint with the true shapes of its tensors, and how they are stored.
+    """Replace the stored parts of each quantized matrix by one tensor with the shape that the model expects.
 
     Args:
         checkpoint: the tensors as the files have them.
         config: what ``config.json`` holds.
-        file: how messages name it.
+        file: the name of the config in messages.
 
     Returns:
-        The checkpoint, quantized modules as one :class:`QuantizedTensor` each; and for people ``BF16``,
-        or ``gptq 4-bit, groups of 128, dequantized``.
+        The checkpoint, each quantized matrix as one :class:`QuantizedTensor`; and the form of storage for people:
+        ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
 
     Raises:
-        ModelMalformed: an option of the quantization is of the wrong type, or tensors and options disagree.
-        ModelUnsupported: a method or an option that is not handled, by name.
+        ModelMalformed: an option is of the wrong type, or tensors and options disagree.
+        ModelUnsupported: a method or an option that is not handled; the message names it.
     """
     found = read_quantization(ConfigReader(config, file))
     if found is None:

@@ -1,4 +1,4 @@
-"""Strict reading of ``quantization_config``: an option that nobody has read may change what the weights are."""
+"""Strict reading of ``quantization_config``. An option that was not read is refused: it may change the weights."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ _KEYS: Final = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True, slots=True)
 class QuantizationReader(ConfigReader):
-    """The object, or one inside it."""
+    """``quantization_config``, or an object inside it. ``where``: its path in config.json, for messages."""
 
     where: str = "quantization_config"
 
     def one_of(self, key: str, default: str, allowed: Sequence[str]) -> str:
-        """A word, in small letters.
+        """A string, in lower case.
 
         Raises:
-            ModelUnsupported: it is none of those allowed.
-            ModelMalformed: it is no string.
+            ModelUnsupported: it is not among ``allowed``.
+            ModelMalformed: it is not a string.
         """
         value = self.text(key, default).lower()
         if value not in allowed:
@@ -29,28 +29,33 @@ class QuantizationReader(ConfigReader):
         return value
 
     def bits(self, key: str, allowed: Sequence[int]) -> int:
-        """A number of bits. Raises as :meth:`one_of` does."""
+        """A number of bits.
+
+        Raises:
+            ModelUnsupported: it is not among ``allowed``.
+            ModelMalformed: it is missing, or not a positive integer.
+        """
         value = self.integer(key)
         if value not in allowed:
             raise self.unsupported(key, value, f"Supported: {', '.join(map(str, allowed))}.")
         return value
 
     def group_size(self, key: str) -> int:
-        """Inputs that share a scale; -1: all of a row. Raises as :meth:`integer` does."""
+        """How many inputs share a scale; -1: all of a row. Raises as :meth:`integer` does."""
         if self.values.get(key) == -1:
             self.read.add(key)
             return -1
         return self.integer(key)
 
     def count(self, value: object, key: str) -> int:
-        """A positive integer inside the value of a key. Raises as :meth:`integer` does."""
+        """A positive integer that stands inside the list under ``key``. Raises as :meth:`integer` does."""
         return ConfigReader({key: value}, self.file).integer(key)
 
     def names(self, *keys: str) -> tuple[str, ...]:
-        """The strings of the lists under these keys, any of which may be missing.
+        """The strings of the lists under these keys. A key may be missing.
 
         Raises:
-            ModelMalformed: one is no list of strings.
+            ModelMalformed: a value is not a list of strings.
         """
         found: list[Any] = []
         for key in keys:
@@ -60,35 +65,35 @@ class QuantizationReader(ConfigReader):
         return tuple(found)
 
     def inside(self, key: str) -> "QuantizationReader | None":
-        """An object inside this one; None where it is null, empty or missing."""
+        """An object inside this one; None where it is null, empty or missing. Raises as :meth:`section` does."""
         section = self.section(key)
         return None if section is None else QuantizationReader(section.values, self.file, where=f"{self.where}.{key}")
 
     def refuse_others(self, harmless: Collection[str] = ()) -> None:
-        """Refuse options that were not read, unless they are harmless or off.
+        """Refuse options that were not read, unless they are harmless or their value is false, null, 0 or empty.
 
         Raises:
-            ModelUnsupported: naming the option.
+            ModelUnsupported: there is such an option; the message names it.
         """
         for key, value in self.values.items():
             if value and key not in self.read and key not in harmless:
                 raise self.unsupported(key, value, "It may change what the weights are, so the model is not run.")
 
     def unsupported(self, key: str, value: object, hint: str) -> ModelUnsupported:
-        """An error about an option's value."""
+        """Make an error about an option's value."""
         return ModelUnsupported(
             f"{self.file}: {self.where}.{key} is {value!r:.80}, which this worker does not read.", hint=hint
         )
 
 
 def quantization_section(config: ConfigReader) -> QuantizationReader | None:
-    """The object of ``config.json`` that says how the checkpoint is quantized; None: it is not.
+    """The object of ``config.json`` that says how the checkpoint is quantized; None: the checkpoint is not quantized.
 
-    compressed-tensors once wrote ``compression_config``, everyone else writes ``quantization_config``; where both
-    stand, the former goes before.
+    Its key is ``quantization_config``. compressed-tensors once wrote ``compression_config``, which is used where
+    config.json has both.
 
     Raises:
-        ModelMalformed: one of them is no object.
+        ModelMalformed: one of them is not an object.
     """
     found = None
     for key in _KEYS:

@@ -1,8 +1,8 @@
-"""Quantized tensors seen as plain ones: a module's stored parts become one ``weight`` of its true shape.
+"""Quantized tensors presented as plain ones: a module's stored parts become one ``weight``.
 
-A checkpoint that GPTQ, AWQ, compressed-tensors or bitsandbytes has quantized holds several tensors for each matrix:
-packed values, scales, zero points. Here they are gathered under the name and shape that the model knows, and checked
-against each other, from headers alone; ``dequantize.py`` computes the values while they are read.
+A quantized checkpoint holds several tensors for each matrix: packed values, scales, zero points. This module replaces
+them by one tensor with the name and shape that the model expects, and checks them against each other. It needs only
+the headers. ``dequantize.py`` computes the values while they are read.
 """
 
 import re
@@ -26,21 +26,25 @@ Packing = Literal["plain", "rows", "columns", "awq"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grouped:
-    """``(value - zero) * scale``, a scale for each block of weights; parts ``weight``, ``scale``, ``zero``, ``order``.
+    """``(value - zero) * scale / divisor``, with one scale for each block of weights.
+
+    Parts are ``weight`` and ``scale``; where there are zero points, ``zero``; where each input's group is stored,
+    ``order``; where the file repeats the shape, ``shape``.
 
     Attributes:
-        what: the format, for people.
-        packing: ``plain``: [outputs, inputs], an element each. ``rows``: int32 [outputs, inputs * bits / 32], values of
-            a row side by side in a word, the lowest bits first. ``columns``: int32 [inputs * bits / 32, outputs].
+        what: the name of the format, for people.
+        packing: ``plain``: [outputs, inputs], not packed. ``rows``: int32 [outputs, inputs * bits / 32], neighboring
+            inputs in a word, the lowest bits first. ``columns``: the same, int32 [inputs * bits / 32, outputs].
             ``awq``: int32 [inputs, outputs / 8], the outputs of a word in AWQ's order.
         bits: of a value.
-        centre: what values, and packed zero points, are stored with on top.
-        zeros: how zero points are packed, where there are any: ``rows`` along the outputs of [groups, outputs] (GPTQ),
-            ``columns`` along those of [outputs, groups] (compressed-tensors), ``plain`` as the scales are.
-        zero_offset: added to a stored zero point, within its bits: 1 in GPTQ's first version.
-        block: outputs and inputs that share a scale.
-        transposed: scales are [groups, outputs] instead of [outputs, groups].
-        divisor: of the scales.
+        centre: subtracted from stored values, and from zero points where ``zeros`` is ``columns``.
+        zeros: how zero points are stored, where there are any. ``plain``: as the scales. ``rows``: [groups, outputs],
+            packed along the outputs (GPTQ); ``awq``: the same in AWQ's order. ``columns``: [outputs, groups], packed
+            along the outputs (compressed-tensors).
+        zero_offset: added to a stored zero point, modulo 2**bits: 1 in GPTQ's first version.
+        block: how many outputs and inputs share a scale.
+        transposed: whether scales are stored as [groups, outputs] instead of [outputs, groups].
+        divisor: the stored scales are divided by it.
     """
 
     what: str
@@ -56,10 +60,16 @@ class Grouped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codebook:
-    """``map[value] * absmax``, values of 4 bits, the first in the upper half of a byte, in blocks along the rows.
+    """``map[value] * absmax``: values of 4 bits, the first in the upper half of a byte, in blocks along the rows.
 
-    Parts are ``weight``, ``absmax``, ``map``, and where absmax itself is quantized, ``nested_absmax`` and
-    ``nested_map``: ``absmax = nested_map[value] * nested_absmax + offset``.
+    Parts are ``weight``, ``absmax`` and ``map``. Where absmax is quantized too, ``nested_absmax`` and ``nested_map``
+    are added: ``absmax = nested_map[value] * nested_absmax + nested_offset``.
+
+    Attributes:
+        what: the name of the format, for people.
+        block: values that share an absmax.
+        nested_block: values of absmax that share a nested_absmax; 0: absmax is not quantized.
+        nested_offset: see above.
     """
 
     what: str
@@ -73,12 +83,14 @@ Scheme = Grouped | Codebook
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedTensor(TensorInfo):
-    """A matrix that is stored in parts. ``dtype`` and ``offset`` are the packed values', ``nbytes`` of all parts.
+    """A matrix that is stored in parts.
+
+    ``dtype``, ``file`` and ``offset`` are those of the packed values; ``nbytes`` counts all parts.
 
     Attributes:
-        scheme: what the values are.
+        scheme: how the values are computed.
         parts: the stored tensors by their role in the scheme.
-        outputs: rows of the whole matrix; ``shape`` has fewer where this is a range of them.
+        outputs: rows of the whole matrix. ``shape`` has fewer where this tensor is a range of rows.
         first: the first row of the range.
     """
 
@@ -88,21 +100,21 @@ class QuantizedTensor(TensorInfo):
     first: int = 0
 
     def rows(self, begin: int, end: int) -> "QuantizedTensor":
-        """Rows ``begin`` to ``end``, as a tensor of their own."""
+        """Rows ``begin`` to ``end`` of this tensor, ``end`` not included, as a tensor of their own."""
         nbytes = self.nbytes * (end - begin) // self.shape[0]
         return replace(self, shape=(end - begin, self.shape[1]), nbytes=nbytes, first=self.first + begin)
 
 
 def files_of(info: TensorInfo) -> Iterable[Path]:
-    """The files that hold a tensor, or the parts of one."""
+    """The files that hold a tensor or its parts."""
     return (part.file for part in info.parts.values()) if isinstance(info, QuantizedTensor) else (info.file,)
 
 
 def is_idle_bias(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is a quantized module's bias of nothing but zeros: AutoGPTQ gives one to every module.
+    """Whether a tensor is the bias of a quantized module and all its bytes are zero. AutoGPTQ gives every module one.
 
     Raises:
-        ModelMalformed: it cannot be read.
+        ModelMalformed: the bias cannot be read, or is too large.
     """
     info = checkpoint.tensors[name]
     module, _, part = name.rpartition(".")
@@ -115,7 +127,7 @@ def read_now(info: TensorInfo, *, limit: int) -> bytes:
     """The bytes of a small tensor.
 
     Raises:
-        ModelMalformed: it is not small, or cannot be read.
+        ModelMalformed: it has more than ``limit`` bytes, or cannot be read.
     """
     where = f"{info.file.name}: tensor {quoted(info.name)}"
     if info.nbytes > limit:
@@ -141,7 +153,10 @@ class Format(Protocol):
 
 
 class Stored:
-    """The tensors of a checkpoint, while a format gathers its own among them."""
+    """The tensors of a checkpoint, while a format replaces the parts of quantized matrices.
+
+    ``ignored`` lists the modules that are not quantized, as :func:`names` takes them.
+    """
 
     def __init__(self, checkpoint: Checkpoint, ignored: Sequence[str] = ()) -> None:
         self._tensors = dict(checkpoint.tensors)
@@ -149,10 +164,10 @@ class Stored:
         self._ignored = ignored
 
     def modules(self, part: str, dtypes: Sequence[str] | None = None) -> list[str]:
-        """Names of the modules that have such a part (of one of these dtypes).
+        """Names of the modules that have a part of this name, and of one of ``dtypes`` where they are given.
 
         Raises:
-            ModelMalformed: of a module that the config says is not quantized.
+            ModelMalformed: the config says that one of the modules is not quantized.
         """
         found = [
             name.removesuffix(f".{part}")
@@ -168,7 +183,7 @@ class Stored:
         return found
 
     def has(self, module: str, part: str) -> bool:
-        """Whether a module has such a part."""
+        """Whether a module has a part of this name."""
         return f"{module}.{part}" in self._tensors
 
     def take(
@@ -179,17 +194,17 @@ class Stored:
         *shapes: tuple[int, ...],
         check: Callable[[tuple[int, ...]], bool] | None = None,
     ) -> TensorInfo:
-        """A part, which no other may claim.
+        """Remove a part and return it.
 
         Args:
-            module: its module.
-            part: its name in there.
-            dtypes: that it may have; None: any.
-            shapes: that it may have; none: any that ``check`` passes.
-            check: whether a shape will do.
+            module: the name of its module.
+            part: its name inside the module.
+            dtypes: the dtypes that it may have; None: any.
+            shapes: the shapes that it may have; none: any.
+            check: whether a shape is allowed.
 
         Raises:
-            ModelMalformed: it is missing, or has another dtype or shape.
+            ModelMalformed: the part is missing, or has another dtype or shape.
         """
         name = f"{module}.{part}"
         info = self._tensors.get(name)
@@ -208,15 +223,15 @@ class Stored:
         return self._tensors.pop(name)
 
     def drop(self, *parts: str) -> None:
-        """Forget tensors that concern activations only, which are not quantized here."""
+        """Remove parts of these names from all modules. Used for the scales of activations, which are not quantized."""
         for name in [name for name in self._tensors if name.endswith(tuple(f".{part}" for part in parts))]:
             del self._tensors[name]
 
     def put(self, module: str, shape: tuple[int, int], scheme: Scheme, parts: Mapping[str, TensorInfo]) -> None:
-        """Add a module's weight of ``shape``, outputs first.
+        """Add a module's weight of ``shape`` [outputs, inputs].
 
         Raises:
-            ModelMalformed: it is there already, or empty.
+            ModelMalformed: the module has a weight already, or the weight is empty.
         """
         name, packed = f"{module}.weight", parts["weight"]
         if name in self._tensors:
@@ -236,12 +251,12 @@ class Stored:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """What is there now."""
+        """The tensors as they are now."""
         return Checkpoint(MappingProxyType(self._tensors), self._files)
 
     @staticmethod
     def malformed(info: TensorInfo, problem: str) -> ModelMalformed:
-        """An error about a stored tensor."""
+        """Make an error about a stored tensor."""
         return ModelMalformed(
             f"{info.file.name}: tensor {quoted(info.name)} {problem}.",
             hint="Does config.json belong to this checkpoint?",
@@ -252,12 +267,16 @@ class Stored:
 
 
 def names(pattern: str, module: str) -> bool:
-    """Whether an entry of a list means this module: its path, whole components of it, or ``re:`` and an expression."""
+    """Whether an entry of a list means this module.
+
+    ``pattern``: the module's path, whole components of the path, or ``re:`` and a regular expression that matches at
+    the path's beginning.
+    """
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), module) is not None
     return f".{pattern}." in f".{module}."
 
 
 def groups_of(size: int) -> str:
-    """A group size for people."""
+    """A group size in words, for people."""
     return f"groups of {size}" if size > 0 else "one group a row"
