@@ -1,5 +1,6 @@
-"""What a model is, as its ``config.json`` says; no torch.
+"""What a model is, read from its ``config.json``. Nothing here imports torch.
 
-Read ``config`` first: all that the decoder needs to know. Then ``table`` (the families and what each calls its
-weights), ``readers`` (how each differs from Llama), ``rope``, and ``roles`` (names and shapes of a layer's tensors).
+Read ``config`` first: it holds all that the decoder needs to know. Then ``table`` (the families and the names of their
+weights), ``readers`` (how each family differs from Llama), ``rope``, and ``roles`` (names and shapes of a layer's
+tensors).
 """

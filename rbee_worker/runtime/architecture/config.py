@@ -1,4 +1,4 @@
-"""ModelConfig: what the decoder needs to know of a model. ``table.py`` reads it from a ``config.json``."""
+"""ModelConfig: what the decoder needs to know about a model. ``table.py`` reads it from a ``config.json``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +21,10 @@ class RopeScaling:
     Attributes:
         kind: how positions or frequencies are scaled; ``model/rope.py`` has the formulas.
         theta: base of the frequencies.
-        factor, low_freq_factor, high_freq_factor, beta_fast, beta_slow, truncate, short_factor, long_factor: as the
-            config names them.
-        original_max_positions: the context before scaling.
-        attention_factor: of cosines and sines.
+        factor, low_freq_factor, high_freq_factor, beta_fast, beta_slow, truncate, short_factor, long_factor: the config
+            keys of the same names.
+        original_max_positions: the context before scaling, in tokens.
+        attention_factor: cosines and sines are multiplied by it.
     """
 
     kind: RopeKind = "default"
@@ -43,11 +43,11 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTraits:
-    """What one layer may have differently from its neighbours.
+    """What may differ from layer to layer.
 
     Attributes:
-        window: a query sees this many positions, its own included; None: all before it.
-        rope: which rotary embedding: the model's, its local one (Gemma 3), or none (SmolLM3).
+        window: how many positions a query sees, its own included; None: all positions up to its own.
+        rope: which rotary embedding: ``rope`` of the model, its ``local_rope`` (Gemma 3), or none (SmolLM3).
         experts: whether the MLP is a mixture of experts.
     """
 
@@ -61,13 +61,14 @@ class ExpertsConfig:
     """A mixture of experts.
 
     Attributes:
-        count, active: experts in a layer, and how many of them a token goes through.
+        count: experts in a layer.
+        active: how many experts each token goes through.
         intermediate_size: of one expert.
-        renormalise: whether the weights of the chosen ones are made to sum to one.
+        renormalise: whether the weights of a token's experts are scaled to sum to one.
         bias: whether the router and the experts' matrices have biases.
         clamp: gpt-oss's limit on gate and up (``swiglu_limit``); None: the plain gated activation.
         alpha: of the clamped activation (``swiglu_alpha``).
-        mxfp4: stored in four bits, in blocks of 32 with a shared exponent.
+        mxfp4: whether the experts are stored in MXFP4.
     """
 
     count: int
@@ -82,23 +83,28 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shapes and constants of a decoder; the defaults are Llama's. Sizes are counts.
+    """Shapes and constants of a decoder. The defaults are Llama's.
 
     Attributes:
-        norm_eps: added to the mean square, or to the variance.
-        attention_bias, output_bias, mlp_bias: biases of q, k and v; of o; of gate, up and down.
-        layers: one for each of ``num_hidden_layers``; filled in when left empty.
-        norm: ``rms``, ``rms-offset`` (Gemma: stored weights are added to one) or ``layer``.
+        max_position_embeddings: the trained context, in tokens.
+        norm_eps: added to the mean square (RMS norm) or to the variance (layer norm).
+        rotary_dim: how many dimensions of a head are rotated.
+        layers: one for each of ``num_hidden_layers``.
+        attention_bias, output_bias, mlp_bias: whether there are biases on q, k and v; on o; on gate, up and down.
+        norm: ``rms``, ``rms-offset`` (Gemma: the weight is one plus the stored weight) or ``layer``.
         norm_bias: whether layer norms have biases.
-        norm_placement: norms before attention and MLP, after them, both, or one norm before the two side by side.
-        query_key_norm: of queries and keys: one weight for all heads, one tensor with each head's, each head's in a
-            tensor of its own, or one norm over all heads together.
-        rotary_dim: how many of a head's dimensions are rotated; ``rope_interleaved``: in pairs of neighbours, not of
-            halves.
-        attention_scale: of the scores; None: ``head_dim ** -0.5``.
-        attention_softcap, final_softcap: ``cap * tanh(x / cap)`` on scores and logits.
-        attention_sinks: each head has a score that takes its share of the softmax and gives nothing.
-        embedding_multiplier, residual_multiplier, logit_multiplier: of embeddings, branches and logits.
+        norm_placement: norms ``before`` attention and MLP, ``after`` them, ``both``; or ``shared``: one norm before
+            attention and MLP, which run in parallel.
+        query_key_norm: the norm on queries and keys. ``head``: on each head, with one weight for all. ``heads``: on
+            each head, the weights of all heads in one tensor. ``listed``: on each head, a tensor for each head's
+            weight. ``width``: one norm over all heads together.
+        local_rope: the rotary embedding of layers with ``rope="local"``.
+        rope_interleaved: whether neighboring dimensions are rotated together, instead of the two halves of a head.
+        attention_scale: scores are multiplied by it; None: ``head_dim ** -0.5``.
+        attention_softcap, final_softcap: ``cap * tanh(x / cap)`` on scores and on logits.
+        attention_sinks: whether each head has one more score, which takes part in the softmax but has no value.
+        embedding_multiplier, residual_multiplier, logit_multiplier: embeddings, the outputs of attention and MLP, and
+            logits are multiplied by these.
     """
 
     architecture: str
@@ -136,7 +142,7 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Positions that the model can be run with: what it was trained for, or what its rotary scaling reaches."""
+        """The longest context that the model can run with, in tokens: as trained, or as its rotary scaling allows."""
         if self.rope.kind == "dynamic":
             return int(self.max_position_embeddings * self.rope.factor)
         if self.rope.kind == "yarn":
@@ -145,14 +151,14 @@ class ModelConfig:
 
     @property
     def default_context(self) -> int:
-        """The longest context of one setting of its frequencies: dynamic scaling stretches them only when asked to."""
+        """The context when none is asked for, in tokens. Dynamic scaling is used only beyond it."""
         return self.max_position_embeddings if self.rope.kind == "dynamic" else self.longest_context
 
     def context(self, asked: int | None) -> int:
-        """The context to serve, in tokens: what was asked for, else all that the model has.
+        """The context to serve, in tokens: ``asked``, else the default.
 
         Raises:
-            InvalidRequest: more than the model has.
+            InvalidRequest: ``asked`` is more than :attr:`longest_context`.
         """
         longest = self.longest_context
         if asked is not None and asked > longest:
@@ -163,5 +169,8 @@ class ModelConfig:
         return asked or self.default_context
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that one cached position takes: keys and values of every layer."""
+        """Bytes that one token takes in the KV cache: keys and values of every layer.
+
+        ``itemsize``: bytes of one element of the cache.
+        """
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize

@@ -1,7 +1,8 @@
-"""What ``config.json`` says of each family, as fields of :class:`ModelConfig` that differ from Llama's.
+"""For each family, a function that reads from ``config.json`` how the model differs from Llama.
 
-A reader is called with the config and the sizes that all families share. It reads every key that its family knows, with
-the defaults that transformers gives them; what it leaves unread is refused where it may matter.
+A reader gets the config and the number of layers, and returns fields of :class:`ModelConfig`. It reads every key that
+its family knows, with the defaults of transformers. A key that it does not read is refused if it may change what the
+model computes.
 """
 
 import math
@@ -19,13 +20,13 @@ Traits = dict[str, Any]
 
 
 def llama(config: ConfigReader, layers: int) -> Traits:  # noqa: ARG001 (every reader is called the same way)
-    """Llama 2 and 3, and what was published in their form; Granite, OLMo 2 and SmolLM3 begin like it."""
+    """Llama 2 and 3, and models of the same form. Readers of similar families call it too."""
     bias = config.boolean("attention_bias", default=False)
     return {"attention_bias": bias, "output_bias": bias, "mlp_bias": config.boolean("mlp_bias", default=False)}
 
 
 def mistral(config: ConfigReader, layers: int) -> Traits:
-    """Mistral: every layer has the window, if there is one; configs without the key mean 4096."""
+    """Mistral: every layer has the window, if there is one. A config without ``sliding_window`` means 4096."""
     return {"layers": windowed(config, [True] * layers)}
 
 
@@ -40,7 +41,7 @@ def mixtral(config: ConfigReader, layers: int) -> Traits:
 
 
 def qwen2(config: ConfigReader, layers: int) -> Traits:
-    """Qwen 2 and 2.5: biases on q, k and v; windows from a layer on, where they are used at all."""
+    """Qwen 2 and 2.5: biases on q, k and v; windows, where they are used, from layer ``max_window_layers`` on."""
     return {"attention_bias": True, "layers": _qwen_layers(config, layers)}
 
 
@@ -66,7 +67,7 @@ def qwen3_moe(config: ConfigReader, layers: int) -> Traits:
         intermediate_size=config.integer("moe_intermediate_size", 768),
         renormalise=config.boolean("norm_topk_prob", default=False),
     )
-    config.has("max_window_layers")  # transformers has no such thing for this family
+    config.has("max_window_layers")  # transformers ignores it for this family
     windows = [config.boolean("use_sliding_window", default=False)] * layers
     bias = config.boolean("attention_bias", default=False)
     return {
@@ -84,7 +85,7 @@ def phi3(config: ConfigReader, layers: int) -> Traits:
 
 
 def smollm3(config: ConfigReader, layers: int) -> Traits:
-    """SmolLM3: every fourth layer knows no positions."""
+    """SmolLM3: every fourth layer has no rotary embedding."""
     interval = config.integer("no_rope_layer_interval", 4)
     if config.has("no_rope_layers"):
         rotated = [bool(value) for value in config.items("no_rope_layers", layers)]
@@ -106,7 +107,7 @@ def gemma2(config: ConfigReader, layers: int) -> Traits:
 
 
 def gemma3(config: ConfigReader, layers: int) -> Traits:
-    """Gemma 3, text: layers with windows have rotary parameters of their own; norms on queries and keys."""
+    """Gemma 3 for text: layers with windows have their own rotary parameters; norms on queries and keys."""
     pattern = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
     windows = kinds(config, layers, [(index + 1) % pattern != 0 for index in range(layers)])
     kinds_of_rope = config.section("rope_parameters")
@@ -126,7 +127,7 @@ def gemma3(config: ConfigReader, layers: int) -> Traits:
 
 
 def olmo2(config: ConfigReader, layers: int) -> Traits:
-    """OLMo 2: norms behind attention and MLP only, and one over all queries and one over all keys."""
+    """OLMo 2: norms only after attention and MLP; one norm over all queries, and one over all keys."""
     return llama(config, layers) | {"norm_placement": "after", "query_key_norm": "width"}
 
 
@@ -141,7 +142,7 @@ def granite(config: ConfigReader, layers: int) -> Traits:
 
 
 def stablelm(config: ConfigReader, layers: int) -> Traits:  # noqa: ARG001
-    """StableLM: layer norms with biases; attention and MLP one after the other, or side by side behind one norm."""
+    """StableLM: layer norms with biases; attention and MLP in sequence, or in parallel after one norm."""
     side_by_side = config.boolean("use_parallel_residual", default=False)
     return {
         "attention_bias": config.boolean("use_qkv_bias", default=False),
@@ -153,7 +154,7 @@ def stablelm(config: ConfigReader, layers: int) -> Traits:  # noqa: ARG001
 
 
 def cohere(config: ConfigReader, layers: int) -> Traits:
-    """Command-R: attention and MLP side by side, layer norms without biases, neighbouring dimensions rotated."""
+    """Command-R: attention and MLP in parallel, layer norms without biases, neighboring dimensions rotated together."""
     return llama(config, layers) | {
         "norm": "layer",
         "norm_placement": "shared",
@@ -164,7 +165,7 @@ def cohere(config: ConfigReader, layers: int) -> Traits:
 
 
 def cohere2(config: ConfigReader, layers: int) -> Traits:
-    """Command-R7B and Command-A: three layers with windows and positions, then one that has neither."""
+    """Command-R7B and Command-A: three layers with windows and rotary embedding, then one with neither."""
     pattern = config.integer("sliding_window_pattern", 4)
     windows = kinds(config, layers, [(index + 1) % pattern != 0 for index in range(layers)])
     if config.text("position_embedding_type", "rope_gptj") != "rope_gptj":
@@ -198,10 +199,11 @@ def gpt_oss(config: ConfigReader, layers: int) -> Traits:
 
 
 def kinds(config: ConfigReader, layers: int, default: Sequence[bool]) -> list[bool]:
-    """Which layers have windows: ``layer_types`` where it is there.
+    """For each layer, whether it has a window: from ``layer_types``, or ``default`` where the config lacks it.
 
     Raises:
-        ModelUnsupported: a kind of layer that is not known.
+        ModelUnsupported: ``layer_types`` names a kind of layer that is not known.
+        ModelMalformed: ``layer_types`` is not a list with one entry for each layer.
     """
     if not config.has("layer_types"):
         return list(default)
@@ -218,7 +220,14 @@ def windowed(
     rotated: Sequence[bool] | None = None,
     experts: Sequence[bool] | None = None,
 ) -> tuple[LayerTraits, ...]:
-    """Layers of which some have the window (``sliding_window``; none has where it is null), positions or experts."""
+    """Make the layers.
+
+    Args:
+        config: its ``sliding_window`` is the window; where it is null, no layer has one.
+        windows: for each layer, whether it has the window.
+        rotated: for each layer, whether it has rotary embedding; None: all have.
+        experts: for each layer, whether its MLP is a mixture of experts; None: none is.
+    """
     window = config.optional_integer("sliding_window")
     return tuple(
         LayerTraits(
@@ -231,7 +240,7 @@ def windowed(
 
 
 def checked(config: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
-    """The mixture, if a token can go through so many.
+    """``experts``, if there are as many as a token goes through.
 
     Raises:
         ModelMalformed: there are fewer.
@@ -242,7 +251,7 @@ def checked(config: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
 
 
 def _either(config: ConfigReader, name: str, other: str) -> int:
-    """How many experts there are, by one name or the other."""
+    """The number of experts, under key ``name`` or, without that, ``other``."""
     count = config.integer(other, 128, most=MAX_COUNT)
     return config.integer(name, count, most=MAX_COUNT)
 
@@ -257,7 +266,7 @@ def _qwen_layers(config: ConfigReader, layers: int) -> tuple[LayerTraits, ...]:
 
 def _gemma(config: ConfigReader) -> Traits:
     """What Gemma 2 and 3 share."""
-    config.has("hidden_act")  # older files name both; hidden_activation is the one
+    config.has("hidden_act")  # older files have both; hidden_activation is the one that counts
     bias = config.boolean("attention_bias", default=False)
     return {
         "attention_bias": bias,

@@ -1,4 +1,4 @@
-"""The tensors of a layer by role: how they are shaped, what they are called, how many weights they are.
+"""The tensors of a layer by role: their shapes, their names, and how many weights they have.
 
 A role is a path such as ``q.weight``, ``attention_norm.bias`` or ``experts.7.down.weight``.
 """
@@ -14,11 +14,10 @@ from rbee_worker.runtime.architecture.table import ARCHITECTURES, Architecture
 Shape = tuple[int, ...]
 
 _BLOCK = 32
-"""Values of an MXFP4 tensor that share an exponent; two of them take a byte."""
+"""Values of an MXFP4 tensor that share an exponent. A byte holds two values."""
 
 LINEAR = frozenset({"qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"})
-"""Roles of the matrices that activations are multiplied with, which are held in a form of
-``model/linear/linear.py``."""
+"""Roles of the matrices of linear layers. They are kept in memory in one of the forms of ``model/linear/linear.py``."""
 
 _NORMS: Mapping[str, tuple[str, ...]] = {
     "before": ("attention_norm", "mlp_norm"),
@@ -29,7 +28,7 @@ _NORMS: Mapping[str, tuple[str, ...]] = {
 
 
 def of_linear(role: str) -> bool:
-    """Whether a role is a linear layer's matrix or bias; the rest (norms, routers, sinks) is small, held as it is."""
+    """Whether a role is a matrix or bias of a linear layer. Other roles (norms, routers, sinks) are kept as stored."""
     return role.startswith("experts.") or role.rpartition(".")[0].rpartition(".")[2] in LINEAR
 
 
@@ -39,7 +38,7 @@ def is_matrix(role: str) -> bool:
 
 
 def tensor_name(architecture: Architecture, index: int, role: str) -> str:
-    """What the tensor of a role in layer ``index`` is called."""
+    """The name, in the checkpoint, of the tensor with this role in layer ``index``."""
     stem, dot, suffix = role.rpartition(".")
     if suffix not in {"weight", "bias"}:
         stem, dot, suffix = role, "", ""
@@ -49,7 +48,7 @@ def tensor_name(architecture: Architecture, index: int, role: str) -> str:
 
 
 def layer_shapes(config: ModelConfig, index: int = 0) -> dict[str, Shape]:
-    """Role -> shape of every tensor in a layer; a mixture's matrices expert by expert."""
+    """Role -> shape of every tensor in layer ``index``. Each expert's matrices have roles of their own."""
     shapes: dict[str, Shape] = {}
     for role in _NORMS[config.norm_placement]:
         shapes[f"{role}.weight"] = (config.hidden_size,)
@@ -66,7 +65,7 @@ def layer_shapes(config: ModelConfig, index: int = 0) -> dict[str, Shape]:
 
 
 def stored_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
-    """As :func:`layer_shapes`, but as the checkpoint has them: experts may be in one tensor for the whole layer."""
+    """As :func:`layer_shapes`, but for the tensors of the checkpoint: one tensor may hold all experts of the layer."""
     shapes = layer_shapes(config, index)
     experts = config.experts if config.layers[index].experts else None
     if experts is None or "experts.gate_up" not in ARCHITECTURES[config.architecture].layer:
@@ -76,12 +75,12 @@ def stored_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
 
 
 def kinds_of_layers(config: ModelConfig) -> list[tuple[int, int]]:
-    """Of each kind of layer, one that is of it, and how many are."""
+    """For each kind of layer: the index of the first layer of that kind, and how many layers are of it."""
     return [(config.layers.index(kind), count) for kind, count in Counter(config.layers).items()]
 
 
 def parameters(config: ModelConfig, *, active: bool = False) -> int:
-    """Weights of the model, tied ones counted once; ``active``: those that one token goes through."""
+    """How many weights the model has; tied ones count once. ``active``: only those that one token goes through."""
     tables = 1 if config.tie_word_embeddings else 2
     total = tables * config.vocab_size * config.hidden_size + config.hidden_size * (1 + config.norm_bias)
     for index, count in kinds_of_layers(config):
@@ -148,7 +147,7 @@ def _experts(config: ModelConfig, experts: ExpertsConfig) -> dict[str, Shape]:
 
 
 def _stacked_shapes(config: ExpertsConfig, hidden_size: int) -> dict[str, Shape]:
-    """Role -> shape of a layer's expert tensors that hold all experts, as they are stored."""
+    """Role -> shape of the stored tensors that each hold all experts of a layer."""
     count, inner = config.count, config.intermediate_size
     shapes: dict[str, Shape] = {}
     for role, outputs, inputs in (("gate_up", 2 * inner, hidden_size), ("down", hidden_size, inner)):

@@ -1,4 +1,4 @@
-"""Rotary parameters from ``config.json``, in its old spelling (``rope_scaling``) and its new (``rope_parameters``)."""
+"""Reads rotary parameters from ``config.json``: from the older ``rope_scaling`` or the newer ``rope_parameters``."""
 
 import math
 
@@ -16,20 +16,20 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"
 def read_rope(
     config: ConfigReader, *, rotary_dim: int, theta: float, max_positions: int, local: bool = False
 ) -> RopeScaling:
-    """The model's rotary embedding.
+    """The rotary embedding of the model.
 
     Args:
         config: the whole config.
-        rotary_dim: dimensions of a head that are rotated.
-        theta: base when the config names none.
+        rotary_dim: how many dimensions of a head are rotated.
+        theta: the base of the frequencies where the config has none.
         max_positions: the config's ``max_position_embeddings``.
-        local: whether layers with windows have parameters of their own, which are read elsewhere.
+        local: whether layers with windows have their own parameters. Those are not read here.
 
     Raises:
         ModelMalformed, ModelUnsupported: as :func:`scaling`.
     """
     theta = config.number("rope_theta", theta)
-    # Phi-3 keeps it outside; a config that has it there means that one.
+    # Phi-3 has this key outside of rope_scaling. There it takes precedence.
     original = config.optional_integer("original_max_position_embeddings")
     given = _given(config, local=local)
     if given is None:
@@ -38,23 +38,29 @@ def read_rope(
 
 
 def _given(config: ConfigReader, *, local: bool) -> ConfigReader | None:
-    """The rotary parameters of the model, or those of its layers without windows where it names both."""
+    """The rotary parameters of the model; where layers with windows have their own, those of the other layers."""
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     given = new or old
     if given is None or GLOBAL not in given.values:
         return given
     if not local:
         raise ModelUnsupported(f"{config.file}: this family has one set of rotary parameters, not one for each layer.")
-    # Beside Gemma 3's two kinds, the old spelling still is that of the layers without windows.
+    # Where Gemma 3's config has rope_scaling too, it is for the layers without windows.
     return old or given.section(GLOBAL)
 
 
 def rotary_size(config: ConfigReader, head_dim: int, *, partial: bool, local: bool = False) -> int:
-    """How many of a head's dimensions are rotated (``partial_rotary_factor``, at either place).
+    """How many dimensions of a head are rotated: ``head_dim`` times ``partial_rotary_factor``.
+
+    Args:
+        config: has the factor itself, or among its rotary parameters.
+        head_dim: dimensions of a head.
+        partial: whether the family may rotate fewer than all.
+        local: as for :func:`read_rope`.
 
     Raises:
-        ModelUnsupported: fewer than all, in a family that always rotates all.
-        ModelMalformed: an odd number of them, none, or more than there are.
+        ModelUnsupported: the factor is not 1, and the family always rotates all.
+        ModelMalformed: the result is odd, zero, or more than ``head_dim``.
     """
     given = _given(config, local=local)
     factor = config.number("partial_rotary_factor", 1.0)
@@ -76,13 +82,20 @@ def scaling(
 ) -> RopeScaling:
     """One set of rotary parameters.
 
+    Args:
+        given: ``rope_scaling``, ``rope_parameters``, or one of the objects in it; empty: no scaling.
+        rotary_dim: how many dimensions of a head are rotated.
+        theta: the base of the frequencies where ``given`` has none.
+        max_positions: the config's ``max_position_embeddings``.
+        original: the config's ``original_max_position_embeddings``; it comes before that of ``given``.
+
     Raises:
         ModelUnsupported: a kind of scaling, or a parameter, that is not handled.
         ModelMalformed: a parameter is missing or wrong.
     """
     kind = given.text("rope_type", given.text("type", "default"))
     if kind in {"su", "yarn"} and given.has("short_factor"):
-        kind = "longrope"  # names that Phi-3 gave it first
+        kind = "longrope"  # older Phi-3 configs use these names for it
     theta = given.number("rope_theta", theta)
     given.has("partial_rotary_factor")
     if kind not in ROPE_KINDS:
@@ -95,7 +108,7 @@ def scaling(
         raise ModelMalformed(f"{given.file}: rotary parameters that divide by zero: {dict(given.values)!r:.200}.")
     if kind == "default":
         rope = RopeScaling(theta=theta)
-        given.has("factor")  # means nothing here
+        given.has("factor")  # has no meaning without scaling
     elif kind == "linear":
         rope = RopeScaling(kind="linear", theta=theta, factor=given.number("factor"))
     elif kind == "dynamic":
@@ -127,7 +140,11 @@ def _llama3(given: ConfigReader, theta: float, trained: int | None) -> RopeScali
 
 
 def _yarn(given: ConfigReader, theta: float, trained: int, max_positions: int) -> RopeScaling:
-    """The attention factor is ``0.1 ln(factor) + 1`` (arXiv:2309.00071), or a ratio of two such."""
+    """The default attention factor is ``0.1 ln(factor) + 1`` (arXiv:2309.00071).
+
+    With ``mscale`` and ``mscale_all_dim`` it is ``(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)``,
+    as in transformers.
+    """
     factor = given.number("factor", max_positions / trained)
     mscale, mscale_all = given.optional_number("mscale"), given.optional_number("mscale_all_dim")
     if mscale and mscale_all:
@@ -151,7 +168,7 @@ def _yarn_scale(factor: float, mscale: float) -> float:
 
 
 def _longrope(given: ConfigReader, theta: float, trained: int, max_positions: int, pairs: int) -> RopeScaling:
-    """The attention factor is ``sqrt(1 + ln(factor) / ln(trained))`` (arXiv:2402.13753)."""
+    """The default attention factor is ``sqrt(1 + ln(factor) / ln(trained))`` (arXiv:2402.13753)."""
     factor = given.number("factor", max_positions / trained)
     implied = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
     return RopeScaling(

@@ -1,7 +1,8 @@
-"""The table of model families: what each calls its weights, and how its ``config.json`` is read.
+"""The table of model families: the names of their weights, and how their ``config.json`` is read.
 
-A Llama-like family is one more entry in :data:`ARCHITECTURES`; the decoder in ``model/decoder.py`` asks for weights
-by role (``q``, ``gate``, ``mlp_norm``), and the entry says which tensor that is. docs/adding-a-model.md adds one.
+Each Llama-like family is an entry in :data:`ARCHITECTURES`. The decoder in ``model/decoder.py`` asks for weights by
+role (``q``, ``gate``, ``mlp_norm``), and the entry says which tensor that is. docs/adding-a-model.md shows how to add
+a family.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,14 +37,14 @@ class Architecture:
 
     Attributes:
         family: its name, for people.
-        layer: role -> name inside a layer, without ``.weight`` or ``.bias``; ``{}`` is the number in the role.
-        traits: reads what differs from Llama; see ``readers.py``.
-        defaults: values of config keys that are absent, where transformers has others than Llama's.
-        norm_eps, activation: the config keys of these.
-        partial_rotary: whether ``partial_rotary_factor`` means something to it.
+        layer: role -> name of the tensor inside a layer, without ``.weight`` or ``.bias``. ``{}`` stands for a number.
+        traits: reads how a model differs from Llama; see ``readers.py``.
+        defaults: values of absent config keys, where transformers' defaults are not Llama's.
+        norm_eps, activation: the names of the config keys that hold these.
+        partial_rotary: whether the family uses ``partial_rotary_factor``.
         embedding, norm, head: names of the tensors outside the layers.
-        layer_prefix: name of layer ``{}``, with its trailing dot.
-        ignored_suffixes: tensors that some checkpoints carry and nothing needs.
+        layer_prefix: what the names of a layer's tensors begin with; ``{}`` stands for its number.
+        ignored_suffixes: endings of the names of tensors that some checkpoints have and that are not needed.
     """
 
     family: str
@@ -57,7 +58,7 @@ class Architecture:
     norm: str = "model.norm"
     head: str = "lm_head.weight"
     layer_prefix: str = "model.layers.{}."
-    # Rotary frequencies that old exports stored; they are computed from the config.
+    # Older checkpoints store rotary frequencies. Here they are computed from the config.
     ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
@@ -231,7 +232,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def supported() -> tuple[str, ...]:
-    """Names of the architectures this worker runs, as ``config.json`` spells them."""
+    """Names of the supported architectures, as they stand in ``architectures`` of ``config.json``."""
     return tuple(ARCHITECTURES)
 
 
@@ -243,7 +244,7 @@ def parse_config(config: Mapping[str, Any], *, file: str) -> ModelConfig:
         file: its name, for messages.
 
     Raises:
-        ModelUnsupported: another architecture, or a key that changes the mathematics and is not handled.
+        ModelUnsupported: another architecture, or a key that is not handled and may change what the model computes.
         ModelMalformed: a key is missing, of the wrong type, or inconsistent with another.
     """
     name = _architecture_name(config, file)
@@ -268,7 +269,7 @@ def parse_config(config: Mapping[str, Any], *, file: str) -> ModelConfig:
         "layers": (LayerTraits(),) * layers,
     }
     values |= architecture.traits(reader, layers)
-    quantization_section(reader)  # what it says of the tensors is read with them
+    quantization_section(reader)  # marks the key as read; ``formats/quantized`` uses its content
     local = "local_rope" in values
     size = rotary_size(reader, head_dim, partial=architecture.partial_rotary, local=local)
     values["rotary_dim"] = size
@@ -290,7 +291,7 @@ def _architecture_name(config: Mapping[str, Any], file: str) -> str:
 
 
 def _heads(reader: ConfigReader, heads: int) -> tuple[int, int]:
-    """The size of a head, and how many have keys of their own."""
+    """The size of a head, and the number of heads of keys and values."""
     hidden, kv_heads = reader.integer("hidden_size"), reader.integer("num_key_value_heads", heads)
     if not reader.has("head_dim") and hidden % heads:
         raise ModelMalformed(f"{reader.file}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
