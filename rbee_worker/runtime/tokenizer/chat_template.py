@@ -1,7 +1,7 @@
-"""Chat templates: messages to prompt text, in a sandbox, as Hugging Face renders them.
+"""Chat templates: they turn messages into prompt text, as in Hugging Face's transformers.
 
-Templates come with the model and are not trusted: they run in jinja2's immutable sandbox and for a limited time, see
-only the values passed in, and any failure of theirs is the request's error, not the worker's.
+Templates come with the model and are not trusted. They run in jinja2's immutable sandbox, for a limited time, and see
+only the values passed in. A failure in a template is an error of the request, not of the worker.
 """
 
 import json
@@ -24,14 +24,14 @@ from rbee_worker.config import Message
 from rbee_worker.errors import InvalidRequest, ModelMalformed, sentence
 
 _SECONDS = 5.0
-"""How long a template may run; an honest one takes milliseconds."""
+"""How long a template may run. Usual templates take milliseconds."""
 
 _LONGEST_REPEAT = 2**20
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, with multiplication kept from making values of any size."""
+    """The sandbox, in which multiplication and powers cannot make very large values."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -47,7 +47,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError from Python code that this thread runs for longer; templates compile to Python."""
+    """Raise TimeoutError from code inside that runs for longer. It works because templates compile to Python."""
     ends, before = time.monotonic() + seconds, sys.gettrace()
 
     def trace(_frame: FrameType, _event: str, _argument: object) -> Any:
@@ -63,7 +63,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %}`` marks the assistant's text for training; for a prompt its body is all there is."""
+    """``{% generation %}`` marks the assistant's text for training. A prompt only needs its body."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -73,20 +73,21 @@ class _GenerationBlock(Extension):
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A model's compiled chat template, and its further ones.
 
     Args:
-        source: jinja2 text.
-        special_tokens: ``bos_token`` and its like, visible to the template by name.
-        named: further templates by name; ``tool_use`` renders conversations with tools, ``rag`` those with documents.
-        now: the clock that ``strftime_now`` reads.
+        source: text of the default template.
+        special_tokens: ``bos_token`` and the like -> text of the token. The template sees them as variables.
+        named: further templates by name. ``tool_use`` renders conversations with tools, ``rag`` those with documents;
+            others are ignored.
+        now: the clock for ``strftime_now``.
 
     Attributes:
         source: as given.
-        constants: the texts that occur as values in the templates, such as those that it looks for in messages.
+        constants: all strings that stand as constants in the templates, such as those that they look for in messages.
 
     Raises:
-        ModelMalformed: the text is no template.
+        ModelMalformed: a template cannot be compiled.
     """
 
     def __init__(
@@ -119,11 +120,11 @@ class ChatTemplate:
 
         Args:
             messages: the conversation so far.
-            variables: further values for the template, such as ``tools`` (JSON schemas) and ``documents``; one that is
-                called ``messages`` is passed over.
+            variables: further values for the template, such as ``tools`` (JSON schemas) and ``documents``. One with
+                the name ``messages`` is ignored.
 
         Raises:
-            InvalidRequest: the template refuses these messages, or fails on them.
+            InvalidRequest: the template refuses these messages, fails on them, or takes too long.
         """
         values: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         values |= {**self._special_tokens, **variables, "messages": [_with_reasoning(message) for message in messages]}
@@ -135,13 +136,13 @@ class ChatTemplate:
                 f"The model's chat template refuses these messages{_reason(refusal, messages)}."
             ) from None
         except Exception as error:
-            # Whatever untrusted template code can raise; its text may quote a message, so only its kind is told.
+            # A template can raise anything. The text may quote a message, so the answer names only the type.
             raise InvalidRequest(
                 f"The model's chat template fails on these messages: {type(error).__name__}."
             ) from error
 
     def _choose(self, values: Mapping[str, Any]) -> Template:
-        """The template for these values: as transformers chooses, with ``rag`` for documents as Cohere's own code."""
+        """The template for these values, chosen as in transformers; ``rag`` for documents, as in Cohere's code."""
         if values["tools"] is not None and "tool_use" in self._named:
             return self._named["tool_use"]
         if values["documents"] is not None and "rag" in self._named:
@@ -154,13 +155,13 @@ def _constants(environment: Environment, source: str) -> Iterator[nodes.Const]:
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:
-    """The message, its reasoning also under the name that gpt-oss's template reads."""
+    """The message, with its reasoning also under ``thinking``, the name that gpt-oss's template reads."""
     reasoning = message.get("reasoning_content")
     return dict(message) if reasoning is None else {"thinking": reasoning, **message}
 
 
 def _reason(refusal: Exception, messages: Sequence[Message]) -> str:
-    """What the template says, unless it may quote a message: no error repeats the text of a prompt."""
+    """The text of the refusal; empty where it may quote a message, because errors do not repeat prompts."""
     text = str(refusal).strip().rstrip(".")
     parts = [part for message in messages for part in message.values() if part not in _ROLES]
     quoted = any(part and str(part) in text for part in parts)
@@ -168,7 +169,7 @@ def _reason(refusal: Exception, messages: Sequence[Message]) -> str:
 
 
 class _Refusal(TemplateError):
-    """A template called ``raise_exception``."""
+    """The template called ``raise_exception``."""
 
 
 def _raise_exception(message: str) -> None:
@@ -182,5 +183,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own filter escapes for HTML; prompts must not be escaped."""
+    """jinja2's own filter escapes for HTML, which would change a prompt."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,9 +1,9 @@
-"""Token ids to bytes and text, at once or one by one.
+"""Token ids to bytes and text, all at once or one by one.
 
-A token of a byte-level or a SentencePiece vocabulary stands for the same bytes wherever it is, so a text is its tokens'
-bytes joined, and a stream needs no look back. Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a
-character (Unicode 16, section 3.9, as Python and Rust do), and spoil nothing around them. Other vocabularies are left
-to the tokenizers library.
+In a byte-level or SentencePiece vocabulary a token stands for the same bytes everywhere. So a text is the bytes of its
+tokens joined, and a stream does not need earlier tokens. Bytes that are not UTF-8 become U+FFFD, one for each maximal
+part of a character (Unicode 16, section 3.9, as in Python and Rust); the text around them is not changed. For other
+vocabularies the tokenizers library decodes.
 """
 
 import codecs
@@ -23,7 +23,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class TextStream(Protocol):
-    """Text of tokens that come one by one, whole characters at a time."""
+    """Turns tokens into text one by one. ``push`` and ``flush`` return only whole characters."""
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
@@ -34,9 +34,9 @@ class Spelling:
     """How a vocabulary writes bytes.
 
     Attributes:
-        alphabet: ``byte_level``: a character for each byte; ``pieces``: UTF-8 with another sign for the space.
-        byte_pieces: ``<0x0A>`` is the byte 10.
-        leading: what is dropped where a text begins: nothing, one ``space``, or the spaces of the first ``token``.
+        alphabet: ``byte_level``: a character for each byte. ``pieces``: plain text in which U+2581 stands for a space.
+        byte_pieces: whether a piece such as ``<0x0A>`` stands for one byte.
+        leading: what is removed where a text begins: nothing, one ``space``, or all spaces of the first ``token``.
     """
 
     alphabet: Literal["byte_level", "pieces"]
@@ -45,7 +45,7 @@ class Spelling:
 
 
 def read_spelling(backend: tokenizers.Tokenizer) -> Spelling | None:
-    """How a tokenizer's vocabulary writes bytes, by its decoder; None: in some other way."""
+    """How a tokenizer's vocabulary writes bytes, as its decoder tells. None: in another way."""
     if backend.decoder is None:
         return None
     state: Any = backend.decoder.__getstate__()
@@ -69,7 +69,7 @@ def read_spelling(backend: tokenizers.Tokenizer) -> Spelling | None:
 
 
 class Decoding:
-    """The way back from ids.
+    """Turns token ids into bytes and text.
 
     Attributes:
         spelling: how the vocabulary writes bytes; None: the tokenizers library decodes.
@@ -79,11 +79,11 @@ class Decoding:
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._special = frozenset(index for index, token in self._added.items() if token.special)
-        self._known: dict[int, bytes] = {}  # as they come: at most the vocabulary
+        self._known: dict[int, bytes] = {}  # filled when asked; at most the size of the vocabulary
         self.spelling = read_spelling(backend)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, special ones written out; none for an id that has no token."""
+        """The bytes of one token; those of its text for a special token. Empty for an id without a token."""
         data = self._known.get(token)
         if data is None:
             piece = self._backend.id_to_token(token)
@@ -100,7 +100,11 @@ class Decoding:
         return piece.replace(_SPACE, " ").encode()
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
-        """The text of tokens."""
+        """The text of tokens.
+
+        Raises:
+            InferenceError: the tokenizers library panics.
+        """
         if self.spelling is None:
             return _decode(self._backend, list(ids), skip=skip_special_tokens)
         parts = [self.token_bytes(token) for token in ids if self.counts(token, skip=skip_special_tokens)]
@@ -110,19 +114,19 @@ class Decoding:
         return b"".join(parts).decode(errors="replace")
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
-        """A stream of the text behind ``prompt``, whose last tokens are enough."""
+        """A stream of the text that follows ``prompt``. The last tokens of the prompt are enough."""
         if self.spelling is None:
             return _WindowStream(self._backend, prompt, skip_special_tokens=skip_special_tokens)
         begins = not any(self._backend.id_to_token(t) and self.counts(t, skip=skip_special_tokens) for t in prompt)
         return _ByteStream(self, skip_special_tokens=skip_special_tokens, begins=begins)
 
     def without_leading(self, data: bytes) -> bytes:
-        """The bytes of a text's first token, without what is dropped there."""
+        """The bytes of a text's first token, without the spaces that are removed there."""
         leading = self.spelling.leading if self.spelling is not None else ""
         return data.replace(b" ", b"") if leading == "token" else data.removeprefix(b" ") if leading else data
 
     def counts(self, token: int, *, skip: bool) -> bool:
-        """Whether a token is part of the text, where special ones may be left out."""
+        """Whether a token is part of the text. ``skip``: special tokens are not."""
         return not (skip and token in self._special)
 
 
@@ -141,7 +145,7 @@ def _is_byte(piece: str) -> bool:
 
 
 class _ByteStream:
-    """Tokens that are bytes."""
+    """For vocabularies in which each token stands for the same bytes everywhere."""
 
     __slots__ = ("_begins", "_decoding", "_skip", "_utf8")
 
@@ -165,10 +169,10 @@ class _ByteStream:
 
 
 class _WindowStream:
-    """Tokens whose text depends on their neighbours: decoded again with the few before them.
+    """For vocabularies in which a token's text depends on its neighbors: each is decoded again with the few before it.
 
-    Text that ends in U+FFFD may be the start of a character and is held. Decoding starts a few tokens back, not at the
-    newest: decoders that treat the first token specially then see it where it stands.
+    Text that ends in U+FFFD may be the start of a character and is held back. Decoding starts a few tokens back,
+    because some decoders treat the first token specially.
     """
 
     __slots__ = ("_backend", "_ids", "_read", "_skip", "_start")

@@ -1,8 +1,8 @@
-"""A folder's tokenizer, from whichever files it has, and its chat templates.
+"""Reads a folder's tokenizer, from whichever files it has, and its chat templates.
 
-``tokenizer.json`` is taken as it is. Without one the tokenizer is made of a SentencePiece model or a rank file
-(``tokenizer.model``), Mistral's ``tekken.json``, a ``*.tiktoken`` file, or ``vocab.json`` with ``merges.txt``. What
-the other files say about added and special tokens is then put on top, as transformers does.
+``tokenizer.json`` is used as it is. Without it the tokenizer is made from a SentencePiece model or a rank file
+(``tokenizer.model``), Mistral's ``tekken.json``, a ``*.tiktoken`` file, or ``vocab.json`` with ``merges.txt``. Then
+the added and special tokens that other files list are added, as in transformers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,8 +46,8 @@ class FolderTokenizer:
     """A tokenizer read from a folder.
 
     Attributes:
-        backend: ready to use.
-        json: what tokenizer.json holds, or would hold.
+        backend: the tokenizer, ready to use.
+        json: the same as text of a tokenizer.json.
     """
 
     backend: Tokenizer
@@ -55,7 +55,7 @@ class FolderTokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The file that the tokenizer is read from; None: there is none."""
+    """The file that the tokenizer is read from; None: the folder has no such file."""
     for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model"):
         if (folder / name).is_file():
             return folder / name
@@ -70,14 +70,15 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], tokenizer_config: Ma
     """Read a folder's tokenizer.
 
     Args:
-        folder: of the files.
-        config: what config.json holds; its ``model_type`` tells the family where a file does not.
+        folder: holds the files.
+        config: what config.json holds. Its ``model_type`` names the family where a tokenizer's file needs it.
         tokenizer_config: what tokenizer_config.json and special_tokens_map.json hold.
 
     Raises:
-        ModelNotFound: there are no files of one.
-        ModelMalformed: a file is damaged, or they disagree.
-        ModelUnsupported: a file that does not say enough, of a family that is not known.
+        ModelNotFound: the folder has no tokenizer.
+        ModelMalformed: a file is damaged, or files disagree.
+        ModelUnsupported: a file needs the family, and the family is not known; or a SentencePiece model has a setting
+            that is not supported.
     """
     path = find_tokenizer(folder) or folder / "tokenizer.json"
     with panics_blamed_on(path):
@@ -86,10 +87,10 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], tokenizer_config: Ma
 
 @contextmanager
 def panics_blamed_on(path: Path) -> Iterator[None]:
-    """Read a tokenizer within this: the library panics where it did not check what a file holds.
+    """Turn a panic of the tokenizers library into an error. The library panics on some damaged files.
 
     Raises:
-        ModelMalformed: it panicked; the message names ``path``.
+        ModelMalformed: the library panicked; the message names ``path``.
     """
     try:
         with panics_as_errors():
@@ -119,10 +120,11 @@ def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, 
 def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates by name; ``default`` is the one without a name.
 
-    Files (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``) come before tokenizer_config.json.
+    Where the folder has template files (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``), those in
+    tokenizer_config.json are ignored.
 
     Raises:
-        ModelMalformed: one is no text.
+        ModelMalformed: a template is not a string, or its file cannot be read, is too large or not UTF-8.
     """
     paths = {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
@@ -175,7 +177,7 @@ def read_bytes(path: Path, *, limit: int, hint: str) -> bytes:
 
 
 def token_text(value: object) -> str | None:
-    """The text of a token as the JSON files write one: a string, or an object with ``content``."""
+    """The text of a token in one of the JSON files: a string, or an object with ``content``. None: neither."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
@@ -194,7 +196,11 @@ def _parse(path: Path, text: str) -> Tokenizer:
 def _convert(
     path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], listed: Mapping[int, AddedToken]
 ) -> tuple[Tokenizer, dict[str, bool]]:
-    """A tokenizer of another file than tokenizer.json, and which tokens are put around a text unless said otherwise."""
+    """Make a tokenizer from another file than tokenizer.json.
+
+    Returns:
+        The tokenizer; and for ``bos``, whether it is put before a text unless tokenizer_config.json decides.
+    """
     data = read_bytes(path, limit=_TOKENIZER_LIMIT, hint=_HINT)
     if path.name == "tekken.json":
         return build_tekken(data), {"bos": True}
@@ -211,7 +217,7 @@ def _convert(
 
 
 def _legacy(tokenizer_config: Mapping[str, Any]) -> bool:
-    """Whether the space before a text is SentencePiece's; transformers' Llama classes do otherwise unless told."""
+    """The argument ``legacy`` of :func:`build_sentencepiece`. Without the key, it is false for the Llama classes."""
     given = tokenizer_config.get("legacy")
     if isinstance(given, bool):
         return given
@@ -222,13 +228,13 @@ def _legacy(tokenizer_config: Mapping[str, Any]) -> bool:
 def _complete(
     backend: Tokenizer, folder: Path, listed: Mapping[int, AddedToken], tokenizer_config: Mapping[str, Any]
 ) -> bool:
-    """Add the tokens that the other files list and the tokenizer lacks; whether there were any."""
+    """Add the tokens that the other files list and the tokenizer lacks. Returns whether there were any."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     end = backend.get_vocab_size(with_added_tokens=True)
     changed = False
     for index, token in sorted(listed.items()):
         if token.content in known or (index < end and backend.token_to_id(token.content) != index):
-            continue  # the tokenizer's own file decides
+            continue  # where files disagree, the tokenizer's own file counts
         while (free := backend.get_vocab_size(with_added_tokens=True)) < index:
             backend.add_tokens([AddedToken(f"<|reserved_token_{free}|>", special=True, normalized=False)])
         backend.add_tokens([token])
@@ -248,7 +254,7 @@ def _complete(
 
 
 def _listed(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id: of tokenizer_config.json's added_tokens_decoder, and of added_tokens.json."""
+    """Added tokens by id, from added_tokens_decoder of tokenizer_config.json and from added_tokens.json."""
     named = _named(tokenizer_config)
     path = folder / "added_tokens.json"
     older = read_json_object(path, limit=_CONFIG_LIMIT) if path.is_file() else {}
@@ -279,7 +285,7 @@ def _id(value: object, what: str) -> int:
 
 
 def _named(tokenizer_config: Mapping[str, Any]) -> list[str]:
-    """The special tokens that are named by their role, and the further ones."""
+    """The texts of the special tokens that have a role, and of additional ones."""
     values = [tokenizer_config.get(key) for key in SPECIAL_TOKEN_KEYS]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = tokenizer_config.get(key)
@@ -293,7 +299,7 @@ def _asked_for(tokenizer_config: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _put_around(backend: Tokenizer, adds: Mapping[str, bool], tokenizer_config: Mapping[str, Any]) -> bool:
-    """Put the beginning and end tokens around a text, where that is said; whether it changed anything."""
+    """Make the tokenizer put BOS and EOS around a text, where ``adds`` says so. Returns whether that changed it."""
     if not adds:
         return False
     found: dict[str, tuple[str, int]] = {}

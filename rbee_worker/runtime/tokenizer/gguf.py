@@ -1,9 +1,9 @@
-"""A tokenizer from a GGUF file's vocabulary: byte-level BPE or SentencePiece, as the model's own files have it.
+"""Makes a tokenizer from a GGUF file's vocabulary: byte-level BPE or SentencePiece, equal to the model's own one.
 
-A SentencePiece vocabulary (``tokenizer.ggml.model`` is ``llama``) says all that is needed. For byte-level BPE GGUF
-names the rule that cuts text before the merges (``tokenizer.ggml.pre``) but does not hold it: the table in
-``pre_tokenizers`` does. A name that is not in it is refused: a wrong cut gives text that looks right and a model that
-is quietly worse.
+For a SentencePiece vocabulary (``tokenizer.ggml.model`` is ``llama``) the file holds all that is needed. For
+byte-level BPE it only names the rule that cuts text before the merges (``tokenizer.ggml.pre``); the table in
+``pre_tokenizers`` holds the rules. A name that is not in the table is refused: with a wrong rule the text looks right,
+but the model's answers are worse.
 """
 
 from collections.abc import Mapping
@@ -27,10 +27,11 @@ _DOWNLOAD_AGAIN: Final = "Download the file again."
 
 
 def read_tokenizer(model: GGUFModel) -> Tokenizer:
-    """The tokenizer of a GGUF file, rebuilt from its vocabulary and merges.
+    """The tokenizer of a GGUF file.
 
     Raises:
-        ModelUnsupported, ModelMalformed: as :func:`build_tokenizer`; or the vocabulary is larger than the embedding.
+        ModelUnsupported: as :func:`build_tokenizer`.
+        ModelMalformed: as :func:`build_tokenizer`; or the vocabulary is larger than the embedding.
     """
     tokenizer = build_tokenizer(model.header.metadata, file=model.path.name)
     tokens, rows = tokenizer.get_vocab_size(), model.vocabulary_size
@@ -43,7 +44,11 @@ def read_tokenizer(model: GGUFModel) -> Tokenizer:
 
 
 def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
-    """What Hugging Face's tokenizer_config.json would say, as far as the file says it."""
+    """What Hugging Face's tokenizer_config.json would hold, as far as the file has it.
+
+    Raises:
+        ModelMalformed, ModelUnsupported: the id of a special token or the context length is wrong.
+    """
     fields = model.header.metadata
     config: dict[str, Any] = {
         "add_bos_token": adds_bos(fields),
@@ -61,19 +66,19 @@ def tokenizer_config(model: GGUFModel) -> dict[str, Any]:
 
 
 def build_tokenizer(fields: Mapping[str, Any], *, file: str = "the GGUF file") -> Tokenizer:
-    """Rebuild the tokenizer that a GGUF file describes.
+    """Make the tokenizer that a GGUF file describes.
 
     Args:
         fields: the file's metadata, by key.
-        file: how a message names it.
+        file: the file's name for messages.
 
     Returns:
-        A tokenizer; control tokens are special added tokens, user-defined ones plain added
-        tokens. Encoding with special tokens puts the beginning-of-sequence token first where the file says so.
+        A tokenizer. Control tokens are special added tokens; user-defined ones are added tokens that are not special.
+        Encoding with special tokens puts BOS and EOS around the text where the file or its family says so.
 
     Raises:
-        ModelUnsupported: a tokenizer model or pre-tokenizer that is not in the table.
-        ModelMalformed: vocabulary, types or merges are missing or inconsistent.
+        ModelUnsupported: a tokenizer model or pre-tokenizer that is not known.
+        ModelMalformed: vocabulary, scores, types or merges are missing or inconsistent.
     """
     if fields.get("tokenizer.ggml.model") == _SENTENCEPIECE:
         return _build_sentencepiece(fields, file)
@@ -122,7 +127,7 @@ def _build_sentencepiece(fields: Mapping[str, Any], file: str) -> Tokenizer:
         add_dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
         remove_extra_whitespaces=False,
     )
-    # In Phi-3's own tokenizer.json blanks behind a token that structures a conversation belong to it.
+    # In Phi-3's own tokenizer.json, white space after a token that structures a conversation belongs to the token.
     stripped = fields.get("general.architecture") == "phi3"
     tokenizer = build_sentencepiece(model, file=file, strip_behind=_PHI3_PLAIN if stripped else None)
     _add_template(tokenizer, fields, tokens, file)
@@ -130,7 +135,7 @@ def _build_sentencepiece(fields: Mapping[str, Any], file: str) -> Tokenizer:
 
 
 def adds_bos(fields: Mapping[str, Any]) -> bool:
-    """Whether encoding puts the beginning-of-sequence token first: as the file says, else as its family does."""
+    """Whether encoding puts BOS before a text: as the file says, else as is usual in its family."""
     if fields.get("tokenizer.ggml.model") == _SENTENCEPIECE:
         usual = True
     else:
@@ -179,7 +184,7 @@ def _types(fields: Mapping[str, Any], count: int, file: str) -> list[int]:
 
 
 def _merge(pair: str, index: int, vocabulary: Mapping[str, int], file: str) -> tuple[str, str]:
-    # Tokens are byte-level: a space inside one is written "Ġ", so the only blank is the one between the two.
+    # A space inside a byte-level token is written "Ġ", so the only space is the one between the two tokens.
     left, _, right = pair.partition(" ")
     if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
         raise ModelMalformed(
@@ -190,7 +195,7 @@ def _merge(pair: str, index: int, vocabulary: Mapping[str, int], file: str) -> t
 
 
 def _add_template(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[str], file: str) -> None:
-    """Put the beginning and end tokens around what is encoded, where the file or the family says so."""
+    """Make the tokenizer put BOS and EOS around a text, where the file or the family says so."""
     roles = {"bos": adds_bos(fields), "eos": bool(fields.get("tokenizer.ggml.add_eos_token", False))}
     wanted = {}
     for role, is_added in roles.items():

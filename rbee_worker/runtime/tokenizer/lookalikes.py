@@ -1,15 +1,18 @@
-"""Special tokens written out in a message stay text: only the chat template's own become special tokens.
+"""Keeps special tokens that are written out in a message as text. Only those of the chat template become tokens.
 
-A message that says ``<|im_end|>`` must not end its own turn. Which characters of a rendered prompt come from messages
-is found by rendering twice: once as it is, and once with the first and last characters of special tokens, wherever
-messages, tools or documents hold them, replaced by letters of a dead script that occur nowhere else. Where both
-renderings agree but for those letters, as they do unless the template looks for such text in a message, a special
-token that is still whole in the second is the template's own. What a template does look for, such as ``</think>``
-where that is no special token, is left alone. A template that treats a special token in a message in a way of its own
-is tried with the assistant's messages left as they are; failing that too, the messages are refused.
+A message that holds ``<|im_end|>`` must not end its own turn. So the special tokens of the template must be told from
+look-alikes in messages. For this the conversation is rendered a second time, with marks: in messages, tools and
+documents, every first or last character of a special token is replaced by a letter that occurs nowhere else. A special
+token that is still whole in this rendering comes from the template.
 
-Such a prompt is encoded by a copy of the tokenizer in which the special tokens go by secret names, and which is given
-the prompt with the template's own so named: no other text can become one, and all else is cut and merged as always.
+This needs a template that treats the marked text as it treats the other. The two renderings are compared, and must be
+equal but for the marks. Text that the template looks for, such as ``</think>`` where that is not a special token, is
+therefore not marked. Where the renderings still differ, only whole special tokens are marked; then only those outside
+of the assistant's messages. If that fails too, the request is refused.
+
+The prompt is then encoded by a copy of the tokenizer in which each special token has a secret name. In the prompt, the
+template's own special tokens are replaced by these names. So no other text can become a special token, and the rest is
+encoded as usual.
 """
 
 import json
@@ -24,15 +27,17 @@ from rbee_worker.config import Message
 from rbee_worker.errors import InvalidRequest
 
 _LETTERS: Final = range(0x14400, 0x14647)
-"""Anatolian hieroglyphs: letters, so that nothing trims, folds or escapes them; nobody chats in them."""
+"""Anatolian hieroglyphs. They are letters, so no template trims, folds or escapes them, and nobody writes with them."""
 
 Render = Callable[[Sequence[Message], Mapping[str, Any]], str]
+"""(messages, variables) -> prompt text."""
 
 
 class _Finder:
-    """Finds texts as the tokenizers library finds added tokens: the leftmost, and of those the longest.
+    """Finds texts as the tokenizers library finds added tokens: from left to right, the longest at each place.
 
-    There can be thousands of them, nearly all beginning alike, which a regular expression would try one by one.
+    There can be thousands of texts, and nearly all may begin alike. One regular expression for all would try them one
+    by one.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -41,7 +46,7 @@ class _Finder:
         self._begin = re.compile("|".join(_beginnings(self.texts)) or r"(?!)")
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
-        """Where they are in a text, from left to right, without overlaps."""
+        """The places of the texts in ``text`` (index, text found), from left to right, without overlaps."""
         at = 0
         while (match := self._begin.search(text, at)) is not None:
             start = match.start()
@@ -51,7 +56,7 @@ class _Finder:
             at = start + max(found, 1)
 
     def replace(self, text: str, inside: Callable[[str], str], between: Callable[[str], str]) -> str:
-        """The text with one change made to what is found and another to the rest."""
+        """``text`` with ``inside`` applied to what is found, and ``between`` to the rest."""
         parts, end = [], 0
         for start, found in self.find(text):
             parts += [between(text[end:start]), inside(found)]
@@ -60,7 +65,7 @@ class _Finder:
 
 
 def _beginnings(texts: Iterable[str]) -> Iterator[str]:
-    """Expressions for the first two characters of texts: they rule out nearly all that begins with the same one."""
+    """Regular expressions for the first two characters of texts. The second character rules out most places."""
     seconds: dict[str, set[str]] = {}
     for text in texts:
         seconds.setdefault(text[0], set()).add(text[1:2])
@@ -70,12 +75,9 @@ def _beginnings(texts: Iterable[str]) -> Iterator[str]:
 
 
 class SecretNames:
-    """A copy of a tokenizer in which its special tokens go by names that nobody can guess.
+    """A copy of a tokenizer in which each special token has a name that nobody can guess.
 
-    It takes as long to make as the tokenizer took to load, and as much memory: make it when it is needed.
-
-    Args:
-        backend: the tokenizer.
+    To make it takes as long as to load the tokenizer, and as much memory, so make it only when it is needed.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -87,13 +89,13 @@ class SecretNames:
             if token["special"]:
                 token |= {"content": names[token["content"]], "normalized": False, "single_word": False}
         _rename(content["model"], names)
-        content["post_processor"] = None  # names tokens too, and nothing is put around a conversation
+        content["post_processor"] = None  # it would use the old names, and conversations do not need it
         self._names = names
         self._own = _Finder(token.content for token in backend.get_added_tokens_decoder().values())
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def encode(self, text: str, marked: str) -> list[int]:
-        """Ids of a text whose special tokens are those that are whole in ``marked``, a text of the same length."""
+        """Ids of ``text``. Its special tokens are those that are whole in ``marked``, a text of the same length."""
         parts, end = [], 0
         for start, found in self._own.find(marked):
             name = self._names.get(found)
@@ -104,7 +106,7 @@ class SecretNames:
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Give the special tokens of a vocabulary their names; nothing merges into them any more."""
+    """Give the special tokens of a vocabulary their names, and remove the merges that make one."""
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(text, text): index for text, index in vocab.items()}
@@ -118,12 +120,12 @@ def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 class LookAlikes:
-    """The special tokens of one model, looked for in messages.
+    """Finds text in messages that looks like a special token of the model.
 
     Args:
-        special: their texts.
-        added: those of all added tokens, special or not.
-        constants: the texts that the chat template compares with.
+        special: the texts of the special tokens.
+        added: the texts of all added tokens, special or not.
+        constants: the strings in the chat template.
     """
 
     def __init__(self, special: Collection[str], added: Iterable[str], constants: Iterable[str]) -> None:
@@ -139,16 +141,20 @@ class LookAlikes:
         )
 
     def mark(self, text: str, render: Render, messages: Sequence[Message], variables: Mapping[str, Any]) -> str | None:
-        """The text with the look-alikes in it broken, character for character; None: there are none.
+        """Mark the look-alikes in a rendered prompt.
 
         Args:
             text: the rendered prompt.
             render: renders messages and variables.
-            messages: what it was rendered from.
-            variables: the further values it was rendered from.
+            messages: the messages that it was rendered from.
+            variables: the further values that it was rendered from.
+
+        Returns:
+            A text of the same length, in which only the template's own special tokens are whole. None: ``text`` has no
+            look-alikes.
 
         Raises:
-            InvalidRequest: a message holds a special token, and the template does not leave it as it is.
+            InvalidRequest: a message holds a special token, and the template does not copy it as plain text.
         """
         given = [part for value in (messages, variables) for part in _strings(value)]
         if not any(end in part for part in given for end in self._ends):
@@ -170,7 +176,7 @@ class LookAlikes:
         )
 
     def _letters(self, text: str, given: Iterable[str]) -> dict[str, str]:
-        """Letters that occur nowhere, and the character that each stands for."""
+        """Letter that occurs nowhere -> the character that it stands for."""
         used = {char for part in (text, *given) for char in part if ord(char) in _LETTERS}
         free = [chr(code) for code in _LETTERS if chr(code) not in used]
         if len(free) < len(self._ends):
@@ -192,7 +198,7 @@ class LookAlikes:
         ]
         try:
             return render(changed, marking.value(dict(variables)))
-        except InvalidRequest:  # the template does not know the message any more
+        except InvalidRequest:  # the template does not accept the marked messages
             return None
 
     def _owned(self, text: str) -> list[tuple[int, str]]:
@@ -200,7 +206,11 @@ class LookAlikes:
 
 
 class _Marking:
-    """Puts letters in the place of the ends of special tokens."""
+    """Replaces first and last characters of special tokens by letters.
+
+    ``whole`` finds special tokens. ``kept`` finds texts that are not changed. ``only_whole``: change characters only
+    inside special tokens.
+    """
 
     def __init__(self, letters: Mapping[str, str], whole: _Finder, kept: _Finder, *, only_whole: bool) -> None:
         self._table = {ord(char): letter for char, letter in letters.items()}
@@ -209,7 +219,7 @@ class _Marking:
         self._only_whole = only_whole
 
     def value(self, value: Any) -> Any:
-        """A value of JSON with all of its strings marked, keys of objects too."""
+        """A JSON value with all of its strings marked, the keys of objects too."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -219,7 +229,7 @@ class _Marking:
         return value
 
     def text(self, text: str) -> str:
-        """Special tokens first, then what is between them, but for what the template looks for."""
+        """A text, marked."""
         return self._whole.replace(text, self._mark, self._between)
 
     def _mark(self, text: str) -> str:

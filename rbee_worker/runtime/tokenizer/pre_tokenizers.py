@@ -1,4 +1,4 @@
-"""How families cut text before the merges of byte-level BPE, one entry per name, from the tokenizer.json of each."""
+"""How families cut text before the merges of byte-level BPE. The rules are from the tokenizer.json of each family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class PreTokenizer:
 
     Attributes:
         split: the regular expression whose matches are the pieces; None: GPT-2's, which ByteLevel has built in.
-        single_digits: every digit is a piece of its own, before anything else.
-        nfc: text is brought to Unicode normal form C first.
-        ignore_merges: a piece that is a whole token is taken as it is, whatever the merges make of it.
-        add_bos: the default of ``tokenizer.ggml.add_bos_token``.
+        single_digits: whether text is first cut so that every digit is a piece of its own.
+        nfc: whether text is first brought to Unicode normal form C.
+        ignore_merges: whether a piece that equals a token becomes that token without merges.
+        add_bos: whether BOS is put before a text where the files do not say so.
     """
 
     split: str | None = None
@@ -30,7 +30,7 @@ class PreTokenizer:
     add_bos: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """The pre-tokenizer, ending in bytes."""
+        """The pre-tokenizer of the tokenizers library. Its last step writes bytes as characters."""
         if self.split is None:
             last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
             steps: list[Any] = [last]
@@ -69,4 +69,4 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
         "default": _GPT2,
     }
 )
-"""By the value of ``tokenizer.ggml.pre``."""
+"""Key: the value of ``tokenizer.ggml.pre``."""

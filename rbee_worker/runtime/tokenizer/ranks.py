@@ -1,8 +1,8 @@
 """Byte-level BPE without tokenizer.json: tiktoken's rank files, Mistral's ``tekken.json``, ``vocab.json`` + merges.txt.
 
-A rank file has a line per token: its bytes in base64 and its rank, which is its id. It holds neither the rule that
-cuts text before the merges nor the special tokens: the rule is the family's, from the table below, and a family that
-is not in it is refused, for a wrong cut gives a model that is quietly worse. ``tekken.json`` has its own rule.
+A rank file has a line for each token: its bytes in base64, and its rank, which is its id. It holds neither the special
+tokens nor the rule that cuts text before the merges. The rule comes from the family, by the table below. A family that
+is not in the table is refused: with a wrong rule the model's answers are worse. ``tekken.json`` holds its own rule.
 """
 
 import base64
@@ -24,7 +24,8 @@ _HINT: Final = "Download the file again."
 _OTHER_FILE: Final = "Put a tokenizer.json of this model into the folder: transformers' save_pretrained writes one."
 _LONGEST_TOKEN: Final = 1024
 _TEKKEN_VALUES: Final = 2**21
-"""Each token has three; the known vocabularies have 150,000 tokens."""
+"""JSON values in a tekken.json. Each token has three, and the known vocabularies have 150,000 tokens."""
+
 _LINE: Final = re.compile(rb"([A-Za-z0-9+/=]+) (\d{1,9})")
 
 RANK_FAMILIES: Mapping[str, PreTokenizer] = MappingProxyType(
@@ -38,7 +39,7 @@ RANK_FAMILIES: Mapping[str, PreTokenizer] = MappingProxyType(
         "qwen3": PRE_TOKENIZERS["qwen2"],
     }
 )
-"""How text is cut, by config.json's ``model_type``, for rank files."""
+"""How text is cut for rank files. Key: ``model_type`` of config.json."""
 
 MERGES_FAMILIES: Mapping[str, PreTokenizer] = MappingProxyType(
     {
@@ -56,7 +57,7 @@ def read_ranks(data: bytes, *, file: str) -> dict[bytes, int]:
     """Read a rank file: token bytes -> rank.
 
     Raises:
-        ModelMalformed: a line is not one, ranks are not 0, 1, 2, …, or a byte has no token.
+        ModelMalformed: a line is not a token and its rank, ranks are not 0, 1, 2, …, or a byte has no token.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -80,13 +81,13 @@ def build_from_ranks(ranks: Mapping[bytes, int], family: PreTokenizer, *, specia
     """Byte-level BPE from ranks.
 
     Args:
-        ranks: token bytes -> rank; all 256 bytes are there.
+        ranks: token bytes -> rank; each of the 256 bytes has one.
         family: how text is cut.
-        special: tokens that come before the others; ranks are counted from behind them.
+        special: special tokens, which have the first ids. The id of another token is its rank plus their number.
     """
     vocabulary = {text: i for i, text in enumerate(special)}
     vocabulary |= {_characters(token): rank + len(special) for token, rank in ranks.items()}
-    # What is a whole token is taken as it is, in every tokenizer of this kind.
+    # In every tokenizer of this kind, a piece that equals a token becomes that token without merges.
     core = models.BPE(vocab=vocabulary, merges=_merges(ranks), ignore_merges=True)
     tokenizer = _assemble(core, family)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
@@ -97,7 +98,7 @@ def build_from_merges(vocab: bytes, merges: bytes, family: PreTokenizer) -> Toke
     """Byte-level BPE from ``vocab.json`` and ``merges.txt``.
 
     Raises:
-        ModelMalformed: one of them is damaged, or they disagree.
+        ModelMalformed: a file is damaged, or the files disagree.
     """
     vocabulary = parse_json_object(vocab, what="vocab.json")
     ids = list(vocabulary.values())
@@ -121,10 +122,10 @@ def build_from_merges(vocab: bytes, merges: bytes, family: PreTokenizer) -> Toke
 
 
 def build_tekken(data: bytes, *, file: str = "tekken.json") -> Tokenizer:
-    """Byte-level BPE from Mistral's ``tekken.json``: special tokens first, then the ranks.
+    """Byte-level BPE from Mistral's ``tekken.json``. Special tokens have the first ids.
 
     Raises:
-        ModelMalformed: it is damaged.
+        ModelMalformed: the file is damaged.
     """
     content = parse_json_object(data, what=file, most_values=_TEKKEN_VALUES)
     try:
@@ -143,12 +144,12 @@ def build_tekken(data: bytes, *, file: str = "tekken.json") -> Tokenizer:
     _require_bytes(ranks, file)
     try:
         return build_from_ranks(ranks, PreTokenizer(split=pattern), special=special)
-    except Exception as error:  # the library raises plain Exception for a pattern that is none
+    except Exception as error:  # the library raises plain Exception for a wrong pattern
         raise ModelMalformed(f"{file}: its pattern is refused: {sentence(str(error)[:120])}", hint=_HINT) from error
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, PreTokenizer], *, file: str) -> PreTokenizer:
-    """How the family of a model cuts text.
+    """How the family of a model cuts text, by ``model_type`` of its config.
 
     Raises:
         ModelUnsupported: the family is not in the table.
@@ -171,7 +172,7 @@ def _require_bytes(ranks: Mapping[bytes, int], file: str) -> None:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, in the order of their ranks."""
+    """Every pair of tokens that joins into a third, in the order of the third's rank."""
     found = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):

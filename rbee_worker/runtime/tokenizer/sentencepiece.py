@@ -1,7 +1,7 @@
-"""SentencePiece models as tokenizers: from ``tokenizer.model``, or from the vocabulary of a GGUF file.
+"""Makes tokenizers from SentencePiece models: from ``tokenizer.model``, or from the vocabulary of a GGUF file.
 
-The result is what transformers' converters make, except that control, unknown and byte pieces never come out of
-merges, as they never do in SentencePiece itself. Algorithms: Kudo 2018 (unigram), Sennrich et al. 2016 (BPE).
+The result equals that of transformers' converters, with one difference: control, unknown and byte pieces never come
+from merges, as in SentencePiece itself. Algorithms: Kudo 2018 (unigram), Sennrich et al. 2016 (BPE).
 """
 
 from collections.abc import Collection, Mapping
@@ -16,13 +16,13 @@ from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.tokenizer.sentencepiece_model import Piece, PieceType, SentencePieceModel
 
 SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How a space is written in a piece."""
+"""The character that stands for a space in a piece."""
 
 MAX_PIECE_LENGTH: Final = 512
-"""Characters; SentencePiece's own default is 16, Gemma has runs of some dozens of spaces."""
+"""In characters. SentencePiece's own default is 16; Gemma has pieces of a few dozen spaces."""
 
 _NEVER: Final = -1e6
-"""A score with which a unigram piece is on no best path."""
+"""A score so low that a unigram piece is never chosen."""
 
 _MERGED: Final = frozenset({PieceType.NORMAL, PieceType.USER_DEFINED})
 
@@ -38,13 +38,14 @@ def build_sentencepiece(
     """Make a tokenizer of a model.
 
     Args:
-        model: what the file says.
-        legacy: the space before the text is put before every stretch between special tokens, always, as SentencePiece,
-            llama.cpp and transformers' ``legacy=True`` do; else before the text alone and only where it does not begin
-            with one, as transformers' ``legacy=False`` does.
-        file: how a message names it.
-        listed: tokens that take the place of pieces, by id, as tokenizer_config.json lists them.
-        strip_behind: blanks behind every control and user-defined piece but these go with it; None: behind none.
+        model: what the file holds.
+        legacy: where a space is added. True: always, before the text and after each special token, as in SentencePiece,
+            llama.cpp and transformers' ``legacy=True``. False: only before the text, and only where it does not begin
+            with a space, as in transformers' ``legacy=False``.
+        file: the file's name for messages.
+        listed: tokens by id that replace the pieces with these ids, from tokenizer_config.json.
+        strip_behind: white space after a control or user-defined piece belongs to the piece, except for the pieces
+            named here. None: it never does.
 
     Raises:
         ModelMalformed: the vocabulary is inconsistent.
@@ -70,7 +71,7 @@ def build_sentencepiece(
         or AddedToken(
             text,
             special=piece.type is PieceType.CONTROL,
-            # Runs of spaces are found where spaces are written so; a space put before them would be part of them.
+            # A piece of spaces is found after spaces were replaced, unless an added space could become a part of it.
             normalized=SPACE in text and not model.add_dummy_prefix,
             rstrip=strip_behind is not None and text not in strip_behind,
         )
@@ -105,7 +106,7 @@ def _score(piece: Piece) -> float:
 
 
 def _merges(pieces: tuple[Piece, ...], texts: list[str]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others; a better score first, as SentencePiece merges."""
+    """Every pair of pieces that joins into a third; the third with the best score first, as SentencePiece merges."""
     rank = {text: i for i, (text, piece) in enumerate(zip(texts, pieces, strict=True)) if piece.type in _MERGED}
     found = []
     for text, index in rank.items():
@@ -134,7 +135,7 @@ def _set_normalizer(tokenizer: Tokenizer, model: SentencePieceModel, file: str, 
 
 
 def _charsmap(data: bytes, file: str) -> list[Any]:
-    """The compiled rules; tried on every character of the basic plane, for the library checks them only in use."""
+    """The compiled rules. They are tried on every character of the basic plane: the library checks them only in use."""
     probe = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]))
     try:
         with panics_as_errors():
@@ -145,7 +146,7 @@ def _charsmap(data: bytes, file: str) -> list[Any]:
         raise ModelMalformed(
             f"{file}: the rules of its normaliser (precompiled_charsmap) are damaged.", hint="Download the file again."
         ) from error
-    # The library takes these two for one character and applies the rule of the first to both.
+    # The library takes "\r\n" for one character and applies the rule of "\r" to both.
     return [rules] if line_end == "\r\n" else [normalizers.Replace("\r\n", line_end), rules]
 
 

@@ -1,10 +1,10 @@
-"""A SentencePiece model file (``tokenizer.model``), read without the sentencepiece package.
+"""Reads a SentencePiece model file (``tokenizer.model``) without the sentencepiece package.
 
-The file is one protocol-buffers message. Its wire format is simple and its schema has not changed in years, so the few
-fields that a tokenizer needs are read here rather than through a library: protobuf's own needs generated code, and
-sentencepiece does not give the normaliser's settings away. The file is untrusted: sizes are checked before use, and
-any bytes give either a model or one error. Schema:
-https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+The file is one protocol-buffers message. Its wire format is simple and its schema has not changed in years, so this
+module reads the few fields that a tokenizer needs. The libraries do not fit: protobuf needs generated code, and
+sentencepiece does not show the settings of the normalizer. The file is untrusted: sizes are checked before use, and
+any bytes give either a model or an error.
+Schema: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 import struct
@@ -20,7 +20,7 @@ _LONGEST_VARINT: Final = 10
 _HINT: Final = "Download the file again."
 
 MAX_PIECES: Final = 4_000_000
-"""More than any vocabulary has by far."""
+"""Far more than any vocabulary has."""
 
 Field = tuple[int, int | bytes]
 
@@ -38,7 +38,7 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the vocabulary; its id is its place."""
+    """One entry of the vocabulary. Its id is its index."""
 
     text: str
     score: float
@@ -47,18 +47,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """What the file says.
+    """What the file holds.
 
     Attributes:
         pieces: the vocabulary, by id.
-        algorithm: how text becomes pieces.
-        byte_fallback: characters without a piece become their UTF-8 bytes, not the unknown piece.
-        unknown_id: of the unknown piece.
-        bos_id: of the piece that begins a text; None: there is none.
-        charsmap: the compiled rules of the normaliser; empty: text is taken as it is.
-        add_dummy_prefix: a space is put before the text.
-        remove_extra_whitespaces: spaces at the ends go, runs of them become one.
-        escape_whitespaces: a space is written U+2581.
+        algorithm: ``unigram`` or ``bpe``.
+        byte_fallback: whether a character without a piece becomes its UTF-8 bytes instead of the unknown piece.
+        unknown_id: the id of the unknown piece.
+        bos_id: the id of BOS; None: there is none.
+        charsmap: the compiled rules of the normalizer; empty: there are none.
+        add_dummy_prefix: whether a space is put before the text.
+        remove_extra_whitespaces: whether spaces at both ends are removed, and several spaces become one.
+        escape_whitespaces: whether a space is written as U+2581.
     """
 
     pieces: tuple[Piece, ...]
@@ -73,19 +73,19 @@ class SentencePieceModel:
 
 
 class _Damaged(Exception):
-    """The bytes are no message."""
+    """The bytes are not a SentencePiece model."""
 
 
 def read_sentencepiece(data: bytes, *, file: str = "tokenizer.model") -> SentencePieceModel:
     """Read a model.
 
     Args:
-        data: the file's content.
-        file: how a message names it.
+        data: the content of the file.
+        file: its name for messages.
 
     Raises:
-        ModelMalformed: the bytes are no SentencePiece model, or it is inconsistent.
-        ModelUnsupported: an algorithm other than unigram and BPE, or spaces kept as suffixes.
+        ModelMalformed: the bytes are not a SentencePiece model, or the model is inconsistent.
+        ModelUnsupported: an algorithm other than unigram and BPE, or ``treat_whitespace_as_suffix``.
     """
     try:
         model = _model(data, file)
@@ -95,7 +95,7 @@ def read_sentencepiece(data: bytes, *, file: str = "tokenizer.model") -> Sentenc
 
 
 def is_sentencepiece(data: bytes) -> bool:
-    """Whether the bytes begin like a SentencePiece model: with a piece. Rank files begin with base64 text."""
+    """Whether the bytes begin with a piece, as a SentencePiece model does. A rank file begins with base64 text."""
     return data[:1] == b"\x0a"
 
 
@@ -135,7 +135,7 @@ def _model(data: bytes, file: str) -> SentencePieceModel:
 
 
 def _control(value: int | bytes, pieces: list[Piece]) -> int | None:
-    # -1, for none, is a huge number on the wire.
+    # -1 stands for none. In the file it is a huge unsigned number.
     if not isinstance(value, int) or value >= len(pieces) or pieces[value].type is not PieceType.CONTROL:
         return None
     return value
@@ -183,7 +183,7 @@ def _message(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[Field]:
-    """The fields of one message: their numbers, and integers or bytes."""
+    """The fields of one message: their numbers, and their values as integers or bytes."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the streaming detokenizer."""
+"""Tokenizer: text to token ids and back. StreamingDetokenizer: token ids to text, one at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rbee_worker.runtime.tokenizer.lookalikes import LookAlikes, SecretNames
 
 
 class TokenizerFiles(Protocol):
-    """What a model's files say about its tokenizer; ``source.ModelSource`` is one."""
+    """What a model's files hold about its tokenizer. ``source.ModelSource`` has these attributes."""
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer: ...
@@ -44,9 +44,9 @@ class Tokenizer:
     """A model's tokenizer.
 
     Attributes:
-        eos_ids: ids that end generation: all of ``generation_config.json`` and ``config.json``, else the one that
-            ``tokenizer_config.json`` names.
-        vocab_size: number of ids, added tokens included.
+        eos_ids: ids that end generation: all that ``generation_config.json`` and ``config.json`` name; without any, the
+            one that ``tokenizer_config.json`` names.
+        vocab_size: number of tokens, added ones included.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Tokenizer:
         """Read a model's tokenizer, chat template and end-of-sequence ids.
 
         Raises:
-            ModelMalformed: one of them is damaged.
+            ModelError: a file is missing, damaged or not supported.
         """
         backend = files.tokenizer
         backend.no_padding()
@@ -85,78 +85,83 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether :meth:`render_chat` works."""
+        """Whether the model has a chat template, which :meth:`render_chat` needs."""
         return self._template is not None
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """The tokens beside the vocabulary proper, special or not: text and id."""
+        """The tokens that were added to the vocabulary, special or not: text -> id."""
         return {token.content: id_ for id_, token in self._added.items()}
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        """Those of :attr:`added_tokens` that are no text, and left out of it by default."""
+        """The texts of the special tokens. Decoded text leaves them out by default."""
         return frozenset(token.content for token in self._added.values() if token.special)
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template's source, of several the default one's; None: the model has none."""
+        """The source of the default chat template; None: the model has none."""
         return self._template.source if self._template is not None else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it are special tokens.
+        """Token ids of a text. A special token that is written out in the text becomes that token.
 
         Args:
-            text: any.
-            add_special_tokens: put the model's own, such as BOS, around it.
+            text: the text.
+            add_special_tokens: whether to put special tokens such as BOS around it, as the model's tokenizer says.
 
         Raises:
-            InvalidRequest: it holds half of a surrogate pair, which is no character.
-            InferenceError: the tokenizer breaks on it.
+            InvalidRequest: the text holds half of a surrogate pair, which is not a character.
+            InferenceError: the tokenizers library panics.
         """
         _require_characters(text)
         with _encoding():
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            InferenceError: the tokenizers library panics.
+        """
         return self._decoding.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
-        """The text of tokens that follow ``prompt`` one by one."""
+        """A stream that turns the tokens after ``prompt`` into text, one by one."""
         return self._decoding.stream(prompt, skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:
-        """The tokenizer as ``tokenizer.json`` holds it."""
+        """The tokenizer as text of a ``tokenizer.json``."""
         return str(self._backend.to_str())
 
     def token_text(self, token: int) -> str:
-        """The text of one token alone, special ones written out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of one token alone, also of a special one. Bytes that are not UTF-8 become U+FFFD."""
         return self.token_bytes(token).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, special ones written out; none for an id that has no token."""
+        """The bytes of one token; those of its text for a special token. Empty for an id without a token."""
         return self._decoding.token_bytes(token)
 
     def render_chat(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """Messages as prompt text, special tokens included.
 
         Raises:
-            InvalidRequest: the model has no chat template, or it refuses the messages.
+            InvalidRequest: the model has no chat template, or the template refuses the messages.
         """
         if self._template is None:
             raise InvalidRequest("The model has no chat template.", hint="Send a prompt instead of messages.")
         return self._template.render(messages, **variables)
 
     def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> ChatPrompt:
-        """Messages as the prompt that asks for the assistant's next one.
+        """Messages as the prompt that asks for the assistant's next message.
 
-        Special tokens are those of the template alone: one that is written out in a message, a tool or a document is
-        encoded as the text that it is (see :mod:`rbee_worker.runtime.tokenizer.lookalikes`).
+        Only special tokens of the template become special tokens. One that is written out in a message, a tool or a
+        document is encoded as plain text (see :mod:`rbee_worker.runtime.tokenizer.lookalikes`).
 
         Raises:
-            InvalidRequest: as :meth:`render_chat` and :meth:`encode`; or the template treats a special token in a
-                message in a way of its own.
+            InvalidRequest: as :meth:`render_chat` and :meth:`encode`; or the template does not copy a special token in
+                a message as plain text.
+            InferenceError: the tokenizers library panics.
         """
         text = self.render_chat(messages, **variables)
         _require_characters(text)
@@ -174,12 +179,12 @@ class Tokenizer:
 class StreamingDetokenizer:
     """Turns tokens into text one at a time, never splitting a character.
 
-    The pieces it returns, put together, equal decoding all the tokens at once behind the prompt's last ones. Bytes that
-    may be the start of a character are held until a later token completes it, or until :meth:`flush`.
+    The texts it returns, joined, equal the text of all tokens decoded at once after the last tokens of the prompt.
+    Bytes that may be the start of a character are held until a later token completes it, or until :meth:`flush`.
     """
 
     _CONTEXT = 6
-    """Tokens of the prompt that are looked at for what they say about the first generated one."""
+    """Tokens of the prompt that are used: the text of the first generated token may depend on those before it."""
 
     __slots__ = ("_stream",)
 
@@ -191,13 +196,13 @@ class StreamingDetokenizer:
         return self._stream.push(token)
 
     def flush(self) -> str:
-        """What is held, as decoding all at once would give it."""
+        """The text of the bytes that are still held."""
         return self._stream.flush()
 
 
 @contextmanager
 def _encoding() -> Iterator[None]:
-    """Encode within this: what the library says in a panic may hold the text."""
+    """Turn a panic of the library into an error without the panic's message, which may hold the text."""
     try:
         with panics_as_errors():
             yield
