@@ -1,4 +1,4 @@
-"""Grammars compiled by llguidance, within limits. Imports little: a process that tries grammars out starts with it."""
+"""Compiles grammars with llguidance, within limits. Imports little, so that the process of ``trial`` starts fast."""
 
 import json
 import re
@@ -16,40 +16,40 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LEXER_FUEL = 500_000
-"""Work to build the lexer."""
+"""Limit of the work to build the lexer, in llguidance's units."""
 _STEP_LEXER_FUEL = 200_000
-"""The lexer's work for one mask: some 15 ms."""
+"""Limit of the lexer's work for one mask: about 15 ms."""
 _STEP_ITEMS = 20_000
-"""The parser's work for one mask: some 15 ms."""
+"""Limit of the parser's work for one mask: about 15 ms."""
 _ROW_ITEMS = 1_000
 _LEXER_STATES = 50_000
-"""Of 1 to 2 kB each, made as the text goes on."""
+"""Limit of the states of 1 to 2 kB each, which are made while the text grows."""
 _GRAMMAR_SIZE = 25_000
-"""Symbols: more than plain properties in 64 KiB make."""
+"""Limit of the symbols. A schema of plain properties in 64 KiB has fewer."""
 
 STACK_BYTES = 128 * 2**20
-"""Of the thread that compiles: rules that name each other in a chain of 64 KiB take a quarter of it."""
+"""Stack of the thread that compiles. A grammar of 64 KiB whose rules name each other in a chain takes a quarter."""
 
 _COMPLETE = frozenset({"NoExtension", "EndOfSentence"})
 _EXACT = 2**53
 _NOTHING = "no text that the model could write matches it"
 _SHOWN = 300
 _FRAME = re.compile(r"^\s*(\d+ \|.*|\^)$", re.MULTILINE)
-"""Lines that show where in the grammar an error is."""
+"""Lines of a message that show where in the grammar an error is."""
 
 _STACK_SIZE = threading.Lock()
-"""Guards :func:`threading.stack_size`, a setting of the process."""
+"""Guards :func:`threading.stack_size`, which is a setting of the whole process."""
 
 
 class Refused(Exception):
-    """A grammar that cannot be followed, and why."""
+    """A grammar cannot be followed; the message says why."""
 
 
 def source(spec: GrammarSpec) -> str:
-    """A grammar as llguidance takes it.
+    """A grammar in llguidance's own JSON format.
 
     Raises:
-        Refused: a JSON schema that is not JSON, or no schema.
+        Refused: the text is not a JSON schema, or not a regular expression.
     """
     if spec.kind == "regex":
         from llguidance import LLMatcher  # noqa: PLC0415 - optional
@@ -65,15 +65,15 @@ def source(spec: GrammarSpec) -> str:
 
 
 def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokenizer":
-    """What llguidance makes of a tokenizer; it takes a second for a large one.
+    """Make llguidance's form of a tokenizer. It takes a second for a large one.
 
     Args:
-        text: ``tokenizer.json``.
-        vocab_size: ids, those without a token included.
-        eos_ids: ids that end the text, at least one.
+        text: the content of ``tokenizer.json``.
+        vocab_size: how many ids there are, those without a token included.
+        eos_ids: ids that end the text; at least one.
 
     Raises:
-        Refused: it cannot tell the bytes of this tokenizer's tokens.
+        Refused: llguidance cannot tell the bytes of the tokenizer's tokens.
     """
     from llguidance import LLTokenizer  # noqa: PLC0415 - optional
 
@@ -84,7 +84,7 @@ def load_tokenizer(text: str, vocab_size: int, eos_ids: list[int]) -> "LLTokeniz
 
 
 def build(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":
-    """Compile :func:`source`'s text; to be called on a large stack.
+    """Compile a grammar that :func:`source` made. Call it on the thread of :func:`large_stack`.
 
     Raises:
         Refused: the grammar is malformed, unsupported or too complex.
@@ -110,7 +110,7 @@ def try_first_mask(matcher: "LLMatcher") -> None:
     """Compute the first mask.
 
     Raises:
-        Refused: it takes more than is allowed, or there is no token to begin with.
+        Refused: the mask takes more work than is allowed, or no token can come first.
     """
     _refusing(matcher.compute_bitmask)
     if problem := trouble(matcher):
@@ -118,7 +118,7 @@ def try_first_mask(matcher: "LLMatcher") -> None:
 
 
 def trouble(matcher: "LLMatcher") -> str:
-    """Why a matcher cannot go on, though its text is not complete; empty: it can, or it is."""
+    """Why a matcher cannot go on. Empty: it can go on, or its text is complete."""
     if matcher.is_error():
         error = matcher.get_error()
         return _NOTHING if error.startswith("NoExtensionBias") else reason(error)
@@ -128,19 +128,19 @@ def trouble(matcher: "LLMatcher") -> str:
 
 
 def reason(error: str) -> str:
-    """An error of llguidance in one line, without the grammar's text around it."""
+    """An error of llguidance in one line, without the lines that show the grammar."""
     text = _FRAME.sub("", error.partition("<backtrace>")[0].replace("<non-verbose/>", ""))
     text = " ".join(text.split()).rstrip(".")
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def large_stack() -> ThreadPoolExecutor:
-    """A thread whose stack holds any recursion that a grammar of the largest size can cause."""
+    """A pool of one thread. Its stack is large enough for the recursion of every grammar of allowed size."""
     with _STACK_SIZE:
         before = threading.stack_size(STACK_BYTES)
         try:
             pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-            pool.submit(int).result()  # that starts the thread
+            pool.submit(int).result()  # starts the thread
         finally:
             threading.stack_size(before)
     return pool
@@ -175,7 +175,7 @@ def _schema(text: str) -> dict[str, Any]:
 
 
 def _inexact(schema: dict[str, Any]) -> int | None:
-    """An integer that ``enum`` or ``const`` asks for and llguidance, which has only floats for it, would change."""
+    """An integer in ``enum`` or ``const`` that llguidance would change, because it makes it a float."""
     values: list[tuple[Any, bool]] = [(schema, False)]
     while values:
         value, exact = values.pop()

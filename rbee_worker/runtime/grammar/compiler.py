@@ -1,4 +1,4 @@
-"""Structured output: grammars that generated text must match, by llguidance, an optional package."""
+"""Structured output: compiles and follows grammars that generated text must match, with the optional llguidance."""
 
 import importlib.util
 import threading
@@ -33,19 +33,20 @@ _VERDICTS = 64
 _WAIT_SECONDS = 5.0
 _CPU_SECONDS = 2.0
 _CPU_SECONDS_A_TOKEN = 0.005
-"""Together what following a grammar may cost. An honest one takes tenths of a millisecond a token."""
+"""Processor time that following a grammar may take: both together. Usual ones take 0.1 to 0.9 ms a token."""
 _END = "<|rbee-worker: end of text|>"
 
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """A model's tokens as llguidance sees them.
+    """A model's tokens in llguidance's form.
 
     Attributes:
-        tokenizer: llguidance's.
-        size: columns of the logits.
+        tokenizer: llguidance's form of the tokenizer.
+        size: how many columns the logits have.
         ends: ids that end the text.
-        unreal: the id of an end that only llguidance knows, where the tokenizer has none.
+        unreal: llguidance needs a token that ends the text. Where the model has none, this is the id of one that was
+            added only for llguidance.
     """
 
     tokenizer: "LLTokenizer"
@@ -66,16 +67,17 @@ class GrammarMatcher:
 
     @property
     def finished(self) -> bool:
-        """Whether the text is complete and nothing may follow but its end."""
+        """Whether the text is complete and no further text may follow."""
         return self._ended or (self._matcher.is_stopped() and not trouble(self._matcher))
 
     def mask(self) -> GrammarMask:
-        """The tokens that may come next, one bit each; behind a complete text those that end it.
+        """The tokens that may come next: int32 [ceil(vocab_size / 32)], see :data:`GrammarMask`.
 
-        A model without such tokens gets an empty mask there: see :attr:`finished`.
+        Where the text may end, the tokens that end it are allowed too. If it must end (:attr:`finished`) and the model
+        has no such tokens, the mask is empty.
 
         Raises:
-            InferenceError: the grammar became too complex, or the text is one that no token continues.
+            InferenceError: the grammar became too complex, or no token can continue the text.
         """
         started = time.thread_time()
         with _followed():
@@ -95,10 +97,10 @@ class GrammarMatcher:
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on behind a token.
+        """Add a token to the text.
 
         Raises:
-            InferenceError: the grammar does not allow it, or became too complex.
+            InferenceError: the grammar does not allow the token, or became too complex.
         """
         with _followed():
             if token in self._vocabulary.ends and (self._matcher.is_accepting() or self.finished):
@@ -115,7 +117,7 @@ class GrammarMatcher:
             raise InferenceError("The grammar does not allow the token.")
 
     def _spent(self, seconds: float) -> None:
-        """Count processor time, and raise what went wrong meanwhile."""
+        """Count processor time. Raise if llguidance failed meanwhile, or if the time is used up."""
         if problem := trouble(self._matcher):
             raise InferenceError(f"The grammar cannot be followed behind token {self._tokens}: {problem}.")
         self._seconds += seconds
@@ -129,14 +131,14 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model. Thread-safe; one at a time, as each may take a second.
+    """Compiles grammars for one model, one at a time. Thread-safe.
 
-    Each grammar that is new is tried out in a process of its own first (see :mod:`.grammar_trial`), which is started
-    when it is first needed and ends with this object.
+    Each new grammar is first tried out in a process of its own (see :mod:`.trial`). The process starts when it is first
+    needed and ends with this object.
 
     Args:
-        tokenizer: the model's.
-        vocab_size: columns of its logits.
+        tokenizer: the model's tokenizer.
+        vocab_size: how many columns the logits have.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -148,13 +150,16 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, spec: GrammarSpec) -> GrammarMatcher:
-        """A matcher at the beginning of a text. This may take seconds: do not call it on an event loop.
+        """Compile a grammar. This may take seconds: do not call it on an event loop.
+
+        Returns:
+            A matcher at the beginning of a text.
 
         Raises:
             InvalidRequest: the grammar is malformed, impossible, unsupported or too complex, or llguidance is not
                 installed.
-            Unavailable: others' grammars are being compiled.
-            InferenceError: the process that tries grammars out does not run.
+            Unavailable: other grammars are being compiled, for longer than 5 s.
+            InferenceError: the process that tries grammars out cannot be started or has ended.
         """
         _check_size(spec)
         if importlib.util.find_spec("llguidance") is None:
@@ -189,13 +194,12 @@ class GrammarCompiler:
             self._verdicts.move_to_end(spec)
         if verdict:
             raise Refused(verdict)
-        # Compiled anew for each text: copies of one matcher share a lexer, in which one could exhaust what the others
-        # are allowed.
+        # Compiled again for each text: copies of one matcher share a lexer, and one could use up the limits of all.
         with large_stack() as thread:
             return GrammarMatcher(thread.submit(build, vocabulary.tokenizer, text).result(), vocabulary)
 
     def _prepare(self) -> _Vocabulary:
-        """Start the trial's process, and load the tokenizer here meanwhile, unless they are there."""
+        """Start the trial's process, and load the tokenizer here meanwhile, unless this was done before."""
         if self._vocabulary is not None and self._trial.running:
             return self._vocabulary
         text, size = self._tokenizer.to_json(), self._tokenizer.vocab_size
@@ -218,7 +222,7 @@ class GrammarCompiler:
 
 @contextmanager
 def _followed() -> Iterator[None]:
-    """Use a matcher within this: what llguidance says in a panic may hold parts of the text."""
+    """Turn a panic of llguidance into an error without the panic's message, which may hold parts of the text."""
     try:
         with panics_as_errors():
             yield
@@ -239,7 +243,7 @@ def _check_size(spec: GrammarSpec) -> None:
 
 
 def _clear(mask: GrammarMask, vocabulary: _Vocabulary) -> None:
-    """Forbid what the model has no column for, and the end that is none of its tokens."""
+    """Forbid ids that the model has no column for, and the token that was added only for llguidance."""
     words = mask.view(np.uint32)
     if used := vocabulary.size % 32:
         words[-1] &= np.uint32((1 << used) - 1)

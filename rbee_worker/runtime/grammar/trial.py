@@ -1,9 +1,10 @@
-"""Grammars tried out in a process of its own, so that none can harm this one.
+"""Tries grammars out in a process of its own, so that none can harm this one.
 
-llguidance's limits bound most of what a grammar costs, not all: some take hours, gigabytes or more stack than there is.
-So every grammar that is new is compiled here first, under limits of the operating system. Run as a module, this is
-that process: it reads a tokenizer and then grammars from stdin, each a line of JSON, and answers each with a line: why
-it is refused, or an empty string.
+llguidance's own limits do not bound everything: some grammars take hours, gigabytes, or more stack than there is. So
+every new grammar is first compiled in another process, under limits of the operating system.
+
+When this module is run, it is that process. It reads from stdin a tokenizer, then grammars, each as a line of JSON. It
+answers each with a line of JSON: a string that says why the grammar is refused, or an empty one.
 """
 
 import contextlib
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 CPU_SECONDS = 2.0
-"""A grammar may take to compile."""
+"""Processor time that compiling a grammar may take."""
 MASK_CPU_SECONDS = 0.25
-"""Its first mask may take: every running text waits for it."""
+"""Processor time that the first mask may take. In the worker, all running jobs wait for it."""
 MEMORY_BYTES = 64 * 2**20
-"""A grammar may need while it is compiled, and its first mask."""
+"""Memory that compiling a grammar and its first mask may take."""
 
 _START_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
-"""By the clock, where the machine is busy."""
+"""Waiting time for an answer. It is much longer than the processor time above, for busy machines."""
 _NICENESS = 5
-"""Running streams come first."""
+"""The process yields to the worker, where jobs are running."""
 
 
 class Trial:
-    """The process, started when it is first needed and again after a grammar has ended it. Not thread-safe."""
+    """The process. It must be started again after a grammar has ended it. Not thread-safe."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,14 +51,14 @@ class Trial:
 
     @property
     def running(self) -> bool:
-        """Whether it was started, and has not been ended."""
+        """Whether the process was started, and :meth:`refusal` or :meth:`close` has not ended it."""
         return self._process is not None
 
     def start(self, tokenizer: str, vocab_size: int, eos_ids: list[int]) -> None:
-        """Start it; the arguments are :func:`~.build.load_tokenizer`'s.
+        """Start the process. The arguments are those of :func:`~.build.load_tokenizer`.
 
         Raises:
-            InferenceError: the system does not let it.
+            InferenceError: the operating system cannot start it.
         """
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         try:
@@ -75,12 +76,17 @@ class Trial:
         _write(process, [tokenizer, vocab_size, eos_ids])
 
     def refusal(self, grammar: str) -> str | None:
-        """Why a grammar, as :func:`~.build.source` writes it, is refused; empty: it is not.
+        """Try a grammar.
 
-        None: the process has ended, but perhaps for what earlier grammars left behind. Start it and ask again.
+        Args:
+            grammar: as :func:`~.build.source` makes it.
+
+        Returns:
+            Why the grammar is refused; empty: it is accepted. None: the process has ended, but perhaps because of what
+            earlier grammars left in memory. Start it and ask again.
 
         Raises:
-            InferenceError: the process does not run.
+            InferenceError: the process was not started, or ended before it was ready.
         """
         process, fresh = self._process, not self._ready
         if process is None:
@@ -118,14 +124,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _write(process: "subprocess.Popen[bytes]", value: object) -> None:
     if process.stdin is None:
         return
-    # A process that has ended is told by what it does not answer.
+    # If the process has ended, the missing answer shows it.
     with contextlib.suppress(OSError):
         process.stdin.write(json.dumps(value).encode() + b"\n")
         process.stdin.flush()
 
 
 def _read(process: "subprocess.Popen[bytes]", seconds: float) -> str | None:
-    """The next line that the process writes; None: none came in time, or it has ended."""
+    """The string in the next line that the process writes. None: no line came in time, or the process has ended."""
     if process.stdout is None:
         return None
     ends, line = time.monotonic() + seconds, b""
@@ -155,7 +161,7 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    """Be the process."""
+    """Run the process; see the module's docstring."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
@@ -170,7 +176,7 @@ def main() -> None:
 
 
 def _refusal(thread: Executor, tokenizer: "LLTokenizer", grammar: str) -> str:
-    # The timers count this process's own time; when one runs out, its signal ends the process.
+    # The timer counts processor time of this process. When it runs out, its signal ends the process.
     try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         matcher = thread.submit(build, tokenizer, grammar).result()
