@@ -1,5 +1,5 @@
-"""Models of the Hugging Face hub, brought onto this machine.
+"""Downloads models from the Hugging Face hub.
 
-Read ``download`` first: the steps and what is told of them. Then ``client`` (which files, the hub's cache, what
-failures mean) and ``transfer`` (the bytes).
+Read ``download`` first: the steps, and the progress that they report. Then ``client`` (which files, the hub's cache,
+what failures mean) and ``transfer`` (the bytes).
 """

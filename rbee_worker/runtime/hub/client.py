@@ -1,4 +1,4 @@
-"""The hub as huggingface_hub shows it: a repository's files, the cache they go to, and what failures mean."""
+"""What huggingface_hub is used for: a repository's files, the cache that they go to, and what failures mean."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ CONFIG_NAMES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""Files of a repository that are fetched beside the weights, where it has them."""
+"""Files that are fetched beside the weights, where the repository has them."""
 
 TOKENIZER_NAMES: Final = (
     "tokenizer.model",
@@ -43,22 +43,22 @@ TOKENIZER_NAMES: Final = (
     "vocab.json",
     "merges.txt",
 )
-"""What a tokenizer can be made of, fetched where there is no tokenizer.json."""
+"""Files that a tokenizer can be made from. They are fetched where there is no tokenizer.json."""
 
 MAX_TEMPLATES: Final = 64
 MAX_TEMPLATE_BYTES: Final = 1024 * 1024
-"""Bounds for the chat templates in a repository's folder of them, beside ``chat_template.jinja``."""
+"""Limits for the chat templates in the folder ``additional_chat_templates``."""
 
 LISTING_RETRY_SECONDS: tuple[float, ...] = (0.5, 1.0)
-"""Pauses before asking for a repository's listing again."""
+"""Pauses before each new try to get a repository's listing."""
 
 _DESCRIBING: Final = frozenset({*CONFIG_NAMES, *TOKENIZER_NAMES, INDEX_NAME})
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-"""A revision that names one commit for ever."""
+"""A revision that is a commit."""
 
 _TEMPLATE: Final = re.compile(rf"{TEMPLATES_FOLDER}/\w[\w.-]{{0,99}}\.jinja", re.ASCII)
-"""The only files in a folder that are fetched: plain names, since the hub's paths become paths here."""
+"""The only files in a folder that are fetched. Their names must be plain, because they become paths on this machine."""
 
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -73,8 +73,8 @@ class HubModel:
 
     Attributes:
         repo: ``org/name``.
-        revision: branch, tag or commit; None: the repository's main branch.
-        name: what users are shown.
+        revision: branch, tag or commit; None: the main branch.
+        name: the name that users see.
     """
 
     repo: str
@@ -87,12 +87,14 @@ class HubModel:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files at the root of one commit of a repository, and its further chat templates.
+    """The files at the root of one commit of a repository, and its additional chat templates.
 
     Attributes:
-        names: of all of them.
-        files: those that may be needed.
-        path: finds one in the cache.
+        model: the repository.
+        commit: the commit's hash.
+        names: the names of all of these files.
+        files: by name, the files that may be needed.
+        path: gives the path of a file in the cache; None: the file is not there.
     """
 
     model: HubModel
@@ -102,24 +104,40 @@ class Listing:
     path: Callable[[str], Path | None]
 
     def bytes_on_disk(self, name: str) -> int:
-        """Bytes of a file that need not be fetched."""
+        """How many bytes of a file are on disk already."""
         file = self.files[name]
         return file.bytes_on_disk if self.path(name) is None else file.size
 
     def place(self) -> Path | None:
-        """The folder of the files, or the file when that is GGUF; None when they are not in the cache."""
+        """The folder that holds the files; for GGUF, the file itself. None: the last file is not in the cache.
+
+        Raises:
+            ModelError: as :meth:`choose`.
+        """
         found = self.path(self.choose()[-1])
         return found if found is None or found.suffix == ".gguf" else found.parent
 
     def choose(self) -> list[str]:
-        """The files that are needed; weights come last."""
+        """The names of the files that are needed, weights last. The index of the weights is used if it is on disk.
+
+        Raises:
+            ModelError: as :func:`choose_files`; or the index is malformed.
+        """
         index = self.path(INDEX_NAME)
         shards = _shards_of(index) if index is not None else None
         return choose_files(str(self.model), self.names, shards)
 
 
 class HubClient:
-    """huggingface_hub, for one model."""
+    """Access to one model through huggingface_hub.
+
+    Attributes:
+        offline: whether ``HF_HUB_OFFLINE`` is set.
+        cache: the folder of the hub's cache.
+
+    Raises:
+        ModelNotFound: huggingface_hub is not installed.
+    """
 
     def __init__(self, model: HubModel) -> None:
         try:
@@ -135,7 +153,7 @@ class HubClient:
         self._hub: ModuleType = hub
         self._errors: ModuleType = errors
         self._utils: ModuleType = utils
-        # What its HTTP library raises when a connection breaks: httpx or its successor, as the release has it.
+        # The exception of its HTTP library for a broken connection. Which library depends on the release.
         bases = [base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)]
         self._broken: tuple[type[Exception], ...] = (*bases, OSError)
         self._failures: tuple[type[Exception], ...] = (*self._broken, ValueError, TypeError, KeyError)
@@ -147,9 +165,9 @@ class HubClient:
         self._seconds: float = constants.HF_HUB_ETAG_TIMEOUT
 
     def cached(self) -> Path | None:
-        """The model in the cache, when all of it is there."""
+        """The model in the cache, as :meth:`Listing.place` gives it. None: it is not there, or not complete."""
         try:
-            # The pattern keeps the hub's client from minding files that are not needed here.
+            # With the pattern, huggingface_hub does not require files that are not needed here.
             snapshot = Path(
                 self._hub.snapshot_download(
                     self._model.repo,
@@ -170,10 +188,11 @@ class HubClient:
         return snapshot / chosen[-1] if chosen[-1].endswith(".gguf") else snapshot
 
     def listing(self) -> "Listing | Path":
-        """The repository's files; when the hub does not answer, the model as it is in the cache.
+        """The repository's files. If the hub fails, the path of the complete model in the cache.
 
         Raises:
-            ModelNotFound: neither.
+            ModelNotFound: the hub fails, and the cache does not hold the model; or the revision does not exist.
+            ModelMalformed: too many chat templates, or a too large one.
         """
         for pause in (*LISTING_RETRY_SECONDS, None):
             try:
@@ -226,7 +245,7 @@ class HubClient:
     def _remote(self, file: "RepoSibling", commit: str) -> RemoteFile:
         url = self._hub.hf_hub_url(self._model.repo, file.rfilename, revision=commit, endpoint=self._endpoint)
         size, digest = file.size, file.lfs.sha256 if file.lfs is not None else file.blob_id
-        if size is None or digest is None:  # a mirror that lists names alone
+        if size is None or digest is None:  # some mirrors list only names
             given = self._hub.get_hf_file_metadata(url, timeout=self._seconds, endpoint=self._endpoint)
             size, digest = given.size, given.etag
         if size is None or not digest or not re.fullmatch(r"\w+", digest):
@@ -243,7 +262,7 @@ class HubClient:
         )
 
     def transfer(self, listing: Listing, names: Iterable[str]) -> Transfer:
-        """A transfer of files into the cache, ready to start."""
+        """A transfer of the named files into the cache. It is not started yet."""
         names_of = {listing.files[name].name: name for name in names}
 
         def lock(file: RemoteFile, seconds: float) -> Any:
@@ -252,7 +271,7 @@ class HubClient:
             return self._utils.WeakFileLock(self._locks / f"{file.blob.name}.lock", timeout=seconds)
 
         def install(file: RemoteFile) -> None:
-            """The hub's client finds the blob and links it into the snapshot."""
+            """huggingface_hub finds the blob and links it into the snapshot."""
             try:
                 self._hub.hf_hub_download(
                     self._model.repo,
@@ -274,12 +293,12 @@ class HubClient:
         )
 
     def remember(self, listing: Listing) -> None:
-        """Note which commit the revision stands for, so that it is found offline."""
+        """Write to the cache which commit the revision stands for, so that it is found offline."""
         revision = self._model.revision or "main"
         if COMMIT.fullmatch(revision):
             return
         path = self._folder / "refs" / revision
-        with contextlib.suppress(OSError):  # a cache that is mounted read-only
+        with contextlib.suppress(OSError):  # the cache may be read-only
             if path.is_file() and path.read_text() == listing.commit:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,14 +307,14 @@ class HubClient:
             unfinished.replace(path)
 
     def _may_pass(self, error: Exception) -> bool:
-        """Whether asking again may help."""
+        """Whether another try may help."""
         response = getattr(error, "response", None)
         if response is None:
             return isinstance(error, self._broken)
         return bool(response.status_code in {408, 429} or response.status_code >= 500)  # noqa: PLR2004
 
     def _explained(self, error: Exception) -> ModelError:
-        """What went wrong, for people."""
+        """The error for people."""
         errors, model = self._errors, self._model
         if isinstance(error, errors.GatedRepoError):
             return _gated(model)
@@ -314,15 +333,15 @@ class HubClient:
 
 
 def choose_files(what: str, names: Iterable[str], shards: Iterable[str] | None) -> list[str]:
-    """The files of a repository that are needed to run its model; weights come last.
+    """The names of the files that are needed to run a repository's model, weights last.
 
     Args:
-        what: names the repository in messages.
-        names: of its files, those in folders left out but for chat templates.
-        shards: that the index of the weights names; None: there is no index.
+        what: the repository's name for messages.
+        names: of the files at its root, and of chat templates.
+        shards: the files that the index of the weights names; None: there is no index.
 
     Raises:
-        ModelMalformed: a shard is missing, or nothing says which files make the model.
+        ModelMalformed: a shard is missing, or it is unclear which files make the model.
         ModelNotFound: no weights, or several GGUF files.
         ModelUnsupported: the weights are pickled.
     """
@@ -378,7 +397,7 @@ def _shards_of(index: Path) -> set[str]:
 
 
 def refusal(model: HubModel, error: Refused) -> ModelNotFound:
-    """What a status other than success means for a file."""
+    """The error for people when the hub refuses to send a file."""
     if error.code == "GatedRepo":
         return _gated(model)
     if error.code == "RepoNotFound":
@@ -403,6 +422,7 @@ def _not_there(model: HubModel) -> ModelNotFound:
 
 
 def unreachable(model: HubModel, why: str) -> ModelNotFound:
+    """The error for people when the model is nowhere on this machine and cannot be downloaded."""
     return ModelNotFound(
         f"{model}: no such file or folder, not complete in the hub's cache, and {why}.",
         hint="Check the network, or name a local file or folder.",

@@ -1,9 +1,9 @@
-"""Files over HTTP into a folder: several at once, resumed where they broke off, checked against their digests.
+"""Downloads files over HTTP: several at once, resumed where they broke off, checked against their digests.
 
-A file grows as ``<blob>.incomplete`` and takes its own name once it is whole and its digest right, so that whatever
-ends a transfer, what arrived is where the next one goes on. Bytes are written as they arrive: the count is what is on
-disk. What can be tried again is, with growing pauses; every byte that arrives starts the count of tries anew, and
-silence alone never fails a transfer.
+A file grows as ``<blob>.incomplete``. It gets its own name when it is complete and its digest is right. So a transfer
+may end at any time, and the next one continues from what has arrived. Bytes are written as they arrive, and the count
+of bytes is what is on disk. After a failure that may pass, the file is tried again, with growing pauses. When bytes
+arrive, the count of tries begins again. Silence alone never fails a transfer.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ import httpx
 from rbee_worker.errors import DiskFull, ModelError, ModelMalformed, ModelNotFound
 
 WORKERS: Final = 4
-"""Files that arrive at a time."""
+"""How many files are fetched at the same time."""
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
-"""Silence after which a connection is taken for dead and made anew."""
+"""When no byte arrives for so long, the connection is closed and a new one is made."""
 
 RETRY_SECONDS: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses before the tries that follow a failed one; after the last, the transfer fails."""
+"""Pauses before the tries that follow a failed one. When the last of them fails too, the transfer fails."""
 
 LONGEST_RETRY_AFTER = 60.0
 
@@ -51,12 +51,12 @@ class RemoteFile:
     """A file to fetch.
 
     Attributes:
-        name: for messages, and the key of its count.
-        url: where it is.
-        size: bytes.
-        digest: of the whole file, in hexadecimal; None: only its size is known.
+        name: its name for messages; unique in a transfer.
+        url: where it is fetched from.
+        size: in bytes.
+        digest: of the whole file, in hexadecimal; None: only the size is checked.
         algorithm: of the digest: SHA-256, or Git's: SHA-1 of ``blob <size>`` NUL and the content.
-        blob: where it goes.
+        blob: the path on disk.
     """
 
     name: str
@@ -68,12 +68,12 @@ class RemoteFile:
 
     @property
     def partial(self) -> Path:
-        """What has arrived of it."""
+        """The path on disk while the file is not complete."""
         return self.blob.with_name(self.blob.name + ".incomplete")
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes that need not be fetched again."""
+        """How many of its bytes are on disk already."""
         for path in (self.blob, self.partial):
             with contextlib.suppress(OSError):
                 return min(path.stat().st_size, self.size)
@@ -81,7 +81,7 @@ class RemoteFile:
 
 
 class ConnectionLost(Exception):
-    """Something that another try may mend; ``pause`` is how long the server asks to wait, in seconds."""
+    """A failure after which another try may help. ``pause``: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -89,7 +89,7 @@ class ConnectionLost(Exception):
 
 
 class Refused(Exception):
-    """The server will not give a file; ``code`` is what its ``X-Error-Code`` says."""
+    """The server refuses to send a file. ``code``: the value of its header ``X-Error-Code``."""
 
     def __init__(self, file: RemoteFile, status: int, code: str) -> None:
         super().__init__(f"{file.name}: HTTP status {status}")
@@ -102,12 +102,12 @@ class _Stopped(Exception):
 
 
 class Transfer:
-    """Fetches files on threads of its own.
+    """Fetches files on its own threads.
 
     Attributes:
-        files: in the order in which they are begun.
+        files: in the order in which they are started.
         bytes_total: bytes of all files.
-        last_byte_at: when a byte last arrived or was checked, by ``time.monotonic``.
+        last_byte_at: when a byte last arrived or was checked, as ``time.monotonic`` gives it.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class Transfer:
         lock: Callable[[RemoteFile, float], AbstractContextManager[object]],
         install: Callable[[RemoteFile], None],
     ) -> None:
-        """Prepare.
+        """Prepare a transfer; :meth:`start` starts it.
 
         Args:
-            files: what to fetch.
-            headers: of every request.
-            lock: keeps other processes from the same file; raises TimeoutError after the seconds given.
-            install: what to do with a file in its place; may raise :class:`ConnectionLost`.
+            files: the files to fetch.
+            headers: sent with every request.
+            lock: keeps other processes from fetching the same file. Raises TimeoutError after the given seconds.
+            install: called with each file when it is complete. May raise :class:`ConnectionLost`.
         """
         self.files = tuple(files)
         self.bytes_total = sum(file.size for file in self.files)
@@ -155,21 +155,20 @@ class Transfer:
 
     @property
     def reading(self) -> str:
-        """Names of the files that are being fetched."""
+        """Names of the files that are being fetched now, separated by commas."""
         return ", ".join(sorted(self._active.copy()))
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
         self._running = len(self._threads)
         for thread in self._threads:
             thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Whether the transfer has ended, waiting for that at most ``seconds``.
+        """Wait at most ``seconds`` for the transfer to end. Returns whether it has ended.
 
         Raises:
-            Exception: what ended it, when that was a failure: a :class:`ModelError`, :class:`Refused` or what
-                ``install`` raised.
+            Exception: the failure that ended it: a :class:`ModelError`, :class:`Refused` or what ``install`` raised.
         """
         with self._ended:
             ended = self._ended.wait_for(lambda: self._running == 0, seconds)
@@ -178,7 +177,7 @@ class Transfer:
         return ended
 
     def close(self) -> None:
-        """End it now. Threads that wait for bytes are woken; what arrived stays for the next transfer."""
+        """End the transfer now. Threads that wait for bytes are woken. What has arrived stays for the next transfer."""
         self._halt()
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
@@ -201,7 +200,7 @@ class Transfer:
                     self._fetch(self._waiting.popleft())
         except _Stopped:
             pass
-        except BaseException as error:  # noqa: BLE001  (whoever waits for the transfer gets it)
+        except BaseException as error:  # noqa: BLE001  (wait() raises it)
             if not self._stop.is_set():
                 self._failure = error
                 self._halt()
@@ -209,11 +208,11 @@ class Transfer:
             with self._ended:
                 self._running -= 1
                 if self._running == 0 and self._stop.is_set():
-                    self._client.close()  # close() may have gone before this thread could be joined
+                    self._client.close()  # close() may have returned before this thread ended
                 self._ended.notify_all()
 
     def _fetch(self, file: RemoteFile) -> None:
-        """Fetch, check and install a file, with as many tries as it takes."""
+        """Fetch, check and install a file. After failures that may pass, try again."""
         self._active.add(file.name)
         tries = 0
         while True:
@@ -275,7 +274,7 @@ class Transfer:
                     self._raise_if_stopped()
                     try:
                         _write(out, chunk)
-                    finally:  # a full disk takes a part of it
+                    finally:  # a full disk may take only a part of the chunk
                         self._done[file.name] = out.tell()
                     self.last_byte_at = time.monotonic()
                     if out.tell() > file.size:
@@ -289,12 +288,12 @@ class Transfer:
             raise ConnectionLost(f"the connection ended after {got:,} of {file.size:,} bytes")
 
     def _verify(self, file: RemoteFile) -> None:
-        """Compare what is on disk with the digest; a file that differs is removed."""
+        """Compare the file on disk with its digest. A file that differs is removed."""
         if file.digest is None:
             return
         if file.algorithm == "sha256":
             digest = hashlib.sha256()
-        else:  # Git's name for the content, no defence against anybody
+        else:  # the hub lists Git's hash of the file, which is SHA-1
             digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
         with file.partial.open("rb") as stream:
             while chunk := stream.read(_HASH_CHUNK):
@@ -316,7 +315,7 @@ class Transfer:
             raise _Stopped
 
     def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Remember each connection's stream: shutting its socket down is what wakes a thread that waits for bytes."""
+        """Remember the stream of each connection. A thread that waits for bytes wakes when its socket is shut down."""
         if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
             self._sockets.append(info["return_value"])
             if self._stop.is_set():
@@ -342,7 +341,7 @@ _AGAIN: Final = "Load it again to fetch the file anew; if that repeats, somethin
 
 
 def disk_full(needed: int, folder: Path, what: str) -> DiskFull:
-    """The error for ``needed`` bytes more than there is room for in ``folder``."""
+    """The error when ``needed`` more bytes do not fit into ``folder``. ``what``: the name for the message."""
     return DiskFull(
         f"{what}: {needed:,} bytes are still to be fetched, and {free_bytes(folder):,} bytes are free in {folder}.",
         hint="Free some space and load it again (what arrived is kept), or set HF_HOME to a folder on a larger disk.",
@@ -350,14 +349,19 @@ def disk_full(needed: int, folder: Path, what: str) -> DiskFull:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free where ``folder`` is or will be."""
+    """Free bytes on the disk of ``folder``, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def _start_of(file: RemoteFile, response: httpx.Response, asked: int) -> int:
-    """Where in the file the body of a response begins."""
+    """The position in the file at which the body of a response begins.
+
+    Raises:
+        ConnectionLost: the range was not sent, or a status after which another try may help.
+        Refused: any other status.
+    """
     status = response.status_code
     if status == _HTTP_OK:
         return 0
@@ -387,7 +391,7 @@ def _size_of(path: Path) -> int:
 
 
 def _shut_down(stream: Any) -> None:
-    """Wake whoever reads from a network stream of httpx."""
+    """Wake the thread that reads from a network stream of httpx."""
     connection = stream.get_extra_info("socket")
     with contextlib.suppress(OSError, AttributeError):
         connection.shutdown(2)  # SHUT_RDWR
