@@ -1,5 +1,5 @@
 """The machine that the worker runs on.
 
-``devices`` knows the devices and their memory, ``cgroup`` what a container leaves of the host's, ``storage`` where
-files lie and how they are best read.
+``devices`` has the devices and their memory, ``cgroup`` the memory limits of a container, ``storage`` the file systems
+and how to read from them.
 """

@@ -1,28 +1,28 @@
-"""The memory that a container leaves this process, from Linux control groups (versions 1 and 2)."""
+"""The memory limit of a container, from Linux control groups (versions 1 and 2)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _NO_LIMIT = 2**60
-"""Version 1 writes "no limit" as a number about the size of the address space."""
+"""Version 1 writes "no limit" as a number near the size of the address space. Larger limits than this are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class CgroupMemory:
-    """A group's limit, and what counts against it, in bytes; cached file pages that can be dropped do not count."""
+    """A group's limit, and the memory that counts against it, in bytes. Inactive cached file pages do not count."""
 
     limit_bytes: int
     used_bytes: int
 
     @property
     def free_bytes(self) -> int:
-        """What is left below the limit."""
+        """Bytes left below the limit."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 
 def memory_limit(root: Path = Path("/")) -> CgroupMemory | None:
-    """The tightest memory limit over this process; None without one, or where there are no control groups.
+    """The limit of this process that leaves the least free memory. None: no limit, or no control groups.
 
     Args:
         root: the folder that holds ``proc`` and ``sys``.
@@ -32,7 +32,7 @@ def memory_limit(root: Path = Path("/")) -> CgroupMemory | None:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """The folders of this process's groups, each with its ancestors: every one of them limits."""
+    """The folders of this process's groups and of their ancestors. The limit of each one applies."""
     try:
         text = (root / "proc/self/cgroup").read_text()
     except OSError:
@@ -46,12 +46,12 @@ def _folders(root: Path) -> Iterator[Path]:
         else:
             continue
         folder = mount / path.lstrip("/")
-        # Inside a container the path may be the host's, which is not there; the mount itself is the group then.
+        # Inside a container the path may be one of the host, which does not exist. Then the mount itself is the group.
         yield from (parent for parent in (folder, *folder.parents) if parent.is_relative_to(mount))
 
 
 def _read(folder: Path) -> CgroupMemory | None:
-    """A group's memory, by the files of whichever version is there."""
+    """A group's memory, from the files of version 2 or 1. None: no limit, or no such files."""
     for limit_name, usage_name, cache_key in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

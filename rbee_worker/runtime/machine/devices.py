@@ -1,4 +1,4 @@
-"""Devices and their memory."""
+"""The devices of this machine and their memory."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class DeviceInfo:
     free_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, keys as the fields."""
+        """As a JSON object; the keys are the names of the fields."""
         return asdict(self)
 
 
 def list_devices() -> list[DeviceInfo]:
-    """Every device of this machine that a model can run on. Imports torch."""
+    """All devices of this machine that a model can run on. Imports torch."""
     import torch  # noqa: PLC0415  (costs seconds; only some callers need it)
 
     devices = [_cuda_info(index) for index in range(torch.cuda.device_count())]
@@ -45,23 +45,23 @@ def list_devices() -> list[DeviceInfo]:
 
 
 def host_info() -> DeviceInfo:
-    """The CPU and the host's memory."""
+    """The CPU and the host's memory, within the limit of a container."""
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return _host_info("cpu", f"CPU, {cores} core{'s' if cores > 1 else ''}")
 
 
 def device_info(device: torch.device) -> DeviceInfo:
-    """Memory of one device."""
+    """A device and its memory."""
     if device.type == "cuda":
         return _cuda_info(device.index or 0)
     return _host_info("mps", "Apple GPU") if device.type == "mps" else host_info()
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` means here.
+    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` means on this machine. Imports torch.
 
     Raises:
-        DeviceUnavailable: it is not on this machine.
+        DeviceUnavailable: this machine has no such device, or ``name`` is none of these.
     """
     import torch  # noqa: PLC0415
 
@@ -83,11 +83,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def peak_host_bytes() -> int:
-    """The process's peak resident memory in bytes, as the operating system counts it."""
+    """The highest resident memory that this process had so far, in bytes, as the operating system counts it."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
-        # getrusage would report the parent's peak when that was larger: it survives exec.
+        # getrusage would give the parent's peak where that was larger: the figure survives exec.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     import resource  # noqa: PLC0415  (not on Windows)
@@ -97,7 +97,7 @@ def peak_host_bytes() -> int:
 
 
 def trim_host_memory() -> None:
-    """Return what malloc keeps of freed memory to the system, where it can be told to (glibc)."""
+    """Give memory that was freed, but that malloc keeps, back to the operating system. Works only with glibc."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -114,7 +114,7 @@ def _cuda_info(index: int) -> DeviceInfo:
 def _host_info(name: str, description: str) -> DeviceInfo:
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    # In a container the machine's memory is not this process's.
+    # In a container this process cannot use all of the host's memory.
     group = memory_limit()
     if group is not None:
         total, free = min(total, group.limit_bytes), min(free, group.free_bytes)

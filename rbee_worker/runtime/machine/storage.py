@@ -1,7 +1,7 @@
-"""Where a model's files lie, and how such a place is best read. No torch.
+"""The file system that holds a model's files, and how to read from it. Does not import torch.
 
-Files are always read, never mapped: a layer that is only mapped is not loaded, and a file on a network that is mapped
-is fetched page by page, in the order in which the pages happen to be touched.
+Files are always read, never mapped. A layer that is only mapped is not in memory. And a mapped file on a network is
+fetched page by page, in the order in which pages are first used.
 """
 
 import os
@@ -22,26 +22,26 @@ NETWORK_FILE_SYSTEMS = frozenset(
         "nfs4", "ocfs2", "orangefs", "panfs", "smb3", "smbfs", "virtiofs", "vboxsf", "webdav", "wekafs",
     }
 )  # fmt: skip
-"""File systems whose bytes come over a network or from another machine. Those of FUSE (``fuse.*``) count too."""
+"""File systems whose bytes come over a network or from another machine. FUSE (``fuse.*``) counts too."""
 
 _LOCAL_FUSE = frozenset({"fuse.bindfs", "fuse.ntfs-3g", "fuse.exfat", "fuse.lxcfs", "fuse.gocryptfs"})
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A file system as the loader sees it: its type, as the system names it, and whether it is on a network."""
+    """The type of a file system, as the operating system names it, and whether it is on a network."""
 
     file_system: str
     network: bool
 
     @property
     def readers(self) -> int:
-        """Threads that read at once. One behind a network: its server reads ahead of a sequential reader."""
+        """How many threads read at once. On a network it is one, because servers read ahead for sequential readers."""
         return 1 if self.network else LOCAL_READERS
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes asked for at once, and between two looks at whether to stop."""
+        """Bytes that are read at once. Between two reads, the reader checks whether to stop."""
         return _NETWORK_CHUNK if self.network else _LOCAL_CHUNK
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Storage:
 
 
 def storage_of(path: Path) -> Storage:
-    """The file system that holds ``path``, links followed: a hub's cache links to files that may lie elsewhere."""
+    """The file system that holds ``path``. Links are followed: files in the hub's cache are links."""
     real = path.resolve()
     if sys.platform == "linux":
         try:
@@ -61,10 +61,10 @@ def storage_of(path: Path) -> Storage:
 
 
 def mounts_of(mountinfo: str) -> list[tuple[Path, str]]:
-    """Mount points and file system types in the text of ``/proc/self/mountinfo``, in its order.
+    """Mount points and file system types in the text of ``/proc/self/mountinfo``, in the same order.
 
-    A line is ``id parent major:minor root mountpoint options [tags] - type source super-options``; blanks and
-    backslashes in a mount point are octal escapes. Format: proc_pid_mountinfo(5).
+    A line is ``id parent major:minor root mountpoint options [tags] - type source super-options``. Spaces and
+    backslashes in a mount point are written as octal escapes. Format: proc_pid_mountinfo(5).
     """
     mounts = []
     for line in mountinfo.splitlines():
@@ -77,7 +77,7 @@ def mounts_of(mountinfo: str) -> list[tuple[Path, str]]:
 
 
 def storage_in(path: Path, mounts: list[tuple[Path, str]]) -> Storage:
-    """The mount that holds ``path``: of those with the longest mount point, the last, which covers the others."""
+    """The file system of the mount that holds ``path``: of those with the longest mount point, the last."""
     best: tuple[int, str] = (-1, "unknown")
     for point, kind in mounts:
         if path.is_relative_to(point) and len(point.parts) >= best[0]:
@@ -88,7 +88,7 @@ def storage_in(path: Path, mounts: list[tuple[Path, str]]) -> Storage:
 
 
 def advise(descriptor: int, offset: int, nbytes: int) -> None:
-    """Tell the operating system that these bytes will be read soon, from first to last, where it can be told."""
+    """Tell the operating system, where it has a call for that, that these bytes will be read soon and in order."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_SEQUENTIAL)
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
