@@ -1,6 +1,6 @@
-"""The model runtime that ``load``, ``generate`` and ``serve`` share. It knows no terminal and no HTTP.
+"""The model runtime that ``load``, ``generate`` and ``serve`` share. It has no code for terminals or HTTP.
 
-Read ``engine`` first, then ``cache`` and ``model``: that is how a token is made. A load goes through ``source``
-(with ``hub``), ``architecture``, ``formats`` and ``loading``. ``tokenizer`` and ``grammar`` stand beside,
-``machine`` and ``untrusted`` below; ``convert`` and ``inspection`` are commands of their own.
+To see how a token is made, read ``engine`` first, then ``cache`` and ``model``. To follow a load, read ``source`` (with
+``hub``), ``architecture``, ``formats`` and ``loading``. Both use ``tokenizer``, ``grammar``, ``machine`` and
+``untrusted``. ``convert`` and ``inspection`` are commands of their own.
 """

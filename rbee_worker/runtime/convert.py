@@ -1,10 +1,10 @@
-"""Any readable model to a folder in Hugging Face layout: model.safetensors, config, tokenizer.
+"""Converts a model to a folder in Hugging Face layout: model.safetensors, config, tokenizer.
 
-One tensor is in memory at a time, as stored; quantized ones are decoded a block of rows at a time. The weights are
-written under a temporary name that is renamed last, after everything else is on disk: a conversion that was killed
-never looks complete, and the next one starts over. Before that the safetensors library opens the file and must find in
-it what was to be written. It does not write the file itself: it needs every tensor, in memory or in a second file,
-before it writes the first byte.
+One tensor is in memory at a time, as stored; a quantized one is decoded a block of rows at a time. The weights are
+written under a temporary name. The file gets its own name last, when everything else is on disk. So a conversion that
+was killed never looks complete, and the next one starts again. Before the file is renamed, the safetensors library
+opens it, to check that it holds what was to be written. The library does not write the file, because it would need
+all tensors first, in memory or in a second file.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _CODES: Final = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32
 _TORCH_NAMES: Final = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"})
 _FLOATS: Final = MappingProxyType({"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"})
 _OVERFLOWS: Final = MappingProxyType({"F16": 65520.0, "BF16": 2.0**128 - 2.0**119, "F32": 2.0**128 - 2.0**103})
-"""Magnitudes from which rounding to nearest gives infinity: half a step above the largest number."""
+"""Numbers of this magnitude or larger round to infinity. It lies half a step above the dtype's largest number."""
 
 _CHUNK_ELEMENTS: Final = 4 * 1024 * 1024
 _FORMAT_VERSION: Final = "1"
@@ -49,10 +49,10 @@ class ConvertProgress:
     """How far a conversion is.
 
     Attributes:
-        tensors_done, tensors_total: written to the disk's queue; in all.
-        bytes_written, bytes_total: of model.safetensors.
-        finished: the folder is complete.
-        already_converted: it was complete before; nothing was written.
+        tensors_done, tensors_total: tensors that were passed to the operating system for writing; all tensors.
+        bytes_written, bytes_total: the same for bytes of model.safetensors.
+        finished: whether the folder is complete.
+        already_converted: whether it was complete before, so that nothing was written.
     """
 
     tensors_done: int
@@ -65,12 +65,12 @@ class ConvertProgress:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What will be written, decided before anything is."""
+    """What will be written. It is decided before the first write."""
 
     source: ModelSource
     out: Path
-    tensors: tuple[tuple[TensorInfo, str], ...]  # with the dtype each is written as, in the order of the file
-    header: bytes  # with its length before it
+    tensors: tuple[tuple[TensorInfo, str], ...]  # each with the dtype to write, in the order of the file
+    header: bytes  # with the 8 bytes of its length
     metadata: dict[str, str]
     files: dict[str, str]  # the small files: name -> text
 
@@ -82,20 +82,20 @@ class _Plan:
 def convert(source: ModelSource, out: Path, *, dtype: DTypeName = "auto") -> Iterator[ConvertProgress]:
     """Write ``source`` to the folder ``out`` in Hugging Face layout.
 
-    Everything that can be refused is refused here, before the first step of the iterator. Closing the iterator early
-    removes what was written of the weights.
+    The call itself checks all that it can, before the first step of the iterator. Closing the iterator early removes
+    the files that were written.
 
     Args:
         source: the model.
-        out: a folder that does not exist, is empty, or holds an earlier conversion of the same model, finished
-            (then there is nothing to do) or not (then it starts over).
-        dtype: of the floating-point tensors; ``auto`` keeps those stored plainly and decodes quantized ones to
-            float16. Integer tensors are kept.
+        out: a folder that does not exist, is empty, or holds an earlier conversion of the same model. If that one is
+            complete, nothing is written; if not, the conversion starts again.
+        dtype: the dtype of floating-point tensors. ``auto`` keeps them as stored, and decodes those of GGUF's quantized
+            types to float16. Integer tensors are kept.
 
     Raises:
         InvalidRequest: ``out`` holds something else.
-        ModelError: the model cannot be read, or a value does not fit the dtype (raised by the iterator).
-        Conflict: another conversion is writing there (raised by the iterator).
+        ModelError: the model cannot be read or converted. For a value that does not fit, the iterator raises it.
+        Conflict: another conversion is writing there (the iterator raises it).
         RbeeError: the disk is too small or fails.
     """
     plan = _plan(source, out, dtype)
@@ -108,10 +108,10 @@ def convert(source: ModelSource, out: Path, *, dtype: DTypeName = "auto") -> Ite
 
 
 def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to bfloat16, ties to even; NaN stays NaN.
+    """Round to bfloat16, ties to even. NaN stays NaN.
 
     Returns:
-        The bit patterns, of the same shape.
+        The bits of the bfloat16 numbers, uint16 of the same shape.
     """
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -121,7 +121,7 @@ def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint1
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Widen bfloat16 bit patterns; exact."""
+    """The float32 numbers with these bfloat16 bits, of the same shape. The conversion is exact."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -134,7 +134,7 @@ def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
             remedies=[Remedy({"dtype": "auto"})],
         )
     typed = [(info, _target(info, dtype)) for info in checkpoint.tensors.values()]
-    # Wide elements first: every tensor then begins at a multiple of its element size, as readers that map files want.
+    # Wide elements first: every tensor then begins at a multiple of its element size, as readers that map files need.
     typed.sort(key=lambda pair: -DTYPE_BYTES[pair[1]])
     metadata = {
         "format": "pt",
@@ -148,7 +148,7 @@ def _plan(source: ModelSource, out: Path, dtype: DTypeName) -> _Plan:
 
 
 def _is_quantized(source: ModelSource) -> bool:
-    """Whether several tensors of a safetensors model make one matrix, which GGUF never does."""
+    """Whether several tensors make one matrix. That is so in quantized safetensors models, never in GGUF."""
     config = ConfigReader(source.config, "config.json")
     return source.format == "safetensors" and quantization_section(config) is not None
 
@@ -194,7 +194,7 @@ def _small_files(source: ModelSource, typed: list[tuple[TensorInfo, str]]) -> di
         tokenizer_config["chat_template"] = templates["default"]
     elif templates:
         tokenizer_config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
-    _ = source.tokenizer  # refused now rather than copied
+    _ = source.tokenizer  # raises if the tokenizer is damaged, before anything is written
     contents = {"config.json": config, "generation_config.json": dict(source.generation_config)}
     contents["tokenizer_config.json"] = tokenizer_config
     files = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in contents.items() if value}
@@ -213,7 +213,7 @@ def _is_complete(plan: _Plan) -> bool:
     """Whether ``out`` already holds this conversion.
 
     Raises:
-        InvalidRequest: it holds something that must not be overwritten.
+        InvalidRequest: ``out`` holds something that must not be overwritten.
     """
     out = plan.out
     if out.exists() and not out.is_dir():
@@ -241,7 +241,7 @@ def _is_complete(plan: _Plan) -> bool:
 def _check_space(plan: _Plan) -> None:
     existing = next(folder for folder in (plan.out, *plan.out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
-    # What an unfinished conversion holds is given back when this one starts.
+    # The file of an unfinished conversion is truncated when this one starts.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         free += (plan.out / PARTIAL_NAME).stat().st_size
     if free < plan.bytes_total:
@@ -260,7 +260,7 @@ def _run(plan: _Plan) -> Iterator[ConvertProgress]:
             try:
                 yield from _write(plan, stream)
             except BaseException:
-                if partial.exists():  # else all is written, and only the reader of the progress has gone
+                if partial.exists():  # if not, the file was renamed already: the conversion is complete
                     _remove(plan)
                 raise
 
@@ -277,7 +277,7 @@ def _lock(plan: _Plan, stream: IO[bytes]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise Conflict(f"{plan.out}: another conversion is writing there.") from error
-    # Opened before another conversion renamed it, locked after: this stream is now that one's finished file.
+    # If another conversion renamed the file between our open and our lock, this stream is its finished file.
     if (plan.out / SINGLE_NAME).exists():
         (plan.out / PARTIAL_NAME).unlink(missing_ok=True)
         raise Conflict(f"{plan.out}: another conversion has just finished there.")
@@ -305,7 +305,7 @@ def _write(plan: _Plan, stream: IO[bytes]) -> Iterator[ConvertProgress]:
 
 
 def _check_written(plan: _Plan) -> None:
-    """Have the safetensors library open the file, which checks all of the header, and compare what it finds."""
+    """Open the file with the safetensors library, which checks the whole header, and compare with the plan."""
     path = plan.out / PARTIAL_NAME
     try:
         with safe_open(path, framework="numpy") as file:
@@ -340,12 +340,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _encoded(info: TensorInfo, dtype: str) -> Iterator[npt.NDArray[Any]]:
-    """The bytes of one tensor as they are written, in row order, a few million elements at a time."""
+    """The bytes of one tensor as they are written, a few million elements at a time."""
     data = _stored(info)
     if info.dtype == dtype and info.rope_heads == 0 and not info.shift:
         yield data
         return
-    # As stored, but in Hugging Face's row order; what follows goes row by row.
+    # The stored bytes in Hugging Face's row order, so that the rest can go row by row.
     if info.rope_heads:
         data = undo_rope_permutation(data, info.shape[0], info.rope_heads)
     rows = info.shape[0] if info.shape else 1
@@ -377,7 +377,7 @@ def _stored(info: TensorInfo) -> npt.NDArray[np.uint8]:
 
 
 def _decoded(info: TensorInfo, part: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Rows of a tensor as numbers: float32, or float64 where that is what is stored."""
+    """Rows of a tensor as numbers: float32, or the stored dtype if that is float64 or float16."""
     if info.dtype not in DTYPE_BYTES:
         plain = replace(info, shape=shape, nbytes=part.size, rope_heads=0)
         return dequantize(plain, part)

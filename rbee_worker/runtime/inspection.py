@@ -1,4 +1,4 @@
-"""What a model is and what it needs, from headers and configs alone. Never imports torch."""
+"""What a model is and how much memory it needs, from headers and configs only. Does not import torch."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,15 +10,17 @@ from rbee_worker.runtime.architecture.table import ARCHITECTURES
 from rbee_worker.runtime.source import ModelSource
 
 _CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}
-"""Of keys and values on a CPU, which works in float32 beside float16 and int8 weights; a GPU halves these two."""
+"""Bytes of an element of the KV cache on a CPU, by dtype of the weights. A CPU computes in float32 with float16 and
+int8 weights; on a GPU the element is half as large."""
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes that a model takes on a CPU: weights, and keys and values of one full context.
+    """Bytes that a model takes on a CPU: weights, and the KV cache of one full context.
 
-    ``dtype`` is that of the weights, or ``int8`` for matrices quantized to it with the rest in 16 bits.
+    ``dtype`` is that of the weights; ``int8`` means matrices quantized to int8, and the rest in 16 bits.
     """
 
     dtype: str
@@ -29,16 +31,20 @@ class MemoryNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What headers and configs say of a model.
+    """What headers and configs say about a model.
 
     Attributes:
-        family: the architecture's name, for people.
-        parameters: weights in the checkpoint, tied ones counted once.
-        active_parameters: of those, the ones that one token goes through; fewer with a mixture of experts.
-        dtypes: stored dtype -> bytes.
-        file_bytes: bytes of all tensors in the files; ``dequantized_bytes``: of all weights in 16 bits.
+        family: the name of the architecture, for people.
+        rope: the kind of rotary scaling.
+        parameters: how many weights the model has; tied ones count once.
+        active_parameters: how many of them one token goes through; fewer with a mixture of experts.
+        file_bytes: bytes of all tensors in the files.
+        dequantized_bytes: bytes of all weights in 16 bits.
         stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
-        context_length: tokens that ``memory`` is computed for; ``max_context_length``: the model's own limit.
+        dtypes: stored dtype -> bytes.
+        context_length: tokens that ``memory`` is computed for.
+        max_context_length: the longest context that the model can run with, in tokens.
+        chat_template: whether the model has a chat template.
     """
 
     name: str
@@ -68,20 +74,20 @@ class Inspection:
     memory: list[MemoryNeed]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, keys as the fields."""
+        """As a JSON object; the keys are the names of the fields."""
         return asdict(self)
 
 
 def inspect_model(source: ModelSource, context: int | None) -> Inspection:
-    """Read headers and configs.
+    """Inspect a model. Only headers and configs are read.
 
     Args:
-        source: a resolved model.
-        context: tokens to compute the cache for; None: the model's own limit.
+        source: the model.
+        context: tokens to compute the KV cache for; None: the model's default context.
 
     Raises:
         ModelError: the files are malformed or unsupported.
-        InvalidRequest: the context is beyond the model's.
+        InvalidRequest: the context is longer than the model's longest.
     """
     config = source.model_config
     checkpoint = source.checkpoint
@@ -126,7 +132,7 @@ def _need(dtype: str, itemsize: int, config: ModelConfig, context: int) -> Memor
 
 
 def _int8_need(config: ModelConfig, context: int) -> MemoryNeed:
-    """int8 matrices with 12 bytes for each of their rows; embedding and norms in 16 bits."""
+    """The need with matrices in int8, 12 bytes more for each row, and embedding and norms in 16 bits."""
     head = (config.vocab_size, config.hidden_size)
     weights = head[0] * (head[1] + 12) + 2 * (math.prod(head) + config.hidden_size)
     for index, count in kinds_of_layers(config):

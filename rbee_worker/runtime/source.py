@@ -1,4 +1,4 @@
-"""What MODEL means: a file, a folder, a GGUF file or a hub id, made into local files that can be asked."""
+"""Finds what MODEL names (a file, a folder, a GGUF file or a hub id), and reads the local files of a model."""
 
 import importlib.util
 import re
@@ -46,12 +46,12 @@ _HUB_ID: Final = re.compile(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine. Each of its files is read once, when it is asked for first.
+    """A model on this machine. Each of its files is read once, when it is first needed.
 
     Attributes:
-        name: what users are shown, and the model's id over HTTP.
-        path: the folder or file.
-        format: how its weights are stored.
+        name: the name that users see, and the model's id over HTTP.
+        path: its folder or file.
+        format: the format of its weights.
     """
 
     name: str
@@ -60,21 +60,23 @@ class ModelSource:
 
     @property
     def folder(self) -> Path:
-        """Where config.json and tokenizer.json are."""
+        """The folder that holds config.json and tokenizer.json."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The headers of the weights.
+        """The stored tensors, from the headers of the weights.
 
         Raises:
-            ModelError: they are missing, damaged or of a kind that is not read.
+            ModelError: the weights are missing, damaged or not supported.
         """
         return read_safetensors(self.path) if self.format == "safetensors" else self._gguf.checkpoint
 
     @cached_property
     def weights(self) -> tuple[Checkpoint, str]:
-        """The tensors with their true shapes, a quantized matrix as one; and how they are stored, for people.
+        """The tensors with the shapes that the model expects; and how they are stored, for people.
+
+        Here a quantized matrix is one tensor. In :attr:`checkpoint` it is several.
 
         Raises:
             ModelError: the files are malformed or unsupported.
@@ -85,32 +87,40 @@ class ModelSource:
 
     @cached_property
     def model_config(self) -> ModelConfig:
-        """What the decoder needs to know.
+        """What the decoder needs to know about the model.
 
         Raises:
-            ModelUnsupported, ModelMalformed: as :func:`parse_config`.
+            ModelError: as :attr:`config` and :func:`parse_config`.
         """
         return parse_config(self.config, file=self.path.name if self.format == "gguf" else "config.json")
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """What config.json holds.
+        """What config.json holds; for a GGUF file, the same made from its metadata.
 
         Raises:
-            ModelError: it is missing or no JSON object, or the GGUF metadata lacks a value.
+            ModelError: config.json is missing or not a JSON object; or the metadata lack a value, or are not supported.
         """
         return MappingProxyType(self._gguf.config() if self.format == "gguf" else self._read_config())
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
-        """What generation_config.json holds; empty when there is none."""
+        """What generation_config.json holds; empty where there is none.
+
+        Raises:
+            ModelError: the file is not a JSON object, or an id in the GGUF metadata is wrong.
+        """
         if self.format == "gguf":
             return MappingProxyType(self._gguf.generation_config())
         return MappingProxyType(self._read_optional("generation_config.json"))
 
     @cached_property
     def tokenizer_config(self) -> Mapping[str, Any]:
-        """What tokenizer_config.json holds, with the tokens that special_tokens_map.json alone names."""
+        """What tokenizer_config.json holds, and the keys that only special_tokens_map.json has.
+
+        Raises:
+            ModelError: one of the files is not a JSON object, or the GGUF metadata are wrong.
+        """
         if self.format == "gguf":
             return MappingProxyType(tokenizer_config(self._gguf))
         named = self._read_optional("special_tokens_map.json")
@@ -121,7 +131,7 @@ class ModelSource:
         """The tokenizer.
 
         Raises:
-            ModelError: its files are missing, refused or not supported.
+            ModelError: its files are missing, damaged or not supported.
         """
         if self.format != "gguf":
             return self._folder_tokenizer.backend
@@ -130,19 +140,19 @@ class ModelSource:
 
     @property
     def tokenizer_json(self) -> str:
-        """The text of tokenizer.json: the file's own, or of the tokenizer made of other files or a GGUF file.
+        """The tokenizer as text of a tokenizer.json: the file's own, or made from other files or a GGUF file.
 
         Raises:
-            ModelError: as ``tokenizer``.
+            ModelError: as :attr:`tokenizer`.
         """
         return self.tokenizer.to_str() if self.format == "gguf" else self._folder_tokenizer.json
 
     @cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """The Jinja templates by name: ``default``, and where the model has them ``tool_use``, ``rag`` and others.
+        """The Jinja templates by name: ``default``; and ``tool_use``, ``rag`` and others where the model has them.
 
         Raises:
-            ModelMalformed: one is no text.
+            ModelMalformed: a template is not a string, or its file cannot be read, is too large or not UTF-8.
         """
         if self.format != "gguf":
             return read_templates(self.folder, self.tokenizer_config)
@@ -171,18 +181,18 @@ class ModelSource:
 
 
 def locate(model: str | None) -> ModelSource | HubModel:
-    """Find what ``model`` names, without reaching for the network.
+    """Find what ``model`` names. Does not use the network.
 
     Args:
-        model: a ``.safetensors`` or ``.gguf`` file, a folder, or ``org/name[@revision]``; None, empty or its own name:
-            the embedded default. An existing path wins over anything else.
+        model: a ``.safetensors`` or ``.gguf`` file, a folder, or a hub id ``org/name[@revision]``. None, an empty
+            string or the default's name: the default model. If a path of this name exists, it is meant.
 
     Returns:
-        A model on this machine, or one of the hub, for :func:`fetch`.
+        A model on this machine; or one of the hub, for :func:`fetch`.
 
     Raises:
-        ModelNotFound: it is nowhere.
-        ModelMalformed: a file of another kind, or one that the model needs is missing beside it.
+        ModelNotFound: ``model`` is neither a path nor a hub id, or a file that the model needs is missing beside it.
+        ModelMalformed, ModelUnsupported: a file of another kind, or a folder without usable weights.
     """
     if not model:
         return _embedded_default()
@@ -200,7 +210,11 @@ def locate(model: str | None) -> ModelSource | HubModel:
 
 
 def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> ModelSource:
-    """Find what ``model`` names; downloads it when it is a hub id that is not cached, giving each step to ``show``.
+    """Find what ``model`` names. If it is a hub id that is not in the cache, download it.
+
+    Args:
+        model: as for :func:`locate`.
+        show: called with each step of the download.
 
     Raises:
         ModelError: as :func:`locate` and :func:`fetch`.
@@ -217,7 +231,7 @@ def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> Mo
     except StopIteration as end:
         found: ModelSource | None = end.value
     finally:
-        steps.close()  # what stops the download when ``show`` raises
+        steps.close()  # stops the download when ``show`` raises
     if found is None:
         raise ModelNotFound(f"{located}: the download was cancelled.")
     return found
@@ -226,13 +240,13 @@ def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> Mo
 def fetch(
     model: HubModel, *, stall_seconds: float, cancel: threading.Event | None = None
 ) -> Generator[Step, None, ModelSource | None]:
-    """Bring a hub model onto this machine; see :func:`rbee_worker.runtime.hub.download.download`.
+    """Download a model from the hub; see :func:`rbee_worker.runtime.hub.download.download`.
 
     Returns:
-        The model; None when cancelled.
+        The model; None: the download was cancelled.
 
     Raises:
-        ModelError: it cannot be had, or a file that it needs is missing.
+        ModelError: the download failed, or a file that the model needs is missing.
     """
     try:
         path = yield from download(model, stall_seconds=stall_seconds, cancel=cancel)
@@ -257,7 +271,7 @@ def _embedded_default() -> ModelSource | HubModel:
 
 
 def _packaged_gguf() -> Path | None:
-    """The GGUF file inside the installed package, which is never imported."""
+    """The GGUF file inside the installed package. The package is not imported."""
     try:
         spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     except ValueError:  # a module of that name that was not imported from a file
@@ -300,7 +314,7 @@ def _from_file(path: Path) -> ModelSource:
     if path.suffix == ".gguf":
         return ModelSource(path.stem, path, "gguf")
     if path.suffix == ".safetensors":
-        # Most of these files are called model.safetensors, which names nothing.
+        # Most of these files are called model.safetensors, so the folder's name tells more.
         name = _name_of(path.absolute().parent) if path.stem == "model" else path.stem
         source = ModelSource(name, path, "safetensors")
         _require_beside(source)
@@ -318,7 +332,7 @@ def _require_beside(source: ModelSource) -> None:
     if not missing:
         return
     if source.path.is_dir():
-        _ = source.checkpoint  # a folder without weights, or with pickled ones, says so first
+        _ = source.checkpoint  # if the folder has no weights, or pickled ones, that error comes first
     raise ModelNotFound(
         f"{source.folder / missing[0]}: no such file"
         + (f", nor {missing[1]} beside it." if len(missing) > 1 else ", which the model needs beside its weights."),

@@ -1,7 +1,7 @@
-"""JSON and config values that strangers wrote.
+"""Reads JSON and config values that strangers wrote.
 
-JSON is parsed strictly and within bounds. :class:`ConfigReader` gives typed access to ``config.json`` and remembers
-what was read: what is left must not change the mathematics.
+JSON is parsed strictly and within limits. :class:`ConfigReader` gives typed access to ``config.json`` and remembers
+which keys were read. An unread key is refused if it may change what the model computes.
 """
 
 import json
@@ -16,37 +16,38 @@ from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.escape import quoted
 
 MAX_JSON_BYTES = 2**25
-"""Bytes of a piece of JSON, such as a safetensors header or an index file. The format allows headers of 100 MB; an
-index of 281,000 tensors, those of 384 experts in 61 layers in four parts each, takes 28 MB."""
+"""Bytes of a JSON text, such as a safetensors header or an index file. The format allows headers of 100 MB. But an
+index of 281,000 tensors (61 layers of 384 experts, with three matrices in four parts each) takes only 28 MB."""
 
 MAX_JSON_VALUES = 2**20
-"""Values in a piece of JSON. Python's parser lets no other thread run while it works, and a million values take it
-half a second. As many tensors as a header may name, each with its three fields, are fewer."""
+"""Values in a JSON text. Python's parser lets no other thread run while it works, and a million values take it half a
+second. A header with the largest allowed number of tensors, each with its three fields, has fewer."""
 
 _MAX_DIGITS = 100
-"""Digits of an integer in JSON: the time to read one grows with the square of them. Known files have up to 31."""
+"""Digits of an integer in JSON. The time to read one grows with the square of them. Known files have up to 31."""
 
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
 _MAX_DIMENSION = 2**24
+"""Largest size in a config. No model comes near. A larger number is damage, and is refused before memory is taken."""
+
 MAX_COUNT = 4096
-"""Of sizes, and of layers or experts. No model comes near; a larger figure is damage, and is refused before it sizes an
-allocation."""
+"""The same for the number of layers or experts."""
 
 HARMLESS = frozenset(
     {
-        # of training, of other tasks, and of other software
+        # for training, other tasks and other software
         *("initializer_range", "pretraining_tp", "router_aux_loss_coef", "router_jitter_noise", "neftune_noise_alpha"),
         *("output_router_logits", "output_attentions", "output_hidden_states", "model_max_length", "pruned_heads"),
         *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "cache_implementation"),
         *("tie_encoder_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "use_embedding_sharing"),
-        # said again by another key
+        # repeat what another key says
         *("layer_switch", "order_of_interleaved_layers", "use_gated_activation", "use_parallel_block"),
         *("use_parallel_embedding", "initial_context_length", "experts_per_token", "is_llama_config"),
         *("sliding_window_pattern", "_sliding_window_pattern", "_pre_quantization_dtype", "temperature"),
     }
 )
-"""Keys with values that look as if they mattered, and do not."""
+"""Keys that look as if they changed what the model computes, but do not."""
 
 _MATHEMATICAL = re.compile(
     "rope|rotary|norm|scal|multiplier|cap|window|attn|attention|bias|act|clip|alibi|position|expert|router|residual|"
@@ -60,16 +61,17 @@ _DROPOUT = re.compile("drop")
 def parse_json_object(
     data: bytes, *, what: str, hint: str = _DOWNLOAD_AGAIN, most_values: int = MAX_JSON_VALUES
 ) -> dict[str, Any]:
-    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no endless integers.
+    """Parse one JSON object strictly: UTF-8, no duplicate keys, no NaN or Infinity, no very long integers.
 
     Args:
         data: the text.
-        what: how a message names it, such as ``config.json`` or ``model.safetensors: the header``.
-        hint: of the errors.
-        most_values: that it may hold. Commas are counted before it is parsed, those inside of texts too.
+        what: its name for messages, such as ``config.json`` or ``model.safetensors: the header``.
+        hint: the hint of the errors.
+        most_values: how many values it may hold. They are counted by commas before the text is parsed, so commas in
+            strings count too.
 
     Raises:
-        ModelMalformed: it is not that.
+        ModelMalformed: the text is not such an object, or breaks a limit.
     """
     _check_values(data, most_values, what, hint)
 
@@ -107,7 +109,7 @@ def parse_json_object(
 
 
 def _check_values(data: bytes, most: int, what: str, hint: str) -> None:
-    commas = data.count(b",")  # there is one between any two values
+    commas = data.count(b",")  # there is one between two values
     if commas >= most:
         raise ModelMalformed(
             f"{what} holds {commas} commas; less than {most} are allowed, for each parts two values.", hint=hint
@@ -119,7 +121,7 @@ def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, An
 
     Raises:
         ModelNotFound: no such file.
-        ModelMalformed: unreadable, too large, or not a JSON object.
+        ModelMalformed: the file cannot be read, is too large, or is not a JSON object.
     """
     try:
         with path.open("rb") as stream:
@@ -135,21 +137,27 @@ def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
-    """A JSON object, with the file and the key in every complaint."""
+    """Typed access to a JSON object. A value of null counts as missing.
+
+    Attributes:
+        values: the object.
+        file: the file's name for messages.
+        read: the keys that were read so far.
+    """
 
     values: Mapping[str, Any]
     file: str
     read: set[str] = field(default_factory=set)
 
     def has(self, key: str) -> bool:
-        """Whether there is a value other than null; counts as reading it."""
+        """Whether there is a value other than null. The key counts as read."""
         return self._get(key, None) is not None
 
     def integer(self, key: str, default: int | None = None, *, most: int = _MAX_DIMENSION) -> int:
-        """A positive integer, ``most`` at most.
+        """A positive integer, at most ``most``.
 
         Raises:
-            ModelMalformed: it is something else, or missing without a default.
+            ModelMalformed: the value is something else, or is missing and there is no default.
         """
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
@@ -157,7 +165,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number. Raises as :meth:`integer` does."""
+        """A finite positive number. Raises as :meth:`integer` does."""
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a positive number.")
@@ -186,12 +194,12 @@ class ConfigReader:
         return self.number(key) if self.has(key) else None
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """So many positive numbers. Raises as :meth:`integer` does."""
+        """A list of ``count`` positive numbers. Raises as :meth:`integer` does."""
         values = self.items(key, count)
         return tuple(ConfigReader({key: value}, self.file).number(key) for value in values)
 
     def items(self, key: str, count: int | None = None) -> list[Any]:
-        """A list, of ``count`` values where that is given. Raises as :meth:`integer` does."""
+        """A list; of ``count`` values, if that is given. Raises as :meth:`integer` does."""
         value = self._required(key, None)
         if not isinstance(value, list) or (count is not None and len(value) != count):
             length = "" if count is None else f" of {count} values"
@@ -199,7 +207,11 @@ class ConfigReader:
         return value
 
     def section(self, key: str) -> "ConfigReader | None":
-        """An object inside this one; None where it is null, empty or missing."""
+        """An object inside this one; None where it is null, empty or missing.
+
+        Raises:
+            ModelMalformed: the value is not an object.
+        """
         value = self._get(key, None)
         if not value:
             return None
@@ -208,10 +220,10 @@ class ConfigReader:
         return ConfigReader(value, self.file)
 
     def refuse_unread(self, family: str) -> None:
-        """Refuse what was not read and may change what the model computes.
+        """Refuse keys that were not read and may change what the model computes.
 
         Raises:
-            ModelUnsupported: naming the key.
+            ModelUnsupported: there is such a key; the message names it and ``family``.
         """
         for key, value in self.values.items():
             if key in self.read or key in HARMLESS or _is_off(key, value) or not _MATHEMATICAL.search(key):
@@ -234,7 +246,7 @@ class ConfigReader:
 
 
 def _is_off(key: str, value: object) -> bool:
-    """Whether a setting, whatever it is, changes nothing."""
+    """Whether a setting changes nothing: dropout, a false or empty value, or a factor of 1."""
     if _DROPOUT.search(key) or not value:
         return True
     return value == 1 and not isinstance(value, bool) and _NEUTRAL_AT_ONE.search(key) is not None
