@@ -1,1 +1,1 @@
-"""What a chat model writes, taken apart: reasoning, content and tool calls; text in, deltas out, no model needed."""
+"""Splits the text of a chat model into reasoning, content and tool calls. Takes text, gives deltas, needs no model."""

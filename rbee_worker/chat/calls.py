@@ -1,4 +1,4 @@
-"""Tool calls found in an answer that arrives in pieces."""
+"""Finds tool calls in an answer that arrives in pieces."""
 
 import re
 import secrets
@@ -20,28 +20,30 @@ _MISTRAL_ID_LENGTH = 9
 
 
 def new_call_id() -> str:
-    """An id as OpenAI makes them."""
+    """A new id in OpenAI's form."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def new_mistral_call_id() -> str:
-    """An id as Mistral's templates demand it: nine letters and digits."""
+    """A new id in the form that Mistral's templates need: nine letters and digits."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(_MISTRAL_ID_LENGTH))
 
 
 class ToolCallParser:
-    """Tells tool calls from content.
+    """Separates tool calls from content.
 
-    A state machine over characters, so that the result does not depend on how the text is cut, in time linear in the
-    text's length. Text that may be a call is held until it is one, or is not and becomes content. A call counts once
-    its name is known and its arguments have begun; what then breaks it is content from there on.
+    It is a state machine over characters: the result does not depend on how the text is cut into pieces, and the time
+    is linear in the text's length. Text that may be a call is held until this is decided; if it is not a call, it
+    becomes content. A call counts when its name is known and its arguments have begun. If a call breaks after that, the
+    rest of the text is content.
 
     Args:
         style: how calls are written.
-        tool_names: of the functions there are; without a marker only these make a call. Empty: any name does.
+        tool_names: the functions that may be called. A call without a marker must have one of these names. Empty: any
+            name is accepted.
 
     Attributes:
-        count: calls so far.
+        count: how many calls have begun.
     """
 
     def __init__(self, style: ToolStyle, tool_names: Collection[str] = ()) -> None:
@@ -59,31 +61,31 @@ class ToolCallParser:
         self._in_array = False
         self._announced = False
         self._pending: list[str] = []
-        """Text that is content, unless a call begins behind it."""
+        """Held text. It is content, unless a call follows."""
         self._separated = False
         self._spoke = False
 
     def push(self, text: str) -> list[Delta]:
-        """What ``text`` adds."""
+        """The deltas that ``text`` adds."""
         self._text, self._at = self._text[self._at :] + text, 0
         while self._state():
             pass
         return self._out.take()
 
     def finish(self) -> list[Delta]:
-        """What was held back, when no more is coming."""
+        """The deltas of the text that was held. Call it when the answer has ended."""
         held, self._text, self._at = "".join(self._pending), self._text[self._at :], 0
         if self._state == self._behind_call and self._closes.may_start(self._text, 0):
             held = self._text = ""
         if self._state in (self._behind_call, self._at_call) and self.count and not self._text:
-            # White space, and a comma or semicolon behind which no call came.
+            # White space, and a comma or semicolon that no call followed.
             held = held.strip(" \t\r\n,;")
         self._out.content(held + self._text)
         self._pending.clear()
         self._text = ""
         return self._out.take()
 
-    # Each state reads on from self._at; it returns whether there may be more to read.
+    # Each state reads from self._at on. It returns whether there may be more to read.
 
     def _at_start(self) -> bool:
         if not self._skip_space():
@@ -106,7 +108,7 @@ class ToolCallParser:
         self._state = self._at_call
 
     def _at_call(self) -> bool:
-        """Before a call, or an array of calls."""
+        """A call, or an array of calls, may begin here."""
         if not self._skip_space():
             return False
         char = self._text[self._at]
@@ -124,7 +126,7 @@ class ToolCallParser:
         return True
 
     def _at_name(self) -> bool:
-        """Before ``name[ARGS]{…}``."""
+        """``name[ARGS]{…}`` may begin here."""
         end = self._text.find("{", self._at)
         size = (end if end >= 0 else len(self._text)) - self._at
         found = _HEAD.fullmatch(self._text, self._at, end) if end >= 0 else None
@@ -168,7 +170,7 @@ class ToolCallParser:
         self.count += 1
 
     def _behind_call(self) -> bool:
-        """Behind a call: white space, what separates and closes calls, then another call or content."""
+        """After a call: white space, separators and closing markers, then another call or content."""
         if not self._skip_space():
             return False
         if self._closes.may_start(self._text, self._at) or self._opens.may_start(self._text, self._at):
@@ -187,7 +189,7 @@ class ToolCallParser:
         return True
 
     def _step_separator(self) -> bool:
-        """What stands between calls without a marker of its own: ``,`` and ``]`` of an array, ``;``."""
+        """Read what may stand between calls and is not a marker: ``,`` and ``]`` of an array, or ``;``."""
         char = self._text[self._at]
         if self._in_array and char in ",]":
             self._in_array = char == ","
@@ -210,19 +212,19 @@ class ToolCallParser:
         return bool(name) and (self._marked or not self._names or name in self._names)
 
     def _skip_space(self) -> bool:
-        """Hold white space back; whether anything stands behind it."""
+        """Hold white space. Returns whether any text follows it."""
         found = _SPACE.match(self._text, self._at)
         self._consume(found.end() if found else self._at)
         return self._at < len(self._text)
 
     def _consume(self, end: int) -> None:
-        """Hold text back up to ``end``."""
+        """Hold the text up to ``end``."""
         if end > self._at:
             self._pending.append(self._text[self._at : end])
             self._at = end
 
     def _say(self, text: str) -> None:
-        """Tell content; white space at its end waits, since before a call it is dropped."""
+        """Emit content. White space at its end is held, because before a call it is dropped."""
         solid = text.rstrip()
         if solid:
             self._out.content("".join(self._pending) + solid)
@@ -232,7 +234,7 @@ class ToolCallParser:
             self._pending.append(text[len(solid) :])
 
     def _give_up(self) -> None:
-        """This is no call, or no longer one: all that is held is content."""
+        """This is not a call, or not any more: all held text is content."""
         held = "".join(self._pending)
         self._pending.clear()
         self._say(held)

@@ -1,4 +1,4 @@
-"""Pieces of an answer, in the order they were generated."""
+"""Deltas: the pieces of an answer, in the order in which they were generated."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class ContentDelta:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what the model thinks before it answers."""
+    """More of the reasoning before the answer."""
 
     text: str
 
@@ -38,7 +38,7 @@ Delta = ContentDelta | ReasoningDelta | ToolCallDelta
 
 
 class DeltaList:
-    """Collects deltas; neighbours that continue each other become one."""
+    """Collects deltas. A delta that continues the one before it is merged into it."""
 
     __slots__ = ("_deltas",)
 
@@ -68,7 +68,7 @@ class DeltaList:
                     self._deltas.append((delta, []))
 
     def take(self) -> list[Delta]:
-        """What was collected since the last time."""
+        """The deltas since the last call of this method."""
         taken, self._deltas = self._deltas, []
         return [_filled(delta, "".join(pieces)) for delta, pieces in taken]
 

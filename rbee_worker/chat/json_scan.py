@@ -1,4 +1,4 @@
-"""JSON followed as it arrives: where a value ends, and whether it still can."""
+"""Follows JSON that arrives in pieces: where the value ends, and whether it can still become valid."""
 
 import re
 from typing import Literal
@@ -12,14 +12,14 @@ _State = Literal["value", "value_or_end", "key", "key_or_end", "colon", "next", 
 
 
 class JsonScanner:
-    """Follows one JSON value (RFC 8259) through text that comes in pieces, in time linear in its length.
+    """Follows one JSON value (RFC 8259) in text that arrives in pieces, in time linear in its length.
 
-    It checks the structure, numbers and literals. Inside strings it lets everything pass that does not end them, such
-    as raw line breaks, which models write and readers forgive.
+    It checks the structure, numbers and literals. Strings are not checked: it accepts raw line breaks in them, because
+    models write them and most readers accept them.
 
     Attributes:
         done: the value is complete.
-        failed: it can no longer become JSON.
+        failed: the text cannot become JSON any more.
     """
 
     __slots__ = ("_is_key", "_scalar", "_stack", "_state", "done", "failed")
@@ -33,11 +33,11 @@ class JsonScanner:
         self.failed = False
 
     def push(self, text: str, at: int = 0) -> int:
-        """Read on from ``text[at:]``.
+        """Read ``text[at:]``.
 
         Returns:
-            The position behind the last character that belongs to the value, or, when it failed, that of the first
-            one that cannot.
+            The position after the last character of the value. If it failed: the position of the first wrong character,
+            or of the end of a wrong number or literal.
         """
         size = len(text)
         while at < size and not (self.done or self.failed):

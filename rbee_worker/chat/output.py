@@ -1,4 +1,4 @@
-"""What a chat model writes, as OpenAI's clients expect it: reasoning, content and tool calls."""
+"""ChatFormat: how a model marks the parts of its answers. OutputParser: splits an answer into these parts."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -20,14 +20,15 @@ _USUALLY_SPECIAL = frozenset(
     {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "<|python_tag|>", "<|python_start|>"}
     | {"<|python_end|>", "<|tool_call|>"}
 )
-"""Markers that tokenizers skip when they leave special tokens out."""
+"""Markers that are special tokens in most tokenizers, so that decoded text leaves them out by default."""
 
 
 class OutputParser:
-    """Takes one answer apart, as its text arrives.
+    """Splits one answer while its text arrives.
 
-    However the text is cut into pieces, what the deltas say, put together, is the same. No marker is ever told in
-    part, and no character is lost or told twice: what turns out not to be reasoning or a call is content.
+    The deltas, joined, are the same however the text is cut into pieces. Markers of reasoning and calls are not
+    emitted, not even in part. What is neither reasoning nor a call is content. No other character is lost or emitted
+    twice, except white space and separators around reasoning and calls.
     """
 
     def __init__(self, reasoning: ReasoningSplitter | None, calls: ToolCallParser | None) -> None:
@@ -36,17 +37,17 @@ class OutputParser:
 
     @property
     def tool_calls(self) -> int:
-        """Tool calls begun so far."""
+        """How many tool calls have begun."""
         return self._calls.count if self._calls else 0
 
     def push(self, text: str) -> list[Delta]:
-        """What ``text`` adds to the answer."""
+        """The deltas that ``text`` adds to the answer."""
         out = DeltaList()
         self._tell(self._reasoning.push(text) if self._reasoning else [("content", text)], out)
         return out.take()
 
     def finish(self) -> list[Delta]:
-        """What was held back; the answer has ended."""
+        """The deltas of the text that was held. Call it when the answer has ended."""
         out = DeltaList()
         self._tell(self._reasoning.finish() if self._reasoning else [], out)
         if self._calls:
@@ -68,12 +69,12 @@ class ChatFormat:
     """How a model marks the parts of its answers.
 
     Attributes:
-        reasoning: what stands around its reasoning; None: it does not reason, or not in a known way.
-        tool_style: how it writes tool calls; None: not in a known way, and :attr:`calls_style` is used for it.
-        takes_tools: its chat template says what tools there are. For others, see
+        reasoning: the markers around its reasoning; None: it does not reason, or its markers are not known.
+        tool_style: how it writes tool calls; None: not known. Then :attr:`calls_style` is used.
+        takes_tools: whether its chat template tells the model about tools. For other models, see
             :func:`~rbee_worker.chat.tools.tools_as_text`.
-        added_tokens: ids of the tokenizer's added tokens by their text.
-        special_tokens: those of them that are left out of text unless asked for; None: not known.
+        added_tokens: text -> id of the tokenizer's added tokens.
+        special_tokens: the texts of the special ones among them; None: not known.
     """
 
     reasoning: ReasoningMarkers | None = None
@@ -90,13 +91,14 @@ class ChatFormat:
         added_tokens: Mapping[str, int] | None = None,
         special_tokens: Collection[str] | None = None,
     ) -> "ChatFormat":
-        """Tell the format by a chat template's source, from the markers in it.
+        """Detect the format from the markers in a chat template.
 
         Args:
-            template_source: jinja2 text; None: the model has no chat template.
-            added_tokens: ids of the tokenizer's added tokens by their text, special or not. With them grammars let
-                a marker be one token, which it is for the model where there is such a token.
-            special_tokens: those of them that are special. Without it, markers that usually are count as such.
+            template_source: the text of the template; None: the model has no chat template.
+            added_tokens: text -> id of the tokenizer's added tokens, special or not. A grammar allows a marker among
+                them as one token.
+            special_tokens: the texts of the special ones among them. None: markers that usually are special count as
+                special.
         """
         source = template_source or ""
         return cls(
@@ -109,28 +111,28 @@ class ChatFormat:
 
     @property
     def calls_style(self) -> ToolStyle:
-        """How calls are parsed and forced: the model's style, or that of Hermes where it has none that is known."""
+        """The style by which calls are parsed and forced: the model's, or that of Hermes where it is not known."""
         return self.tool_style or HERMES
 
     @property
     def keeps_special_tokens(self) -> bool:
-        """Whether a marker is a special token, so that requests need ``skip_special_tokens=False``."""
+        """Whether a marker is a special token. Then requests need ``skip_special_tokens=False``."""
         markers = set(self.tool_style.markers if self.tool_style else ())
         if self.reasoning:
             markers |= {self.reasoning.opens, self.reasoning.closes}
         return not markers.isdisjoint(_USUALLY_SPECIAL if self.special_tokens is None else self.special_tokens)
 
     def opens_reasoning(self, prompt_text: str) -> bool:
-        """Whether an answer to this prompt begins inside the reasoning, because the prompt ends with its marker."""
+        """Whether an answer to this prompt begins with reasoning, because the prompt ends with the opening marker."""
         return self.reasoning is not None and prompt_text.rstrip().endswith(self.reasoning.opens)
 
     def parser(self, prompt_text: str, *, tools: bool, tool_names: Collection[str] = ()) -> OutputParser:
         """A parser for one answer.
 
         Args:
-            prompt_text: the rendered prompt that it answers.
-            tools: whether tool calls are looked for.
-            tool_names: functions that may be called. Text that is not marked as a call is one only with such a name.
+            prompt_text: the rendered prompt.
+            tools: whether to look for tool calls.
+            tool_names: the functions that may be called. A call without a marker must have one of these names.
         """
         splitter = None
         if self.reasoning:
@@ -140,16 +142,16 @@ class ChatFormat:
     def tool_grammar(
         self, tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, *, prompt_text: str = ""
     ) -> GrammarSpec:
-        """A grammar whose texts are calls of the tools, in the model's own style, that :meth:`parser` understands.
+        """A grammar whose texts are calls of tools in the style that :meth:`parser` reads.
 
         Args:
             tools: as OpenAI's ``tools``.
-            choice: ``required``: any of the tools; else the name of the one to call.
-            parallel: allow several calls, instead of exactly one.
-            prompt_text: the rendered prompt. Where it begins the reasoning, the calls follow behind the reasoning.
+            choice: ``required``: any of the tools; else the name of the only one to call.
+            parallel: whether several calls are allowed, instead of exactly one.
+            prompt_text: the rendered prompt. If it begins reasoning, the calls follow after the reasoning.
 
         Raises:
-            InvalidRequest: a tool is not well defined, or ``choice`` is not among them.
+            InvalidRequest: a tool is not valid, ``choice`` names none of them, or the grammar is too large.
         """
         closes = self.reasoning.closes if self.reasoning and self.opens_reasoning(prompt_text) else None
         return forced_calls(

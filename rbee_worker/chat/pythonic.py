@@ -1,4 +1,4 @@
-"""Calls written as Python, ``f(x=1, y=["a", None])``, and their arguments as JSON."""
+"""Reads calls that are written as Python, ``f(x=1, y=["a", None])``, and turns their arguments into JSON."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 class PythonicReader:
     """Reads one call in Python's syntax with keyword arguments (a :class:`~rbee_worker.chat.readers.CallReader`).
 
-    Its arguments are told when it is complete: only then is it known that they can be written as JSON.
+    It gives the arguments when the call is complete. Before that it is not known whether they can be written as JSON.
     """
 
     def __init__(self, accept: Callable[[str], bool]) -> None:
@@ -53,7 +53,7 @@ class PythonicReader:
         return text
 
     def _read_head(self, text: str, at: int) -> int:
-        """The name, up to the opening bracket."""
+        """Read the name, up to the opening bracket."""
         while at < len(text):
             char = text[at]
             if char == "(":
@@ -116,10 +116,10 @@ class PythonicReader:
 
 
 def keywords_as_json(text: str) -> str:
-    """Keyword arguments of a Python call, such as ``x=1, y='a'``, as the text of a JSON object.
+    """Turn the keyword arguments of a Python call, such as ``x=1, y='a'``, into the text of a JSON object.
 
     Raises:
-        ValueError: anything but names with literals: numbers, strings, booleans, None, lists, tuples and dicts.
+        ValueError: a value is not a literal (number, string, boolean, None, list, tuple or dict), or has no JSON form.
     """
     writer = _JsonWriter()
     for kind, piece in _tokens(text):
@@ -128,12 +128,12 @@ def keywords_as_json(text: str) -> str:
 
 
 class _JsonWriter:
-    """Writes keyword arguments and the literals in them as JSON, token by token."""
+    """Writes keyword arguments and their literals as JSON, token by token."""
 
     def __init__(self) -> None:
         self._out = ["{"]
         self._open = ["="]
-        """Brackets not closed yet; the arguments themselves count as one, written ``=``."""
+        """Brackets that are not closed yet. ``=`` stands for the arguments themselves."""
         self._state: Literal["key", "colon", "value", "next"] = "key"
         self._may_end = True
 
@@ -211,7 +211,7 @@ def _number(piece: str) -> str:
 
 def _string(piece: str) -> str:
     text = _ESCAPE.sub(_unescaped, piece[1:-1])
-    # Pairs of surrogates become the character they stand for; half a pair is refused.
+    # A pair of surrogates becomes its character. Half a pair is refused.
     return json.dumps(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le"), ensure_ascii=False)
 
 

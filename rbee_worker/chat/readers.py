@@ -1,4 +1,4 @@
-"""Readers of one tool call each, as its text arrives."""
+"""Readers: each reads one tool call while its text arrives."""
 
 import json
 import re
@@ -18,9 +18,9 @@ class CallReader(Protocol):
     """Reads one call.
 
     Attributes:
-        status: ``done`` when the call is complete, ``failed`` when the text is no call, or no longer one.
-        name: of the function, once known.
-        started: the name is known and the arguments have begun: from here on this counts as a call.
+        status: ``done``: the call is complete. ``failed``: the text is not a call, or not any more.
+        name: the function's name; None: not known yet.
+        started: the name is known and the arguments have begun. From then on the text counts as a call.
     """
 
     status: Status
@@ -28,16 +28,16 @@ class CallReader(Protocol):
     started: bool
 
     def push(self, text: str, at: int) -> int:
-        """Read on from ``text[at:]``; the position behind what was read."""
+        """Read ``text[at:]``. Returns the position after what was read."""
         ...
 
     def take(self) -> str:
-        """JSON text of the arguments that has come since the last time; only once ``started``."""
+        """The JSON text of the arguments since the last call of this method. Call it only when ``started``."""
         ...
 
 
 class ArgumentsReader:
-    """Reads arguments whose function is known already: a JSON object by itself (a :class:`CallReader`)."""
+    """Reads the arguments of a function whose name was read before: one JSON object (a :class:`CallReader`)."""
 
     def __init__(self, name: str) -> None:
         self.name: str | None = name
@@ -66,12 +66,12 @@ class ArgumentsReader:
 class ObjectReader:
     """Reads a call that is one JSON object, ``{"name": …, "arguments": {…}}`` (a :class:`CallReader`).
 
-    The arguments may be called ``parameters``, may come before the name, may be missing or null (then they are ``{}``),
-    and may be a string that holds JSON text.
+    The arguments may have the key ``parameters``, may come before the name, and may be a string that holds JSON text.
+    If they are missing or null, they are ``{}``.
 
     Args:
-        accept: whether this may be the name of a function.
-        strict: keys that calls do not have make it fail at once, for text that is not marked as a call.
+        accept: whether a name may be that of a function.
+        strict: whether to fail at a key that calls do not have. Used for text without a marker.
     """
 
     def __init__(self, accept: Callable[[str], bool], *, strict: bool = False) -> None:
@@ -130,7 +130,7 @@ class ObjectReader:
         self._state = "inside"
 
     def _begin_value(self, first: str) -> None:
-        """Decide by the key and the value's first character how it is read."""
+        """Decide how to read the value, by its key and its first character."""
         if self._key == "name" and self.name is None:
             fits = first == '"'
         elif self._key in _ARGUMENT_KEYS and not self._has_arguments:
@@ -173,7 +173,7 @@ class ObjectReader:
         self._start()
 
     def _take_other_arguments(self) -> None:
-        """Arguments that are null, or JSON text inside a string."""
+        """Take arguments that are null, or a string that holds JSON text."""
         text = "".join(self._collected)
         inner = "{}" if text == "null" else self._decoded()
         if inner is None or not _is_object(inner):
@@ -183,10 +183,10 @@ class ObjectReader:
         self._has_arguments = True
 
     def _decoded(self) -> str | None:
-        """The string that was collected; None: it is none."""
+        """The collected JSON string, decoded; None: it is not a valid string."""
         try:
             value = json.loads("".join(self._collected), strict=False)
-            # Half a surrogate pair is no text that could be sent on.
+            # encode() raises for half a surrogate pair, which could not be sent.
             return value if isinstance(value, str) and value.encode() is not None else None
         except ValueError:
             return None

@@ -1,4 +1,4 @@
-"""Reasoning and answer told apart in text that arrives in pieces."""
+"""Separates reasoning and content in text that arrives in pieces."""
 
 from typing import Literal
 
@@ -6,17 +6,18 @@ from rbee_worker.chat.markers import MarkerFinder
 from rbee_worker.chat.styles import ReasoningMarkers
 
 Part = tuple[Literal["reasoning", "content"], str]
+"""A piece of the answer, and which part it belongs to."""
 
 
 class ReasoningSplitter:
-    """Splits an answer into reasoning, which stands at its beginning, and content.
+    """Splits an answer into reasoning, which comes first, and content.
 
-    The markers belong to neither, nor does the white space around the reasoning. A marker further on is content:
-    an answer may be about markers.
+    The markers and the white space around the reasoning belong to neither. A marker later in the answer is content,
+    because an answer may be about markers.
 
     Args:
-        markers: what stands around the reasoning.
-        opened: the prompt ends with the opening marker already.
+        markers: the markers around the reasoning.
+        opened: whether the prompt already ends with the opening marker.
     """
 
     def __init__(self, markers: ReasoningMarkers, *, opened: bool) -> None:
@@ -33,7 +34,7 @@ class ReasoningSplitter:
         self._text = ""
 
     def push(self, text: str) -> list[Part]:
-        """What ``text`` adds to each, in order."""
+        """The parts that ``text`` adds, in order."""
         self._text += text
         parts: list[Part] = []
         while self._text and self._step(parts):
@@ -41,7 +42,7 @@ class ReasoningSplitter:
         return parts
 
     def finish(self) -> list[Part]:
-        """What was held back, when no more is coming."""
+        """The parts that were held. Call it when the answer has ended."""
         text, self._text = self._text, ""
         match self._state:
             case "start":
@@ -54,7 +55,7 @@ class ReasoningSplitter:
         return [("content", text)]
 
     def _step(self, parts: list[Part]) -> bool:
-        """Read from the text; whether there may be more to read."""
+        """Read a part of the text. Returns whether there may be more to read."""
         match self._state:
             case "start":
                 return self._step_start()
@@ -70,7 +71,7 @@ class ReasoningSplitter:
         return False
 
     def _skip_space(self) -> str:
-        """Take white space off the text's beginning."""
+        """Remove white space from the beginning of the text, and return it."""
         rest = self._text.lstrip()
         space = self._text[: len(self._text) - len(rest)]
         self._text = rest
@@ -102,7 +103,7 @@ class ReasoningSplitter:
         return True
 
     def _reason(self, text: str, parts: list[Part]) -> None:
-        """Tell reasoning; white space at its end waits for what follows."""
+        """Emit reasoning. White space at its end is held until more reasoning follows."""
         solid = text.rstrip()
         if solid:
             if not self._told:
@@ -123,7 +124,7 @@ class ReasoningSplitter:
         return True
 
     def _step_answer(self, parts: list[Part]) -> bool:
-        """Content up to the marker that closes it."""
+        """Read content up to the marker that ends the answer."""
         found = self._answer_ends.find(self._text)
         held = self._answer_ends.held(self._text)
         parts.append(("content", self._text[: found[0] if found else held]))

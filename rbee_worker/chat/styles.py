@@ -1,4 +1,4 @@
-"""How model families mark their reasoning and their tool calls, and how to tell them by their chat templates."""
+"""How model families mark reasoning and tool calls, and how to detect this from their chat templates."""
 
 import re
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ StyleName = Literal["hermes", "granite", "llama3", "mistral", "mistral-named"]
 
 @dataclass(frozen=True, slots=True)
 class ReasoningMarkers:
-    """What stands around a model's reasoning.
+    """The markers around a model's reasoning.
 
     Attributes:
-        opens, closes: the markers.
-        answer: markers around the answer that follows, as Granite has them; they are left out of the content.
+        opens, closes: the markers before and after the reasoning.
+        answer: markers before and after the answer that follows, as Granite has them. The content leaves them out.
     """
 
     opens: str
@@ -27,12 +27,12 @@ class ToolStyle:
 
     Attributes:
         opens: markers before a call, or before an array of calls.
-        closes: markers behind; they are dropped.
-        bare: an answer may also begin with a call, unmarked.
-        named: the function's name may stand before its arguments: ``name[ARGS]{…}``.
-        separator: a character that may stand between two calls.
         call: how a forced call is written, with ``$name`` and ``$arguments``.
-        begin, between, end: what stands around several forced calls.
+        closes: markers after a call, or after an array of calls.
+        bare: whether an answer may also begin with a call without a marker.
+        named: whether the function's name may come before its arguments: ``name[ARGS]{…}``.
+        separator: a character that may stand between two calls.
+        begin, between, end: the text before, between and after forced calls.
     """
 
     name: StyleName
@@ -48,7 +48,7 @@ class ToolStyle:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Everything that may be one token of the vocabulary."""
+        """All markers. Each of them may be one token of the vocabulary."""
         return (*self.opens, *self.closes, *(("[ARGS]", "[CALL_ID]") if self.named else ()))
 
 
@@ -101,11 +101,11 @@ _REASONING = (
 )
 _LLAMA_HINT = re.compile(r'<\|python_(?:tag|start)\|>|"name": function name')
 _OTHER_USE_OF_TOOL_CALL = ("<function=", "<arg_key>")
-"""Templates that put something else than JSON between the markers of Hermes."""
+"""In a template, one of these shows that it has something else than JSON between the markers of Hermes."""
 
 
 def detect_reasoning(template: str) -> ReasoningMarkers | None:
-    """The markers that a chat template's source names; None: none of those known."""
+    """The markers of reasoning in a chat template; None: it has none that are known."""
     for markers in _REASONING:
         named = (markers.opens, markers.closes)
         if markers.opens.startswith("Here"):
@@ -118,7 +118,7 @@ def detect_reasoning(template: str) -> ReasoningMarkers | None:
 
 
 def detect_tools(template: str) -> ToolStyle | None:
-    """The style that a chat template's source names; None: none of those known."""
+    """The style of tool calls in a chat template; None: it has none that is known."""
     if "[TOOL_CALLS]" in template:
         return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
     if "<|tool_call|>" in template:

@@ -1,4 +1,4 @@
-"""Definitions of tools, as OpenAI's clients send them."""
+"""Tool definitions, in the form in which OpenAI's clients send them."""
 
 import json
 import re
@@ -17,10 +17,10 @@ class Tool:
     """A function that the model may call.
 
     Attributes:
-        name: up to 64 letters, digits, underscores and dashes.
+        name: 1 to 64 letters, digits, underscores and dashes.
         description: what it does, for the model.
-        parameters: a JSON schema of its arguments, which are an object.
-        strict: parts of the schema that cannot be enforced are an error, instead of being ignored.
+        parameters: the JSON schema of its arguments, which are an object.
+        strict: whether parts of the schema that cannot be enforced are an error. If not, they are ignored.
     """
 
     name: str
@@ -36,7 +36,7 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
         tools: such as ``[{"type": "function", "function": {"name": "f", "parameters": {…}}}]``.
 
     Raises:
-        InvalidRequest: listing every bad field, such as ``tools[0].function.name``.
+        InvalidRequest: there are bad fields; it lists all of them, such as ``tools[0].function.name``.
     """
     bad: list[FieldError] = []
     if not tools:
@@ -91,7 +91,10 @@ def _bad(field: str, constraint: str, what: str) -> FieldError:
 
 
 def tools_as_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Instructions for a model whose chat template says nothing about tools, to be put into its system message."""
+    """Instructions for the system message of a model whose chat template does not tell it about tools.
+
+    ``tools``: as :func:`read_tools` accepts them.
+    """
     functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     return (
         "You may call functions to help with the request. These are the functions, one JSON object a line:\n"
