@@ -11,7 +11,7 @@ from rbee_worker.cli.failures import reported
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    # Failures are reported by `reported`, in one message.
+    # `reported` writes the one message about a failure.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )

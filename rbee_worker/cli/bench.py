@@ -1,7 +1,7 @@
 """``rbee-worker bench``: measurements that anyone can repeat.
 
-Each load is made by a process of its own (this module, run with ``-m``), which stops before and after it so that its
-memory can be read from outside.
+Each load runs in a process of its own (this module, run with ``-m``). The process waits before and after the load, so
+that its memory can be read from outside.
 """
 
 import json as jsonlib
@@ -42,7 +42,7 @@ FIGURES: Mapping[str, str] = {
     "above_resident_mib": "peak above weights and imports, MiB",
     "events_percent": "time in events, %",
 }
-"""Key in the JSON -> row of the table."""
+"""Key in the JSON -> label in the table."""
 
 Runs = Annotated[
     int, typer.Option("--runs", metavar="N", min=1, help="How often to measure.", rich_help_panel=opt.OUTPUT_PANEL)
@@ -87,11 +87,12 @@ def load(
 
 
 def read(files: Sequence[Path], *, keep: bool = False) -> float:
-    """Seconds that reading the files from first to last takes on one thread.
+    """Read files in order on one thread, and return the seconds that it took.
 
     Args:
-        files: to read.
-        keep: into memory that no one has used yet and that is kept to the end; else into one buffer of 8 MiB.
+        files: the files to read.
+        keep: whether to read into new memory that is kept until the end. If not, one buffer of 8 MiB is used again and
+            again.
     """
     kept = []
     buffer = mmap.mmap(-1, RAW_CHUNK)
@@ -106,10 +107,15 @@ def read(files: Sequence[Path], *, keep: bool = False) -> float:
 
 
 def measure(model: str | None, files: Sequence[Path], engine: EngineConfig) -> dict[str, Any]:
-    """One run: the figures of :data:`FIGURES`, and what was loaded.
+    """Measure one load: the figures of :data:`FIGURES`, and what was loaded.
+
+    Args:
+        model: what the process loads; None: the default model.
+        files: the files of its weights, for comparison.
+        engine: the settings of the load.
 
     Raises:
-        ModelNotFound, InferenceError: the load failed; the process has said why on stderr.
+        ModelNotFound, InferenceError: the load failed. The process has written the reason to stderr.
     """
     read_seconds, copy_seconds = read(files), read(files, keep=True)
     command = [sys.executable, "-m", "rbee_worker.cli.bench", jsonlib.dumps([model, asdict(engine)])]
@@ -152,17 +158,17 @@ def measure(model: str | None, files: Sequence[Path], engine: EngineConfig) -> d
 
 
 def memory_of(pid: int, *, peak: bool) -> int:
-    """Bytes of a process's resident memory, or the most it ever had, as the operating system tells others."""
+    """Resident memory of a process in bytes. ``peak``: the most it has had so far, where the system knows that."""
     import psutil  # noqa: PLC0415
 
     if sys.platform == "linux":
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:" if peak else "VmRSS:")[2].split()[0]) * 1024
-    return int(psutil.Process(pid).memory_info().rss)  # no peak is told: what is resident after the load
+    return int(psutil.Process(pid).memory_info().rss)  # the peak is not known, so this is the memory after the load
 
 
 def table(name: str, results: Sequence[Mapping[str, Any]]) -> "Table":
-    """Median, least and most of each figure."""
+    """A table of the median, minimum and maximum of each figure."""
     from rich.table import Column, Table  # noqa: PLC0415
 
     first = results[0]
@@ -175,13 +181,13 @@ def table(name: str, results: Sequence[Mapping[str, Any]]) -> "Table":
 
 
 def _child(model: str | None, config: EngineConfig) -> None:
-    """Load, stopping before and after; the figures go to stdout as one line of JSON."""
+    """Load, and wait before and after. Write the figures to stdout as one line of JSON."""
     from rbee_worker.errors import RbeeError  # noqa: PLC0415
     from rbee_worker.events import LoadingEvent, LoadingToVram, Ready, to_json  # noqa: PLC0415
     from rbee_worker.runtime.engine.engine import Engine  # noqa: PLC0415
     from rbee_worker.runtime.machine.devices import resolve_device  # noqa: PLC0415
 
-    resolve_device(config.device)  # imports torch, and wakes the device
+    resolve_device(config.device)  # imports torch and starts the device
     sys.stdout.write("imported\n")
     sys.stdout.flush()
     sys.stdin.readline()
@@ -194,8 +200,8 @@ def _child(model: str | None, config: EngineConfig) -> None:
         raise SystemExit(error.exit_code) from None
     seconds = time.perf_counter() - began
     ready = events[-1]
-    assert isinstance(ready, Ready)  # noqa: S101 - nobody cancels it
-    # What one event costs: making it and writing its JSON.
+    assert isinstance(ready, Ready)  # noqa: S101 - nobody cancels this load
+    # The time of one event: to make it and to write its JSON.
     sample = next(event for event in events if isinstance(event, LoadingToVram))
     began = time.perf_counter()
     for _ in range(EVENT_REPEATS):
@@ -208,7 +214,7 @@ def _child(model: str | None, config: EngineConfig) -> None:
     sys.stdout.write(jsonlib.dumps({key: dict(v) if isinstance(v, Mapping) else v for key, v in told.items()}) + "\n")
     sys.stdout.flush()
     sys.stdin.readline()
-    # Nothing is left to do that the operating system does not do faster.
+    # The operating system frees everything faster than Python would.
     os._exit(0)
 
 

@@ -58,7 +58,7 @@ def convert(
             for last in steps:
                 show(last)
         finally:
-            # Closing is what removes an unfinished file: not left to the garbage collector.
+            # Closing removes an unfinished file. The garbage collector might do it too late.
             close = getattr(steps, "close", None)
             if close is not None:
                 close()
@@ -69,7 +69,7 @@ def convert(
 
 @contextmanager
 def _shown(*, json: bool, quiet: bool) -> "Iterator[Show]":
-    """How progress is shown: JSON on stdout; on stderr a bar, or lines once a second, or nothing."""
+    """A function that shows progress: JSON on stdout; or a bar, lines, or nothing on stderr."""
     if json:
         yield _json_lines(opt.stdout())
     elif quiet:
@@ -90,7 +90,7 @@ def _json_lines(out: TextIO) -> "Show":
 
 
 def plain_lines(out: TextIO, clock: Callable[[], float] = time.monotonic) -> "Show":
-    """Write lines to ``out``, at most one a second; the first and the last always."""
+    """A function that writes progress to ``out``: one line a second at most, and always the first and the last."""
     written_at: float | None = None
 
     def show(progress: "ConvertProgress") -> None:

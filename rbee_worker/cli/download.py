@@ -1,4 +1,4 @@
-"""MODEL for the commands that load nothing: a hub model's download is shown in lines on stderr."""
+"""Finds MODEL for commands that do not load it. If it must be downloaded, lines on stderr show the progress."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def resolve_shown(model: str | None, *, quiet: bool) -> "ModelSource":
-    """The model that ``model`` names, downloaded if need be.
+    """The model that ``model`` names. It is downloaded if it is on the hub and not in the cache.
 
     Raises:
         RbeeError: as :func:`rbee_worker.runtime.source.resolve`.
@@ -27,7 +27,7 @@ def resolve_shown(model: str | None, *, quiet: bool) -> "ModelSource":
 
 
 class _Lines:
-    """Begins to write with the first step, so that a model that is here costs no import of the display."""
+    """Writes lines. It imports the display at the first step, so that a model without a download does not need it."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack

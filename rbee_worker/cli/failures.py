@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, the one message of a failure, and what signals do."""
+"""How a command ends: exit codes, the one message about a failure, and what signals do."""
 
 import functools
 import logging
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 EXIT_UNEXPECTED = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE: what a shell reports for any program whose reader has left, as in ``… | head``."""
+"""128 + SIGPIPE. A shell reports this for a program whose reader has gone, as in ``… | head``."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,14 +36,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """What SIGINT and SIGTERM do while :func:`interrupts` is open."""
+    """Handles SIGINT and SIGTERM inside :func:`interrupts`."""
 
     def __init__(self, stop: Callable[[], object] | None) -> None:
         self._stop = stop
         self._received: int | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature signal.signal wants
-        """Ask politely first, when there is someone to ask; then raise; then leave it to the operating system."""
+        """Call ``stop`` at the first signal, if there is one. Raise at the next. One more ends the process at once."""
         polite = self._stop is not None and self._received is None
         self._received = signum
         if self._stop is not None and polite:
@@ -53,16 +53,17 @@ class Interrupts:
         raise Interrupted(signum)
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` when a signal came."""
+        """Raise :class:`Interrupted` if a signal has come."""
         if self._received is not None:
             raise Interrupted(self._received)
 
 
 @contextmanager
 def interrupts(stop: Callable[[], object] | None = None) -> Iterator[Interrupts]:
-    """SIGINT and SIGTERM call ``stop`` the first time and raise :class:`Interrupted` the second; without, at once.
+    """Inside, the first SIGINT or SIGTERM calls ``stop``, and the second raises :class:`Interrupted`.
 
-    A signal that was ignored when the program started (``nohup``, a shell's background job) stays ignored.
+    Without ``stop``, the first one raises. A signal that was ignored when the program started (``nohup``, a shell's
+    background job) stays ignored. Outside of the main thread this does nothing.
     """
     handler = Interrupts(stop)
     previous = {}
@@ -79,7 +80,10 @@ def interrupts(stop: Callable[[], object] | None = None) -> Iterator[Interrupts]
 
 
 def reported(command: Callable[P, int | None]) -> Callable[P, None]:
-    """A command whose failures end in one message on stderr and an exit code, and which may return its exit code."""
+    """Wrap a command so that a failure gives one message on stderr and an exit code.
+
+    ``command`` may return its exit code; None and 0 mean success.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -97,7 +101,7 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
         except RbeeError as error:
             _say(error.message, advice(error))
             code = error.exit_code
-        except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches a user who did not ask for it
+        except Exception as error:  # noqa: BLE001 - users see no traceback unless they ask for it
             what = one_line(f"{type(error).__name__}: {error}")
             _say(f"unexpected {what}", "Run it again with --log-level debug for the traceback.")
             code = EXIT_UNEXPECTED
@@ -108,7 +112,7 @@ def reported(command: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def advice(error: RbeeError) -> str:
-    """What to do about an error, in the words of the command line; empty: nothing is known."""
+    """What the user can do about an error, in terms of commands and options. Empty: nothing is known."""
     shown = ""
     if isinstance(error, DeviceUnavailable):
         shown = "`rbee-worker devices` lists what there is."
@@ -122,10 +126,10 @@ def _option(name: Setting, value: str | int) -> str:
 
 
 def _say(message: str, hint: str) -> None:
-    log.flush()  # what led to it comes before it
+    log.flush()  # log lines about the failure come before the message
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
-    # Whoever reads stderr may have left with stdout (`2>&1 | head`); the exit code still tells.
+    # The reader of stderr may be gone (`2>&1 | head`). The exit code still shows the failure.
     # A closed stderr (`2>&-`) is None.
     with suppress(BrokenPipeError, AttributeError):
         sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
@@ -133,7 +137,7 @@ def _say(message: str, hint: str) -> None:
 
 
 def _leave_pipe() -> NoReturn:
-    """Exit as a program killed by SIGPIPE does, without Python's complaint about flushing stdout at exit."""
+    """Exit like a program that SIGPIPE ended, without Python's message about flushing stdout."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise typer.Exit(EXIT_BROKEN_PIPE)

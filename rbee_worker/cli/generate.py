@@ -123,10 +123,10 @@ def _printer(out: TextIO, *, json: bool, quiet: bool) -> "EventSink":
 
 
 def read_prompt(text: str) -> str:
-    """The prompt as given, or from stdin for ``-``: there one newline at the end is the shell's and taken off.
+    """The prompt: ``text``, or for ``-`` what stdin holds, without one newline at its end, which shells add.
 
     Raises:
-        InvalidRequest: it is empty, or stdin is not UTF-8.
+        InvalidRequest: the prompt is empty or not UTF-8.
     """
     if text == "-":
         try:
@@ -142,7 +142,7 @@ def read_prompt(text: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for what Python makes of bytes on the command line that are no UTF-8."""
+    """Whether it is valid Unicode. Python turns bytes of the command line that are not UTF-8 into other text."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""``rbee-worker inspect`` and ``rbee-worker devices``: what a model is, and where it could run."""
+"""``rbee-worker inspect`` and ``rbee-worker devices``: what a model is, and which devices there are."""
 
 import json as jsonlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 PIPED_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe."""
+"""Width in characters of a table that goes to a file or a pipe."""
 
 
 def inspect(
@@ -69,7 +69,7 @@ def devices(
 
 
 def size_text(nbytes: int) -> str:
-    """A number of bytes for people: MiB below one GiB, GiB from there."""
+    """A number of bytes for people: in MiB below one GiB, else in GiB."""
     return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / 1024**2:,.1f} MiB"
 
 
@@ -100,7 +100,7 @@ def _memory(found: "Inspection") -> "Table":
 
 
 def _table(*headers: str) -> "Table":
-    """An empty table; a header that begins with ``>`` is of a column of figures."""
+    """An empty table. A column whose header begins with ``>`` is aligned to the right."""
     from rich.table import Column, Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -114,7 +114,7 @@ def _table(*headers: str) -> "Table":
 def _add(table: "Table", *cells: str) -> None:
     from rich.text import Text  # noqa: PLC0415
 
-    # Text: a name from a model file is never markup.
+    # Text, so that a name from a model file is never read as markup.
     table.add_row(*(Text(cell) for cell in cells))
 
 

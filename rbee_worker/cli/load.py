@@ -1,4 +1,4 @@
-"""``rbee-worker load``, and the loading that ``generate`` shares."""
+"""``rbee-worker load``. ``generate`` uses its functions too."""
 
 import threading
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ def load(
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:
-        # What is not said here is for the worker to choose, by its own options.
+        # Where an option is not given here, the worker's own option applies.
         said = opt.given(ctx, "device", "dtype", "quantize")
         load_there(
             client,
@@ -68,10 +68,10 @@ def load(
 
 
 def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "Engine":
-    """Load in this process, with ``sink`` showing it; the engine is ready when this returns.
+    """Load in this process, and show the events with ``sink``. Returns an engine with the model.
 
     Raises:
-        Interrupted: a signal came; the load was cancelled between two tensors and its memory freed.
+        Interrupted: a signal came. The load was cancelled and its memory freed.
         RbeeError: the load failed.
     """
     cancel = threading.Event()
@@ -96,9 +96,17 @@ def load_there(
     dtype: str | None = None,
     quantize: str | None = None,
 ) -> None:
-    """Have a worker load ``model`` (None: the one it was started with) and show it.
+    """Let a worker load a model, and show the events with ``sink``.
 
-    An interrupt cancels the load at the worker too, and shows how it ended.
+    A signal cancels the load at the worker, and the rest of its events is shown.
+
+    Args:
+        client: of the worker.
+        model: None: the model that the worker was started with.
+        sink: shows the events.
+        device: None: the worker's own setting.
+        dtype: None: the worker's own setting.
+        quantize: None: the worker's own setting.
 
     Raises:
         Interrupted: a signal came.
@@ -108,7 +116,7 @@ def load_there(
     last: Event | None = None
 
     def unseen(events: Iterable[LoadingEvent]) -> Iterable[LoadingEvent]:
-        # A second subscription begins with a snapshot of what may have been shown before.
+        # A second subscription begins with the latest event, which may have been shown before.
         nonlocal last
         for event in events:
             if not isinstance(last, LoadingEvent) or event.seq > last.seq:
@@ -128,7 +136,7 @@ def load_there(
 
 
 def show(events: Iterable[Event], sink: "EventSink") -> Event | None:
-    """Give every event to ``sink``; the last one is returned. However this ends, the iterator is closed."""
+    """Give every event to ``sink``, and return the last one. The iterator is always closed."""
     last = None
     try:
         for event in events:

@@ -106,10 +106,10 @@ MaxContext = Annotated[
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as ``512MiB``, ``2GiB``, ``1.5GB`` or a plain number.
+    """The bytes of a size such as ``512MiB``, ``2GiB``, ``1.5GB`` or a plain number. ``2G`` means ``2GiB``.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: the text is not a size, or less than one byte.
     """
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
@@ -183,16 +183,16 @@ RemoteKey = Annotated[
 
 
 def given(ctx: typer.Context, *names: str) -> list[str]:
-    """Those of the parameters ``names`` that stand on the command line, rather than in the environment."""
+    """Those of the parameters ``names`` that were given on the command line, not by the environment or a default."""
     sources = {name: ctx.get_parameter_source(name) for name in names}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
-    """Options that only make sense where the model runs are refused with ``--addr``, never ignored.
+    """Refuse options that have no effect with ``--addr``, because the model runs in the worker.
 
     Raises:
-        InvalidRequest: naming those given.
+        InvalidRequest: one of the parameters ``names`` was given; the message names it.
     """
     if wrong := given(ctx, *names):
         options = ", ".join("--" + name.replace("_", "-") for name in wrong)
@@ -204,9 +204,9 @@ def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
 
 
 def stdout() -> TextIO:
-    """Standard output as the results need it: UTF-8 and LF, whatever the locale says; nowhere, when it is closed.
+    """Standard output with UTF-8 and LF, whatever the locale is. If it is closed, output is dropped.
 
-    What is no Unicode, such as a file name of odd bytes, is written escaped, which JSON reads as the escape it is.
+    Text that is not valid Unicode, such as some file names, is written with escapes, which JSON can read.
     """
     if sys.stdout is None:  # closed by the shell, as in `>&-`
         return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123  (lives as long as the process)
@@ -216,5 +216,5 @@ def stdout() -> TextIO:
 
 
 def stderr() -> TextIO:
-    """Standard error; nowhere, when it is closed."""
+    """Standard error. If it is closed, output is dropped."""
     return sys.stderr if sys.stderr is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123

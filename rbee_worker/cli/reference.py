@@ -1,7 +1,7 @@
-"""Write what is derived from the commands: the reference in ``docs/cli.md`` and the completion scripts.
+"""Writes the reference in ``docs/cli.md`` and the completion scripts, both from the commands themselves.
 
-``python -m rbee_worker.cli.reference`` writes them; a test fails when they are not what this would write. Nothing
-here depends on the terminal, the environment or the locale.
+``python -m rbee_worker.cli.reference`` writes them. A test fails when they are out of date. The result does not depend
+on the terminal, the environment or the locale.
 """
 
 import inspect
@@ -22,15 +22,15 @@ END = "<!-- end of the reference -->"
 
 SHELLS: Mapping[str, str] = {
     "bash": "rbee-worker.bash",
-    "zsh": "_rbee-worker",  # the name under which zsh looks for it along fpath
+    "zsh": "_rbee-worker",  # zsh looks for this name along fpath
     "fish": "rbee-worker.fish",
     "powershell": "rbee-worker.ps1",
 }
-"""Shell, as Typer names it, -> file in ``completions/``."""
+"""Typer's name of a shell -> file in ``completions/``."""
 
 
 def completion_scripts() -> dict[str, str]:
-    """File name -> script: Typer's own, the same that ``--show-completion`` prints."""
+    """File name -> script. It is Typer's own script, the same that ``--show-completion`` prints."""
     return {
         name: get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell) + "\n"
         for shell, name in SHELLS.items()
@@ -38,7 +38,7 @@ def completion_scripts() -> dict[str, str]:
 
 
 def insert_reference(page: str) -> str:
-    """The page with its part between the marks replaced by the reference of today's commands.
+    """The page, with the part between the two marks replaced by the current reference.
 
     Raises:
         ValueError: a mark is missing.
@@ -51,13 +51,13 @@ def insert_reference(page: str) -> str:
 
 
 def reference() -> str:
-    """Markdown: a section for each command."""
+    """The reference in Markdown: a section for each command."""
     group: Any = typer.main.get_command(app)
     return "\n".join(section for name, command in _commands(group) for section in _command(name, command))
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command by its whole name, those of groups too: ``bench load``."""
+    """Every command with its full name, such as ``bench load``."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _commands(command, f"{prefix}{name} ")

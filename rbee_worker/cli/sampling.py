@@ -1,4 +1,4 @@
-"""Options for the sampling parameters, made from what ``rbee_worker.config`` says of each."""
+"""Makes the options for sampling parameters from their ``Param`` in ``rbee_worker.config``."""
 
 import functools
 import inspect
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def sampling_options(command: Callable[..., T]) -> Callable[..., T]:
-    """Give ``command`` an option for every sampling parameter that may be one, where its parameter ``sampling`` stands.
+    """Replace the parameter ``sampling`` of ``command`` by an option for every sampling parameter that may be one.
 
-    ``command`` gets their values as ``sampling``: keyword arguments of :class:`~rbee_worker.config.SamplingParams`,
-    which checks them.
+    ``command`` then gets the values of the options as ``sampling``: keyword arguments of
+    :class:`~rbee_worker.config.SamplingParams`, which checks them.
     """
     kinds, defaults = get_type_hints(SamplingParams), SamplingParams()
     options = {
@@ -35,7 +35,7 @@ def sampling_options(command: Callable[..., T]) -> Callable[..., T]:
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         parameters += options.values() if parameter.name == "sampling" else [parameter]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what inspect looks for
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
     return run
 
 

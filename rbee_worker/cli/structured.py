@@ -1,4 +1,4 @@
-"""Options that say what generated text must match."""
+"""Options for structured output: what generated text must match."""
 
 import json
 from pathlib import Path
@@ -38,10 +38,10 @@ Grammar = Annotated[
 
 
 def read_grammar(json_schema: Path | None, regex: str | None, grammar: Path | None) -> GrammarSpec | None:
-    """What the options say; None: anything.
+    """The grammar that the options give; None: no option is given.
 
     Raises:
-        InvalidRequest: several of them are given, or a file cannot be read or is not JSON.
+        InvalidRequest: several options are given, a file cannot be read, or a schema is not a JSON object.
     """
     given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
