@@ -1,4 +1,4 @@
-"""The command line's side of ``--addr``: a running worker's streams as the events of ``rbee_worker.events``."""
+"""WorkerClient: what the command line uses with ``--addr``. It turns a worker's streams into events."""
 
 import json
 from collections.abc import Generator, Iterator, Mapping
@@ -20,24 +20,29 @@ from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFaile
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 90.0
-"""How long a stream may bring not one byte. A worker says something every ``--keep-alive`` (10) seconds."""
+"""How long a stream may be silent. A worker sends at least a comment every ``--keep-alive`` (10) seconds."""
 CANCEL_SECONDS = 5.0
 
 PROGRESS = "/v1/loading/progress"
 _RUNNING = "Is `rbee-worker serve` running there?"
 _DIRECT: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
-"""A proxy of the environment is never asked for this machine's own addresses."""
+"""A proxy set in the environment is not used for addresses of this machine."""
 
 
 class WorkerClient:
-    """Talks to one worker. A context manager; not for use from several threads.
+    """Sends requests to one worker. A context manager. Not thread-safe.
 
-    Every method raises :class:`WorkerUnreachable` when nobody, or no worker, answers at the address, and otherwise
+    Every method but :meth:`cancel` raises :class:`WorkerUnreachable` when no worker answers at the address, and else
     the error that the worker names.
     """
 
     def __init__(self, addr: str, api_key: str | None = None, *, silence_seconds: float = SILENCE_SECONDS) -> None:
-        """Take ``addr``, ``HOST:PORT`` or a URL; nothing is sent yet.
+        """Make a client; nothing is sent yet.
+
+        Args:
+            addr: ``HOST:PORT`` or a URL.
+            api_key: sent with every request; None: no key.
+            silence_seconds: how long the worker may be silent.
 
         Raises:
             InvalidRequest: ``addr`` is neither.
@@ -59,14 +64,15 @@ class WorkerClient:
     def load(
         self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
     ) -> Iterator[LoadingEvent]:
-        """Ask for a model, then follow its progress; asked for at the call, not at the first iteration.
+        """Start a load, then iterate its events. The request is sent by the call, not by the first iteration.
 
-        What is None is the worker's to choose: the model it was started with, its own device, dtype and quantization.
+        For an argument of None the worker uses its own: the model that it was started with, its device, dtype and
+        quantization.
 
         Raises:
-            Conflict: another load runs.
-            Forbidden: the worker was not started with leave to load this model.
-            ModelError: the model cannot be loaded; also while iterating, after the ``error`` event.
+            Conflict: another load is running.
+            Forbidden: the worker's ``--allow-model`` does not allow this model.
+            ModelError: the model cannot be loaded. The iterator may raise it too, after the ``error`` event.
         """
         body = {"model": model, "device": device, "dtype": dtype, "quantize": quantize}
         with self._reaching():
@@ -76,9 +82,10 @@ class WorkerClient:
         return self.progress()
 
     def progress(self) -> Iterator[LoadingEvent]:
-        """The latest state of the load first, then what follows, to its terminal event.
+        """The events of the current load: first its latest state, then all that follow, up to the terminal event.
 
-        After ``error`` the error it names is raised.
+        Raises:
+            RbeeError: the load failed. It is raised after the ``error`` event.
         """
         with closing(self._stream("GET", PROGRESS)) as events:
             for event in events:
@@ -89,7 +96,7 @@ class WorkerClient:
                     raise error_of(event.code, event.message)
 
     def cancel_load(self) -> bool:
-        """Cancel the load that runs; False when none does."""
+        """Cancel the running load. Returns False if no load is running."""
         with self._reaching():
             response = self._http.delete("/v1/loading", timeout=CANCEL_SECONDS)
         if response.status_code == httpx.codes.NOT_FOUND:
@@ -99,9 +106,10 @@ class WorkerClient:
         return True
 
     def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
-        """Events of one job. Closing the iterator, or an interrupt inside it, cancels the job at the worker.
+        """The events of one job. Closing the iterator, or an interrupt inside it, cancels the job at the worker.
 
-        A request that the worker refuses raises before any event; after an ``error`` event the error is raised.
+        Raises:
+            RbeeError: the worker refused the request, before any event; or the job failed, after the ``error`` event.
         """
         job_id = request.job_id or str(uuid4())
         terminal = False
@@ -120,12 +128,12 @@ class WorkerClient:
                 raise
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job, as well as can be: hanging up, which follows, cancels it too."""
+        """Try to cancel a job. Failures are ignored, because closing the connection cancels the job too."""
         with suppress(httpx.HTTPError):
             self._http.delete(f"/v1/inference/{quote(job_id, safe='')}", timeout=CANCEL_SECONDS)
 
     def _stream(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Generator[Event, None, None]:
-        """The events of one SSE stream, to ``[DONE]``."""
+        """The events of one SSE stream, up to ``[DONE]``."""
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         terminal = False
         with self._reaching(), self._http.stream(method, path, json=body, headers=headers) as response:
@@ -151,7 +159,7 @@ class WorkerClient:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn what can go wrong on the way to the worker into :class:`WorkerUnreachable`."""
+        """Turn failures of the connection into :class:`WorkerUnreachable`."""
         try:
             yield
         except httpx.ConnectTimeout:
@@ -177,7 +185,7 @@ class WorkerClient:
         return WorkerUnreachable(f"The worker at {self.base_url} sent {what}.", hint=hint)
 
     def _refused(self, response: httpx.Response) -> NoReturn:
-        """Raise the error that a response with an error status carries."""
+        """Raise the error in a response with an error status."""
         status = response.status_code
         found = _error_in(response)
         if found is None:
@@ -193,9 +201,9 @@ class WorkerClient:
 
 
 def inference_body(request: GenerationRequest, job_id: str) -> dict[str, Any]:
-    """The JSON of ``POST /v1/inference``: what the worker would not assume by itself.
+    """The body of ``POST /v1/inference``: only what differs from the defaults.
 
-    A prompt that is not ``raw`` goes as one user message, so that the worker applies the model's chat template.
+    A prompt that is not ``raw`` is sent as one user message, so that the worker applies the model's chat template.
     """
     body: dict[str, Any] = {"job_id": job_id}
     if request.messages is not None:
@@ -229,7 +237,7 @@ def _grammar_field(kind: GrammarKind, text: str) -> dict[str, Any]:
 def error_of(
     code: str, message: str, *, status: int | None = None, hint: str | None = None, retry_after: int | None = None
 ) -> RbeeError:
-    """The error of ``rbee_worker.errors`` that a worker named by its code, or else by its HTTP status."""
+    """The error of ``rbee_worker.errors`` with this code; for an unknown code, the one with this HTTP status."""
     tree = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RbeeError)]
     named = [kind for kind in tree if kind.code == code.upper() and "code" in vars(kind)]
     if code == InferenceError.code and status == ModelNotLoaded.http_status:
@@ -242,7 +250,7 @@ def error_of(
 
 
 def _error_in(response: httpx.Response) -> tuple[str, str, str | None] | None:
-    """Code, message and hint of an error body: the two frames of a stream, or the JSON envelope."""
+    """The code, message and hint in the body of an error: an SSE stream or JSON. None: the body is not a worker's."""
     try:
         if response.headers.get("Content-Type", "").startswith("text/event-stream"):
             event = from_dict(json.loads(next(iter(EventSource(response).iter_sse())).data))

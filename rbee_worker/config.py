@@ -14,11 +14,11 @@ Quantization = Literal["none", "int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-"""Name of the embedded default model."""
+"""Name of the default model."""
 
 
 class Message(TypedDict):
-    """One chat message, as chat templates take it; the keys beside the first two are those of OpenAI's messages."""
+    """One chat message in the form that chat templates take. Optional keys are those of OpenAI's messages."""
 
     role: str
     content: str | None
@@ -38,8 +38,8 @@ class GrammarSpec:
     Attributes:
         kind: ``json_object`` (any JSON object), ``json_schema``, ``regex``, or ``lark`` (a grammar in llguidance's
             dialect of Lark).
-        text: the schema as JSON text, the expression, or the grammar; empty for ``json_object``.
-        field: the field or option that it was given in, for messages.
+        text: the schema as JSON text, the regular expression, or the grammar; empty for ``json_object``.
+        field: the name, for messages, of the field or option in which it was given.
     """
 
     kind: GrammarKind
@@ -53,12 +53,12 @@ JSON_LAYOUT: Mapping[str, Any] = {
     "item_separator": ", ?",
     "key_separator": ": ?",
 }
-"""llguidance's options for JSON on one line: small models fill the context with white space where more is allowed."""
+"""llguidance's options for JSON on one line. If more white space is allowed, small models fill the context with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """An interval of numbers; ``above`` excludes its lower end."""
+    """An interval of numbers. ``low`` and ``high`` belong to it, ``above`` does not. None: no limit."""
 
     low: float | None = None
     high: float | None = None
@@ -83,16 +83,16 @@ class Range:
 
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
-"""A seed is 64 bits, read as signed or unsigned; both name the same generator state."""
+"""A seed is 64 bits. Read as signed or as unsigned, the same bits give the same generator state."""
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_LENGTH = 1024
-"""Characters of one stop string; text that may become one is held back from the stream."""
+"""Characters of one stop string. Text that may become a stop string is held back from the stream."""
 MAX_JOB_ID_LENGTH = 128
 MAX_LOGPROBS = 20
-"""Likeliest tokens that can be told with each generated one."""
+"""How many of the likeliest tokens can be listed with each token."""
 MAX_SPECULATION = 16
-"""Tokens guessed at once."""
+"""Drafts of one sequence in one step."""
 MAX_LOGIT_BIAS = 1024
 """Entries of ``logit_bias``."""
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -100,18 +100,18 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 
 LOGIT_BIAS_RANGE = Range(low=-100, high=100)
 CHOICES_RANGE = Range(low=1, high=128)
-"""Answers that one request may ask for (OpenAI's ``n``), all its prompts together."""
+"""How many answers one request may ask for (OpenAI's ``n``), for all its prompts together."""
 TIMEOUT_RANGE = Range(above=0, high=86_400)
-"""Seconds that a request may give itself."""
+"""Seconds that a request may set as its timeout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
-    """What is to be said of a sampling parameter: once, for every place that takes it.
+    """The description of a sampling parameter, written once for every place that takes it.
 
     Attributes:
         help: a sentence for the description of requests, in Markdown.
-        range: the numbers that it may be; None: it is no number, or is checked in a way of its own.
+        range: the allowed numbers; None: it is not a number, or it is checked separately.
         option: a sentence for ``--help``; None: commands have no such option. Numbers, tuples of strings, and booleans
             that are false by default can be options.
         unset: what the default None or ``()`` means, for tables.
@@ -125,13 +125,13 @@ class Param:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. What a field means and may be stands in its ``Param``.
+    """How tokens are chosen, and when to stop. The ``Param`` of a field says what it means and what it may be.
 
     Request bodies, the options of commands and the tables in ``docs`` take the fields from here, in this order.
 
-    ``repetition_penalty`` is that of CTRL (arXiv:1909.05858), the other penalties are OpenAI's; so is ``logit_bias``,
-    here as pairs of token id and bias. Log-probabilities are the model's own, before penalties, bias, temperature and
-    truncation; None tells none.
+    ``repetition_penalty`` is that of CTRL (arXiv:1909.05858). The other penalties and ``logit_bias`` are OpenAI's;
+    here ``logit_bias`` is pairs of token id and bias. Log-probabilities are the model's own, before penalties, bias,
+    temperature and truncation; None: they are not computed.
     """
 
     max_tokens: Annotated[
@@ -239,7 +239,7 @@ class SamplingParams:
         """Check every field.
 
         Raises:
-            InvalidRequest: listing every field out of range.
+            InvalidRequest: a field is out of range; the error lists every such field.
         """
         bad = [
             FieldError(name, str(bounds), f"{name} is {value:g}; it must be {bounds}.")
@@ -267,10 +267,10 @@ class SamplingParams:
 
 
 PARAMS: Mapping[str, Param] = {field.name: get_args(field.type)[1] for field in fields(SamplingParams)}
-"""What is said of each sampling parameter, by its name."""
+"""Name of a sampling parameter -> its description."""
 
 RANGES: Mapping[str, Range] = {name: param.range for name, param in PARAMS.items() if param.range is not None}
-"""Bounds of the numeric sampling parameters."""
+"""Name of a numeric sampling parameter -> its range."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,16 +278,17 @@ class GenerationRequest:
     """One job: a prompt, or messages for the chat template, and how to continue it.
 
     Attributes:
-        prompt: text to continue; exactly one of ``prompt``, ``prompt_ids`` and ``messages`` is given.
-        prompt_ids: token ids to continue, taken as they are.
-        messages: rendered with the model's chat template.
+        prompt: text to continue. Exactly one of ``prompt``, ``prompt_ids`` and ``messages`` is given.
+        prompt_ids: token ids to continue, used as they are.
+        messages: a conversation for the model's chat template.
         template_variables: further values for the chat template, such as ``tools`` and ``documents``.
-        raw: take ``prompt`` as it is; without it a prompt is wrapped as one user message when the model has a
-            chat template.
+        raw: whether ``prompt`` is used as it is. If not, and the model has a chat template, the prompt becomes one user
+            message.
         job_id: unique among running jobs; None: a new UUID.
-        prompt_progress: tell how much of the prompt has been processed, as it is.
-        client: who asks; clients that wait take turns. Empty: nobody in particular.
-        timeout_seconds: from submission; a job that takes longer ends with an error. None: no limit.
+        prompt_progress: whether to emit how much of the prompt has been prefilled.
+        client: the name of the client. Waiting clients take turns. Empty: not known.
+        timeout_seconds: counted from submission. A job that takes longer ends with an error. None: no limit.
+        sampling: how tokens are chosen, and when to stop.
     """
 
     prompt: str | None = None
@@ -303,7 +304,7 @@ class GenerationRequest:
 
     @classmethod
     def from_text(cls, text: str, *, system: str | None, raw: bool, sampling: SamplingParams) -> Self:
-        """What the command line means by ``--prompt``, ``--system`` and ``--raw``."""
+        """The request for a prompt with an optional system message (``--prompt``, ``--system``, ``--raw``)."""
         if raw or system is None:
             return cls(prompt=text, raw=raw, sampling=sampling)
         messages = (Message(role="system", content=system), Message(role="user", content=text))
@@ -316,16 +317,16 @@ class EngineConfig:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        dtype: of the weights; ``auto`` is what is fast and right on the device. With ``quantize``: of the embedding.
-        quantize: ``int8`` turns the matrices into int8 as they are loaded (see docs/quantization.md).
-        max_context: context length in tokens to serve; None: the model's own.
-        max_batch_size: sequences that run in one step at most.
-        prefill_chunk: prompt tokens processed in one step at most; beside running answers, an eighth of it.
-        kv_cache_memory: bytes of device memory for the keys and values of all sequences; None: what
-            ``max_batch_size`` whole contexts need, within a share of what is free.
-        prefix_cache: keep the keys and values of what was processed, and reuse them where a prompt begins alike.
-        speculate: tokens to guess by prompt lookup and check in one pass, per sequence; 0: none.
-        stall_seconds: silence from the disk after which ``stalled`` is said.
+        dtype: of the weights; ``auto``: the best for the device. With ``quantize``: of the embedding.
+        quantize: ``int8`` quantizes the matrices to int8 while they are loaded (see docs/quantization.md).
+        max_context: context length in tokens; None: the model's default.
+        max_batch_size: how many sequences may run in one step.
+        prefill_chunk: how many prompt tokens may be prefilled in one step. While sequences decode, an eighth of it.
+        kv_cache_memory: bytes of device memory for the KV cache of all sequences; None: what ``max_batch_size`` whole
+            contexts need, within a share of the free memory.
+        prefix_cache: whether to keep keys and values, and reuse them for prompts with the same beginning.
+        speculate: how many drafts of a sequence prompt lookup may make for one step; 0: none.
+        stall_seconds: ``stalled`` is emitted when no byte has arrived for so long.
     """
 
     device: str = "auto"
@@ -342,32 +343,31 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """How the worker is reached.
+    """How the server is reached, and its limits.
 
     Attributes:
-        host, port: the address bound; port 0 lets the system choose.
-        api_keys: accepted bearer tokens; none, and no file: no key is asked for.
-        api_key_file: more of them, one a line; read again on SIGHUP.
-        allow_unauthenticated: bind other than loopback addresses without a key.
-        trusted_hosts: names that ``Host`` may say, beside this machine's own; ``*.example.org`` stands for every name
-            below it. None: any name where a key is asked for.
+        host, port: the address to bind; port 0 lets the system choose.
+        api_keys: accepted bearer tokens. Without any, and without a file, no key is needed.
+        api_key_file: a file with more of them, one a line; read again on SIGHUP.
+        allow_unauthenticated: whether to bind addresses other than loopback without a key.
+        trusted_hosts: names that ``Host`` may have, beside this machine's own; ``*.example.org`` stands for every name
+            below it. Empty: any name where a key is needed or ``allow_unauthenticated`` is set.
         cors_origins: origins whose pages may use the worker from a browser; ``*``: all of them.
-        tls_cert, tls_key: PEM files; a certificate makes the worker speak HTTPS. Without ``tls_key`` the key is in
-            the certificate's file.
-        tls_key_password: of an encrypted key.
-        allow_models: models that clients may ask to load, beside the one given at start.
-        served_model_names: what OpenAI's clients may call the model, beside its own name; the first is what it is
-            called in answers.
-        max_connections: connections served at a time; on one more, only health and readiness are answered.
-        header_seconds: how long a request's head may take to arrive.
+        tls_cert, tls_key: PEM files. With a certificate the worker uses HTTPS. Without ``tls_key`` the key is in the
+            certificate's file.
+        tls_key_password: the password of an encrypted key.
+        allow_models: models that clients may load, beside the one given at start.
+        served_model_names: names that OpenAI's clients may use for the model, beside its own. Answers have the first.
+        max_connections: how many connections are served at a time. On more, only health and readiness are answered.
+        header_seconds: how long the head of a request may take to arrive.
         idle_seconds: how long a connection may stay open between two requests.
-        max_queue: requests waiting for their turn at most.
-        keep_alive_seconds: silence on a stream after which a comment line is sent; 0: never.
+        max_queue: how many requests may wait for their turn.
+        keep_alive_seconds: after so long a silence on a stream a comment line is sent; 0: never.
         shutdown_grace_seconds: how long running streams may go on after SIGTERM.
-        max_body_bytes: size of a request body at most.
+        max_body_bytes: the largest size of a request body.
         send_timeout_seconds: how long a client may leave a stream's bytes unread.
-        hold_requests: keep streaming requests that arrive during a load waiting, instead of refusing them.
-        exit_on_load_error: end the process with the load's exit code when the first load fails.
+        hold_requests: whether streaming requests that arrive during a load wait, instead of being refused.
+        exit_on_load_error: whether the process ends with the load's exit code when the first load fails.
     """
 
     host: str = "127.0.0.1"

@@ -1,8 +1,8 @@
-"""What people and programs see of a load and of a generation. Everything here takes events, nothing else.
+"""Sinks: they show the events of a load or of a job, and depend on nothing but events.
 
-Every sink is a context manager that is called with each event: :class:`LoadProgress` (bars on a terminal),
+A sink is a context manager that is called with each event. There are :class:`LoadProgress` (bars on a terminal),
 :class:`PlainProgress` (lines, for logs), :class:`JsonLines` (the events themselves), :class:`TokenPrinter` (text) and
-:class:`Silent`. :func:`loading_sink` chooses among them.
+:class:`Silent`. :func:`loading_sink` chooses the one for a load.
 """
 
 import time
@@ -42,16 +42,16 @@ LINE_SECONDS = 1.0
 
 
 class EventSink(Protocol):
-    """Takes the events of one load, of one job, or of both in turn."""
+    """Takes the events of one load or of one job."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start to show."""
         ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the output whole, whatever happened."""
+        """Complete the output, also after an error."""
         ...
 
     def __call__(self, event: Event) -> None:
@@ -68,14 +68,14 @@ class Silent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing was begun."""
+        """Do nothing."""
 
     def __call__(self, event: Event) -> None:
         """Drop the event."""
 
 
 class JsonLines(Silent):
-    """One event a line, byte for byte the JSON that SSE carries, each line flushed."""
+    """Writes one event a line, as the same bytes of JSON that SSE carries. Each line is flushed."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -87,14 +87,17 @@ class JsonLines(Silent):
 
 
 class LoadProgress:
-    """Bars on a terminal: bytes overall, and for each device layers and memory. The last state stays on the screen.
+    """Bars on a terminal: all bytes, and for each device layers and memory. The last state stays on the screen.
 
-    The display is drawn from the latest event of each kind, at most ``FRAMES_PER_SECOND`` times a second, however
+    The display shows the latest event of each kind. It is drawn at most ``FRAMES_PER_SECOND`` times a second, however
     many events there are.
     """
 
     def __init__(self, console: Console, *, report: bool = False, auto_refresh: bool = True) -> None:
-        """Draw on ``console``; with ``report``, print the load report when the load is done."""
+        """Draw on ``console``. With ``report``, print the load report at the end.
+
+        ``auto_refresh``: draw on a thread, a few times a second. If false, draw at every event.
+        """
         self._console = console
         self._with_report = report
         self._spinner = Spinner("dots", text="starting")
@@ -107,7 +110,7 @@ class LoadProgress:
             get_renderable=self.render,
             auto_refresh=auto_refresh,
             refresh_per_second=FRAMES_PER_SECOND,
-            # stdout carries the result and is none of this display's business.
+            # stdout is for results.
             redirect_stdout=False,
         )
 
@@ -125,7 +128,7 @@ class LoadProgress:
             self._console.print(report_table(self._report))
 
     def __call__(self, event: Event) -> None:
-        """Take the event into the display."""
+        """Show the event."""
         match event:
             case LoadingToVram():
                 self._bytes = self._devices[event.device] = event
@@ -137,7 +140,7 @@ class LoadProgress:
                 self._report = event.report
                 self._status = Text(describe(event), style="green")
             case LoadFailed():
-                # The message itself is for whoever reports the error that follows.
+                # The message is not shown here: it follows when the error is reported.
                 self._status = Text(f"failed after {event.elapsed_seconds:.1f} s ({event.code})", style="red")
             case LoadCancelled():
                 self._status = Text(describe(event), style="yellow")
@@ -154,7 +157,7 @@ class LoadProgress:
         self._spinner.update(text=Text(text, style=style))
 
     def render(self) -> RenderableType:
-        """The display as it stands."""
+        """The current display."""
         rows = Table.grid(Column(no_wrap=True), Column(no_wrap=True), Column(no_wrap=True), padding=(0, 1))
         if self._bytes is not None:
             done, total = _bytes_of(self._bytes)
@@ -167,16 +170,16 @@ class LoadProgress:
 
 
 class PlainProgress:
-    """Lines for a log: at most one a second, but first, last and every change of stage always."""
+    """Lines for a log: at most one a second, but always the first and last, and one at every change of stage."""
 
     def __init__(self, out: TextIO, *, report: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        """Write to ``out``; ``clock`` gives seconds."""
+        """Write to ``out``. With ``report``, add the load report at the end. ``clock`` gives seconds."""
         self._out = out
         self._with_report = report
         self._clock = clock
         self._stage: str | None = None
         self._written_at = 0.0
-        self._held: dict[str, LoadingEvent] = {}  # per device: what the limit held back
+        self._held: dict[str, LoadingEvent] = {}  # the latest event of each device that was not written
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +190,7 @@ class PlainProgress:
         self._release()
 
     def __call__(self, event: Event) -> None:
-        """Write the event, or hold it back."""
+        """Write the event, or hold it."""
         if not isinstance(event, LoadingEvent):
             return
         key = event.device if isinstance(event, LoadingToVram) else event.stage
@@ -204,7 +207,7 @@ class PlainProgress:
             self._out.flush()
 
     def _release(self) -> None:
-        """Write what was held back: the last event of a stage is never lost."""
+        """Write the held events, so that the last event of a stage is never lost."""
         for event in self._held.values():
             self._write(event)
         self._held.clear()
@@ -216,16 +219,16 @@ class PlainProgress:
 
 
 class TokenPrinter:
-    """Text on stdout as it is made, then exactly one newline; a line of figures on stderr.
+    """Writes text to stdout while it is generated, then exactly one newline; and a line of figures to stderr.
 
-    What is piped is the text and one newline, whether or not the text itself ends with one.
+    The newline is added whether or not the text ends with one.
     """
 
     def __init__(self, out: TextIO, stats: TextIO | None = None) -> None:
-        """Write text to ``out`` and, when given, figures to ``stats``."""
+        """Write text to ``out``, and figures to ``stats`` if that is given."""
         self._out = out
         self._stats = stats
-        self._open = False  # text was written, its newline was not
+        self._open = False  # whether text was written, but not its newline
 
     def __enter__(self) -> Self:
         return self
@@ -238,7 +241,7 @@ class TokenPrinter:
             self._newline()
 
     def __call__(self, event: Event) -> None:
-        """Write the text of a token, the newline of an end."""
+        """Write the text of a token, or the newline at the end."""
         if isinstance(event, Token):
             self._open = True
             self._out.write(event.t)
@@ -256,7 +259,15 @@ class TokenPrinter:
 
 
 def loading_sink(*, json: bool, quiet: bool, report: bool, out: TextIO, err: TextIO) -> EventSink:
-    """How a load is shown: events on ``out`` with ``json``, else bars or lines on ``err``."""
+    """The sink for a load.
+
+    Args:
+        json: write events to ``out``.
+        quiet: show nothing, unless ``json``.
+        report: show the load report at the end, but not with ``json``.
+        out: for events.
+        err: for bars if it is a terminal, else for lines.
+    """
     if json:
         return JsonLines(out)
     if quiet:
@@ -264,12 +275,12 @@ def loading_sink(*, json: bool, quiet: bool, report: bool, out: TextIO, err: Tex
     if not err.isatty():
         return PlainProgress(err, report=report)
     console = Console(file=err)
-    # A terminal that cannot move its cursor (TERM=dumb) gets lines.
+    # Bars need a terminal that can move its cursor. TERM=dumb says that it cannot.
     return PlainProgress(err, report=report) if console.is_dumb_terminal else LoadProgress(console, report=report)
 
 
 def describe(event: LoadingEvent) -> str:
-    """One line about an event, without its time."""
+    """An event in one line of text, without its time."""
     match event:
         case Resolving():
             text = f"resolving {event.model}"
@@ -293,7 +304,7 @@ def describe(event: LoadingEvent) -> str:
 
 
 def describe_end(event: End) -> str:
-    """The figures of a finished job in one line."""
+    """The figures of a finished job in one line of text."""
     why: str = event.stop_reason
     if event.stop_sequence_matched is not None:
         why += f" {event.stop_sequence_matched!r}"
@@ -305,7 +316,7 @@ def describe_end(event: End) -> str:
 
 
 def report_rows(report: LoadReport) -> Mapping[str, str]:
-    """The load report: label -> figure with its unit."""
+    """The load report: label -> value with its unit."""
     rows = {
         "model": f"{report.model} ({report.architecture}, {report.parameters / 1e6:,.1f} M parameters)",
         "weights": f"{report.dtype}, {report.kernel}",

@@ -30,9 +30,9 @@
         ├── QueueFull            1   429  QUEUE_FULL           (Retry-After)
         └── Unavailable          1   503  UNAVAILABLE          loading or draining (Retry-After)
 
-The columns are the exit code, the HTTP status and the code. The message is for people: what is wrong, with the file,
-the field and the figure; the hint says what to do about it. Neither ever holds the text of a prompt. Neither names an
-option or a route: settings that would help are remedies, and whoever speaks to the user puts them into words.
+The columns are the exit code, the HTTP status and the code. The message tells people what is wrong, with the file, the
+field and the figure. The hint says what to do. Neither ever holds the text of a prompt, and neither names an option or
+a route. Settings that would help are remedies; the command line and the server put them into words.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,11 +43,11 @@ Setting = Literal["device", "dtype", "quantize", "max_context", "kv_cache_memory
 """Names of settings: fields of :class:`rbee_worker.config.EngineConfig`."""
 
 Say = Callable[[Setting, str | int], str]
-"""How a user gives a setting a value, such as ``--device cpu``."""
+"""(setting, value) -> how a user sets it, such as ``--device cpu``."""
 
 
 def sentence(text: str) -> str:
-    """The text with a full stop at its end, where it has none: for what libraries and the system say."""
+    """The text, with a full stop at its end if it has none. For messages of libraries and of the system."""
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
@@ -56,15 +56,15 @@ class Remedy:
     """Settings that would help, together.
 
     Attributes:
-        settings: their values by name; a size is a text such as ``512MiB``.
-        takes_mb: MiB of memory that the model takes then; None: that was not the problem.
+        settings: name -> value; a size is a text such as ``512MiB``.
+        takes_mb: MiB of memory that the model would take with them; None: the error is not about memory.
     """
 
     settings: Mapping[Setting, str | int]
     takes_mb: int | None = None
 
     def in_words(self, say: Say) -> str:
-        """The settings, one after the other, and what they come to."""
+        """The settings, as ``say`` puts them, and the memory that the model would take."""
         words = " ".join(say(name, value) for name, value in self.settings.items())
         return words if self.takes_mb is None else f"{words} ({self.takes_mb:,} MiB)"
 
@@ -99,7 +99,7 @@ class RbeeError(Exception):
         return f"{sentence(self.message)} {advice}" if advice else self.message
 
     def advice(self, say: Say = _as_data) -> str:
-        """What to do about it: the hint, then the remedies, whose settings ``say`` puts into words."""
+        """What to do: the hint, then the remedies. ``say`` puts their settings into words."""
         ways = [remedy.in_words(say) for remedy in self.remedies]
         if any(remedy.takes_mb is not None for remedy in self.remedies):
             told = f"What would fit: {'; '.join(ways)}."

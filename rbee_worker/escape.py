@@ -1,17 +1,17 @@
-"""Text that came from a file, a library or a client, made fit to be shown: it stays on its line and cannot draw."""
+"""Makes text from a file, a library or a client safe to show: it stays on its line and cannot control a terminal."""
 
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 300
 
 
 def quoted(text: object) -> str:
-    """Untrusted text for a message: control characters escaped, cut at 120 characters."""
-    # Of what may be megabytes only the beginning is spelled out.
+    """Untrusted text for a message: in quotes, control characters escaped, cut at 120 characters."""
+    # The text may be megabytes, so only its beginning goes through repr().
     shown = repr(text[: _LONGEST_VALUE + 1] if isinstance(text, str | bytes | list | tuple) else text)
     return shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 3] + "..."
 
 
 def one_line(text: str) -> str:
-    """Text from outside for a message: on one line, control characters escaped, cut at 300 characters."""
+    """Untrusted text for a message: on one line, control characters escaped, cut at 300 characters."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"

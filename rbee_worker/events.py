@@ -1,4 +1,4 @@
-"""The one vocabulary of events: what the runtime yields, Rich draws, ``--json`` prints and SSE carries.
+"""The events of loads and jobs. The runtime emits them, Rich draws them, ``--json`` prints them, SSE carries them.
 
 Loading, in this order (``?`` may be absent, ``*`` may repeat)::
 
@@ -12,7 +12,7 @@ Loading, in this order (``?`` may be absent, ``*`` may repeat)::
 Inference, one stream per job::
 
     started  prompt_progress*  prompt_logprobs?  token*  end | error
-    end                             (cancelled while it waited for a place)
+    end                             (cancelled while it waited)
     error                           (refused)
 
 ``token`` events are numbered from 0 by ``i``; the concatenation of their ``t`` is the generated text.
@@ -322,15 +322,15 @@ def to_dict(event: Event) -> dict[str, Any]:
 
 
 def to_json(event: Event) -> str:
-    """One line of JSON, UTF-8 text unescaped: the ``data`` of an SSE frame and a line of ``--json``."""
+    """The JSON of an event on one line, not escaped to ASCII: the ``data`` of an SSE frame, or a line of ``--json``."""
     return json.dumps(to_dict(event), ensure_ascii=False, separators=(",", ":"))
 
 
 def from_dict(data: Mapping[str, Any]) -> Event:
-    """The event of a JSON object; unknown keys are ignored, so that newer workers can be read.
+    """The event that a JSON object describes. Unknown keys are ignored, because newer workers may send more.
 
     Raises:
-        ValueError: the object is no event, or lacks a field.
+        ValueError: the object is not an event, or lacks a field.
     """
     cls: type[Event] | None = _STAGES.get(str(data.get("stage"))) or _EVENTS.get(str(data.get("event")))
     if cls is None:
@@ -347,7 +347,7 @@ def from_dict(data: Mapping[str, Any]) -> Event:
 
 
 def _logprob(data: Mapping[str, Any]) -> TokenLogprob:
-    """The reverse of :func:`_plain` for one token."""
+    """The inverse of :func:`_plain` for one token."""
     top = tuple(map(_logprob, data.get("top", ())))
     return TokenLogprob(
         id=data["id"], token=data["token"], bytes=tuple(data["bytes"]), logprob=data["logprob"], top=top

@@ -1,4 +1,4 @@
-"""Logs: text or JSON lines on stderr, the same for our own loggers, uvicorn's and everyone else's."""
+"""Logs: text or JSON lines on stderr, in the same form for the worker's loggers, uvicorn's and all others."""
 
 import json
 import logging
@@ -16,29 +16,29 @@ LOG_LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
 LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
 
 _STANDARD = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"))
-"""What every record carries: the rest came in through ``extra``."""
+"""Attributes that every record has. All others came from ``extra``."""
 
 _WAITING_CHARACTERS = 2**19
-"""Of lines that wait to be written: some thousand of them."""
+"""Characters of lines that may wait to be written: a few thousand lines."""
 _FLUSH_SECONDS = 1.0
 _HANDLER = "rbee_worker"
 
-# Loggers with handlers or a chattiness of their own.
+# Loggers with handlers of their own, and loggers that write too much.
 _UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 _CHATTY = ("httpx", "httpcore", "asyncio", "filelock", "urllib3", "huggingface_hub", "sse_starlette")
 
 
 def configure(level: LogLevel = "info", fmt: LogFormat = "text", *, background: bool = False) -> None:
-    """Send every log record of ``level`` and above to stderr, one line each; may be called again.
+    """Write every log record of ``level`` and above to stderr, one line each. May be called again.
 
-    A traceback is written at ``debug`` only; other levels name the exception in the same line.
+    Tracebacks are written only at ``debug``. At other levels the same line names the exception.
 
     Args:
-        level: least severe of the records that are written.
-        fmt: form of the lines.
-        background: a thread writes them, so that whoever logs never waits for a reader of stderr; see
-            :class:`BackgroundHandler`. Else whoever logs writes, so that a line stands where it belongs among the
-            progress and the messages of a command.
+        level: the least severe level that is written.
+        fmt: the form of the lines.
+        background: whether a thread writes the lines, so that code that logs never waits for a reader of stderr (see
+            :class:`BackgroundHandler`). If not, the code that logs writes them itself, so that log lines and other
+            output of a command are in order.
     """
     handler: logging.Handler = BackgroundHandler() if background else _StderrHandler()
     handler.setFormatter(JsonFormatter(tracebacks=level == "debug") if fmt == "json" else TextFormatter(level))
@@ -59,7 +59,7 @@ def configure(level: LogLevel = "info", fmt: LogFormat = "text", *, background: 
 
 
 def say(text: str, logger: str) -> None:
-    """Write a line to stderr whatever the level: as it is, or as a record of ``logger`` where lines are JSON."""
+    """Write a line to stderr at any level: as it is; or as a record of ``logger``, if lines are JSON."""
     handler = next((h for h in logging.getLogger().handlers if h.get_name() == _HANDLER), None)
     if handler is not None and isinstance(handler.formatter, JsonFormatter):
         text = handler.format(logging.makeLogRecord({"name": logger, "levelname": "INFO", "msg": text}))
@@ -71,7 +71,7 @@ def say(text: str, logger: str) -> None:
 
 
 def flush() -> None:
-    """Wait until what was logged is written, a second at most."""
+    """Wait until all log lines are written, for at most a second."""
     for handler in _background_handlers():
         handler.flush()
 
@@ -89,7 +89,7 @@ class JsonFormatter(logging.Formatter):
         self._tracebacks = tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON; an extra that JSON does not know is written as ``str`` gives it."""
+        """The record as JSON. An extra of a type that JSON does not have is written as its ``str``."""
         out: dict[str, Any] = {
             "ts": _timestamp(record.created),
             "level": record.levelname.lower(),
@@ -112,10 +112,10 @@ class TextFormatter(logging.Formatter):
         self._tracebacks = level == "debug"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record in one line, its extras at the end."""
+        """The record in one line, with its extras at the end. At ``debug`` a traceback follows."""
         extras = "".join(f" {key}={_quoted(value)}" for key, value in vars(record).items() if key not in _STANDARD)
         line = f"{_timestamp(record.created)} {record.levelname} {record.name}: {record.getMessage()}{extras}"
-        # A message from outside must not be able to forge a second line.
+        # Text from outside must not be able to make a second line that looks like a record.
         line = line.replace("\r", "\\r").replace("\n", "\\n")
         if record.exc_info and record.exc_info[1] is not None:
             traceback = self.formatException(record.exc_info) if self._tracebacks else ""
@@ -124,7 +124,7 @@ class TextFormatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Looks ``sys.stderr`` up at each record, so that a line never lands inside a live progress display."""
+    """Uses the current ``sys.stderr`` for each record. A live progress display replaces it, to keep lines out of it."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -135,21 +135,21 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class BackgroundHandler(logging.Handler):
-    """Hands lines to a thread that writes them, in order. Whoever logs never waits for it.
+    """Passes lines to a thread that writes them in order. Code that logs never waits for the thread.
 
-    A line that finds no room, or that cannot be written, is lost and counted. One line says how many were lost, at the
-    place where they are missing, as soon as writing works again. :meth:`flush`, which :func:`logging.shutdown` calls at
-    exit, waits for the thread; an end of the process does not wait for it beyond that.
+    A line is lost when too many wait, or when it cannot be written. Lost lines are counted. As soon as writing works
+    again, one line says how many were lost, at the place where they are missing. At exit, :func:`logging.shutdown`
+    calls :meth:`flush`, which waits for the thread; beyond that the process does not wait.
 
     Attributes:
-        dropped: lines lost so far.
+        dropped: how many lines were lost so far.
     """
 
     def __init__(self, waiting_characters: int = _WAITING_CHARACTERS) -> None:
         super().__init__()
         self.dropped = 0
         self._limit = waiting_characters
-        self._waiting: deque[str | int] = deque()  # lines, and in their place numbers of lines that were lost
+        self._waiting: deque[str | int] = deque()  # lines; a number stands for that many lost lines
         self._characters = 0
         self._writing = self._closed = False
         self._changed = threading.Condition()
@@ -157,15 +157,15 @@ class BackgroundHandler(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Form the line here, where the request is known that it belongs to, and hand it over."""
+        """Format the line on the thread that logs, where its request is known, and pass it on."""
         try:
             line = self.format(record)
-        except Exception:  # noqa: BLE001  (a message and its arguments do not match: no reason to stop what logs it)
+        except Exception:  # noqa: BLE001  (the arguments do not fit the message; the code that logs must go on)
             line = f"{record.levelname} {record.name}: a log line could not be formed from {record.msg!r:.200}"
         self.write(line)
 
     def write(self, line: str) -> None:
-        """Hand a line over; it is lost when there is no room for it."""
+        """Pass a line to the thread. The line is lost if too many wait."""
         with self._changed:
             if not self._closed and self._characters + len(line) <= self._limit:
                 self._waiting.append(line)
@@ -179,12 +179,12 @@ class BackgroundHandler(logging.Handler):
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until everything is written, a second at most."""
+        """Wait until all lines are written, for at most a second."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._writing, _FLUSH_SECONDS)
 
     def close(self) -> None:
-        """End the thread once it has written what waits; lines that come later are lost."""
+        """End the thread after it has written the waiting lines. Later lines are lost."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -203,7 +203,7 @@ class BackgroundHandler(logging.Handler):
                     self.dropped += 1
 
     def _next(self) -> str | int | None:
-        """The next entry, once there is one; None: there will be no more."""
+        """Wait for the next entry and return it. None: the handler is closed and nothing waits."""
         with self._changed:
             self._writing = False
             self._changed.notify_all()
@@ -226,19 +226,19 @@ def _background_handlers() -> list[BackgroundHandler]:
 
 
 def _write_stderr(line: str) -> bool:
-    """Write a line to whatever stderr is now; whether that worked."""
+    """Write a line to the current stderr. Returns whether that worked."""
     stream, text = sys.stderr, f"{line}\n"
     replaced = stream is not sys.__stderr__
     try:
-        if stream is None:  # the program was started without one
+        if stream is None:  # the program was started without stderr
             return False
         if replaced:
             stream.write(text)
             stream.flush()
         else:
-            # Not through the stream: its lock, held while nobody reads, would keep the interpreter from ending.
+            # Not through the stream: while nobody reads, its lock would be held, and the interpreter could not end.
             _write_descriptor(stream.fileno(), text.encode(errors="backslashreplace"))
-    except Exception:  # noqa: BLE001  (no reader any more, a full disk, a closed stream: the thread goes on)
+    except Exception:  # noqa: BLE001  (the reader has gone, the disk is full, the stream is closed: the thread goes on)
         return False
     return True
 
@@ -247,7 +247,7 @@ def _write_descriptor(descriptor: int, data: bytes) -> None:
     while data:
         try:
             data = data[os.write(descriptor, data) :]
-        except BlockingIOError:  # another process that has it too made it non-blocking
+        except BlockingIOError:  # another process that shares the descriptor made it non-blocking
             select.select([], [descriptor], [])
 
 
@@ -260,6 +260,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _quoted(value: object) -> str:
-    """A value as it is, or in quotes where it could be taken for more than one."""
+    """A value as text. In quotes if it is empty or could be read as several values."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in ' \t"=') else text

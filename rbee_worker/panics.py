@@ -1,8 +1,8 @@
-"""Panics of native libraries as ordinary errors.
+"""Turns panics of native libraries into ordinary errors.
 
-A panic of a library written in Rust (tokenizers, llguidance) reaches Python as a ``PanicException``. That is no
-``Exception``, so that ``except Exception`` lets it pass: a thread would end without a word to those who wait for it.
-Calls into such a library are made within :func:`panics_as_errors`.
+A panic in a library written in Rust (tokenizers, llguidance) reaches Python as a ``PanicException``. That is not an
+``Exception``, so ``except Exception`` does not catch it, and a thread could end without telling those who wait for it.
+Therefore calls into such a library are made inside :func:`panics_as_errors`.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from rbee_worker.escape import one_line
 
 
 class Panic(Exception):
-    """A native library panicked. The message is what it said, on one line; it may hold parts of its input."""
+    """A native library panicked. The message is the library's, on one line. It may hold parts of the input."""
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise a panic of the body as :class:`Panic`. All else passes as it is, KeyboardInterrupt too."""
+    """Raise a panic of the body as :class:`Panic`. All other exceptions pass unchanged, KeyboardInterrupt too."""
     try:
         yield
     except BaseException as error:
-        # Each library has a class of its own by this name, and none can be imported.
+        # Each library has a class of its own with this name, and none of them can be imported.
         if (type(error).__module__, type(error).__name__) != ("pyo3_runtime", "PanicException"):
             raise
         raise Panic(one_line(str(error))) from error
