@@ -1,5 +1,6 @@
-"""HTTP below the routes.
+"""The parts of HTTP that all routes share.
 
-In the order in which a request meets them: ``listen``, ``tls``, ``protocol``, ``middleware``, ``access`` with
-``keys``, ``fields`` (what bodies are made of), ``envelope`` (errors, and the reading of bodies).
+A request passes them in this order: ``listen``, ``tls``, ``protocol``, ``middleware``, ``access`` with ``keys``.
+Handlers use ``fields`` (the parts of bodies), ``envelope`` (errors, and reading of bodies), ``operation`` and
+``disconnect``.
 """

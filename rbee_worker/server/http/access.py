@@ -1,4 +1,4 @@
-"""Who may ask: host names, other sites' pages, API keys, and how many at a time."""
+"""Access: who may send requests, by host name, API key and origin, and by the number of connections."""
 
 import ipaddress
 import re
@@ -14,16 +14,16 @@ from rbee_worker.errors import Forbidden, HeadersTooLarge, InvalidRequest, Unaut
 from rbee_worker.server.http.keys import ApiKeys
 
 OPEN_PATHS: Final = frozenset({"/", "/health", "/livez", "/readyz", "/v1/ready"})
-"""Answered without an API key, under any name, and when there are too many connections: probes ask for them."""
+"""Paths for probes. They need no API key, take any host name, and are served when there are too many connections."""
 
 EXPOSED_HEADERS: Final = ("X-Correlation-ID", "X-Request-ID", "Retry-After")
-"""What a page of an allowed origin may read of a response's head."""
+"""Response headers that pages of an allowed origin may read."""
 
 MAX_HEADERS: Final = 100
 MAX_HEAD_BYTES: Final = 64 * 1024
 
 CROWDED: Final = "crowded"
-"""Key in ``scope["state"]`` of a request whose connection is one too many (see ``protocol.py``)."""
+"""Key in ``scope["state"]``: set when there were too many connections (see ``protocol.py``)."""
 
 _CLIENT = "client"
 _OTHER_SITES = frozenset({"cross-site", "same-site"})
@@ -32,19 +32,21 @@ _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 def client_of(scope: Scope) -> str:
-    """A name for whoever sent a request that may be logged: that of the key, or the peer's address without keys."""
+    """A name of the client that may be logged: the name of its key; without keys, its IP address. Empty: not known."""
     return str(scope.get("state", {}).get(_CLIENT, ""))
 
 
 class Access:
-    """Lets a request through, or says why not.
+    """Lets a request pass, or raises.
 
-    - With keys: one of them, on every path but :data:`OPEN_PATHS`.
-    - ``Host`` must be one of this machine's own names or a trusted one. Without either a list of those or a key, only
-      the former will do: a page whose own name was made to lead here (DNS rebinding) says that name. With a key, or
-      with leave to be unauthenticated, any name will do until there is a list.
-    - Without keys, what a browser sends for another site's page is refused, but for allowed origins. Such a page could
-      not read the answer, but it could spend the machine or unload the model.
+    :data:`OPEN_PATHS` always pass. On all other paths:
+
+    - If there are keys, the request must have one of them.
+    - ``Host`` must be a loopback name of this machine or a trusted host. Without a list of trusted hosts, any name is
+      accepted if there are keys or ``allow_unauthenticated`` is set. This stops DNS rebinding: a page whose own name
+      was made to lead here sends that name.
+    - Without keys, requests that browsers send for pages of other sites are refused, except for allowed origins, and
+      except GET and HEAD. Such a page could not read the answer, but it could use the machine or unload the model.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, keys: ApiKeys) -> None:
@@ -59,10 +61,10 @@ class Access:
 
         Raises:
             Unauthorized: the key is missing or wrong.
-            Forbidden: the host's name, or a page of another site.
-            HeadersTooLarge: too many headers, or too long ones.
-            InvalidRequest: two lengths of the body.
-            Unavailable: too many connections.
+            Forbidden: the host name is not accepted, or the request comes from a page of another site.
+            HeadersTooLarge: there are too many headers, or they are too long.
+            InvalidRequest: the request has both Content-Length and Transfer-Encoding.
+            Unavailable: there are too many connections.
         """
         if scope["type"] == "http":
             _check_head(scope)
@@ -71,7 +73,7 @@ class Access:
             if not self._keys and scope.get("client"):
                 state[_CLIENT] = scope["client"][0]
             if state.get(CROWDED):
-                scope["headers"].append((b"connection", b"close"))  # uvicorn then answers the same
+                scope["headers"].append((b"connection", b"close"))  # makes uvicorn close the connection
             if scope["path"] not in OPEN_PATHS:
                 if state.get(CROWDED):
                     raise Unavailable("There are too many connections.", retry_after=1)
@@ -105,7 +107,7 @@ class Access:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and ("*" in self._origins or origin.lower() in self._origins):
             return
-        # Browsers leave Sec-Fetch-Site out where the worker is asked over plain HTTP under a name of its own.
+        # Browsers leave out Sec-Fetch-Site on plain HTTP, except for loopback names.
         foreign = site in _OTHER_SITES or (site is None and origin is not None and _authority(origin) != _host(headers))
         if foreign:
             raise Forbidden(
@@ -115,7 +117,7 @@ class Access:
 
 
 def cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Tells browsers that pages of ``origins`` may use the worker; preflights are answered here, without a key."""
+    """Middleware that tells browsers that pages of ``origins`` may use the worker. Preflights need no key."""
     return CORSMiddleware(
         app,
         allow_origins=cors_origins(origins),
@@ -127,10 +129,10 @@ def cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 
 
 def cors_origins(origins: Sequence[str]) -> tuple[str, ...]:
-    """``--cors-origin``, checked.
+    """Check the values of ``--cors-origin``, and return them in lower case.
 
     Raises:
-        InvalidRequest: one is no origin.
+        InvalidRequest: a value is not an origin.
     """
     lowered = tuple(origin.lower() for origin in origins)
     for origin in lowered:
@@ -143,10 +145,10 @@ def cors_origins(origins: Sequence[str]) -> tuple[str, ...]:
 
 
 def host_patterns(hosts: Sequence[str]) -> tuple[str, ...]:
-    """``--trusted-host``, checked.
+    """Check the values of ``--trusted-host``, and return them in lower case, without brackets.
 
     Raises:
-        InvalidRequest: one is no name.
+        InvalidRequest: a value is not a host name.
     """
     lowered = tuple(host.lower().removeprefix("[").removesuffix("]") for host in hosts)
     for host in lowered:
@@ -159,20 +161,20 @@ def host_patterns(hosts: Sequence[str]) -> tuple[str, ...]:
 
 
 def host_name(header: str) -> str:
-    """The name in a ``Host`` header: without the port and the brackets of IPv6, in lower case."""
+    """The name in a ``Host`` header, in lower case, without the port and the brackets of IPv6."""
     name = header.rpartition(":")[0] if re.search(r":\d+$", header) else header
     return name.removeprefix("[").removesuffix("]").lower()
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host name is this machine's own: localhost, or a loopback address."""
+    """Whether a host name always means this machine: localhost, a name below it, or a loopback address."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is ``name``, or ``*.`` and what ``name`` ends with after a dot."""
+    """Whether a host name matches a pattern: the same name, or ``*.example.org`` for every name below example.org."""
     return name.endswith(pattern[1:]) if pattern.startswith("*.") else name == pattern
 
 
@@ -190,8 +192,8 @@ def _check_head(scope: Scope) -> None:
     if len(headers) > MAX_HEADERS or size > MAX_HEAD_BYTES:
         raise HeadersTooLarge(f"The request's head is over {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes.")
     if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
-        # A proxy may have read another length than this worker (RFC 9112, section 6.1): what follows is not trusted.
-        headers.append((b"connection", b"close"))  # uvicorn then answers the same
+        # A proxy may use the other length (RFC 9112, section 6.1), so the bytes that follow are not trusted.
+        headers.append((b"connection", b"close"))  # makes uvicorn close the connection
         raise InvalidRequest("The request has both Content-Length and Transfer-Encoding.")
 
 

@@ -1,4 +1,4 @@
-"""Work for a client that may leave before it is done: a handler is not cancelled by that."""
+"""Cancels work when the client leaves. Starlette itself does not cancel a handler then."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,7 +10,9 @@ T = TypeVar("T")
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves; the request's body must have been read.
+    """Run ``work`` and return its result. Cancel it if the client leaves.
+
+    The request's body must have been read before.
 
     Raises:
         ClientDisconnect: the client has left.

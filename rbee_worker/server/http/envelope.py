@@ -1,4 +1,4 @@
-"""Answers that are no streams: JSON of a known shape, the error envelope, and the reading of JSON bodies."""
+"""Answers that are not streams (JSON and errors), and the reading of JSON bodies."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ RETRY_SECONDS = 5
 MAX_RETRY_SECONDS = 60
 
 _INLINE = 16_384
-"""Bytes of text whose handling (about a millisecond) is cheaper than the way to another thread."""
+"""Bytes. To handle so much text takes about a millisecond; to pass it to another thread would cost more."""
 
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -34,13 +34,13 @@ _TYPES: Mapping[int, str] = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
-"""``error.type`` by status; other 4xx are ``invalid_request_error``, other 5xx ``server_error``."""
+"""Status -> ``error.type``. Other 4xx are ``invalid_request_error``, other 5xx ``server_error``."""
 
 _CLOSING = frozenset({408, 413})
-"""Statuses after which the connection is closed, as the request's body may still be on its way."""
+"""Statuses after which the connection is closed, because the rest of the body may still arrive."""
 
 ALWAYS = 2**62
-"""A size for :func:`off_loop` of what takes time whatever its size, such as compiling a grammar."""
+"""A size for :func:`off_loop` that means: use a thread. For work that is always slow, such as compiling a grammar."""
 
 OPENAI_CODES: Mapping[str, str] = {
     "CONTEXT_TOO_LONG": "context_length_exceeded",
@@ -48,18 +48,18 @@ OPENAI_CODES: Mapping[str, str] = {
     "UNAUTHORIZED": "invalid_api_key",
     "QUEUE_FULL": "rate_limit_exceeded",
 }
-"""OpenAI's own ``error.code``, on the routes that are OpenAI's, for the worker's."""
+"""The worker's code of an error -> ``error.code`` of OpenAI, for OpenAI's routes."""
 
 _OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses")
 _FINAL = frozenset({409, 504})
-"""Statuses that OpenAI's clients would try again after, where that does not help."""
+"""Statuses after which OpenAI's clients would try again, although that does not help here."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Json(Response, Generic[T]):
-    """A JSON answer of the shape ``T``, usually a TypedDict; dataclasses in it become objects."""
+    """A JSON answer of the shape ``T``, usually a TypedDict. Dataclasses in it become objects."""
 
     media_type = "application/json"
 
@@ -67,7 +67,7 @@ class Json(Response, Generic[T]):
         super().__init__(content, status_code, headers)
 
     def render(self, content: Any) -> bytes:
-        """UTF-8, without spaces."""
+        """The content as JSON, in UTF-8, without spaces."""
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=asdict)
         return text.encode()
 
@@ -97,9 +97,9 @@ class ErrorEnvelope(TypedDict):
 
 
 def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> ErrorEnvelope:
-    """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors``, every bad field.
+    """The JSON body of an error: ``error`` as OpenAI's clients read it, and ``errors`` with every bad field.
 
-    ``codes`` are said in place of the worker's own.
+    ``codes``: the worker's code -> the code to send instead.
     """
     fields = error.fields if isinstance(error, InvalidRequest) else ()
     status = error.http_status
@@ -116,15 +116,15 @@ def envelope(error: RbeeError, codes: Mapping[str, str] | None = None) -> ErrorE
 
 
 def inference_failed(error: RbeeError) -> bytes:
-    """The terminal frame of a job that fails."""
+    """The terminal SSE frame of a job that failed with ``error``."""
     return sse.frame(to_dict(InferenceFailed(code=error.code, message=in_words(error))))
 
 
 def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | None = None) -> Response:
-    """The response that says ``error``.
+    """The response for an error.
 
-    It is the envelope, except on ``/v1/inference`` for a client that accepts ``text/event-stream``: that one gets
-    the same status with the frames of a failed stream.
+    It is the envelope as JSON. But on ``/v1/inference``, a client that accepts ``text/event-stream`` gets the frames of
+    a failed stream, with the same status.
     """
     extra = dict(headers or {})
     if error.http_status in {429, 503}:
@@ -142,12 +142,12 @@ def error_response(scope: Scope, error: RbeeError, headers: Mapping[str, str] | 
 
 
 def clamp_retry(seconds: float | None) -> int:
-    """Whole seconds for ``Retry-After``: 1 to 60; None: a default."""
+    """Whole seconds for ``Retry-After``, from 1 to 60. None gives the default, 5."""
     return max(1, min(MAX_RETRY_SECONDS, round(seconds))) if seconds is not None else RETRY_SECONDS
 
 
 def accepts_event_stream(headers: Headers) -> bool:
-    """Whether ``Accept`` names ``text/event-stream`` itself (``*/*`` does not) with a weight above 0."""
+    """Whether ``Accept`` names ``text/event-stream`` with a weight above 0. ``*/*`` does not count."""
     for item in ",".join(headers.getlist("accept")).split(","):
         media, *params = (part.strip().lower() for part in item.split(";"))
         if media == "text/event-stream":
@@ -156,7 +156,7 @@ def accepts_event_stream(headers: Headers) -> bool:
 
 
 async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``function(*args, **kwargs)``, in a thread when it handles ``size`` bytes or characters that take time."""
+    """Call a function, in a thread if ``size``, the bytes or characters that it handles, is large."""
     if size <= _INLINE:
         return function(*args, **kwargs)
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
@@ -165,12 +165,12 @@ async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs:
 async def read_object(request: Request) -> dict[str, Any]:
     """The JSON object in a request's body.
 
-    The declared content type is not looked at: ``curl -d`` says ``application/x-www-form-urlencoded`` for JSON.
-    A byte order mark is skipped. ``NaN``, ``Infinity`` and repeated keys are refused: parsers disagree about them.
+    The content type is ignored, because ``curl -d`` sends ``application/x-www-form-urlencoded`` for JSON too. A byte
+    order mark is skipped. ``NaN``, ``Infinity`` and repeated keys are refused, because parsers disagree about them.
 
     Raises:
-        InvalidRequest: the body is not UTF-8, not JSON, nested too deeply, or not an object.
-        BodyEncoded: it is compressed.
+        InvalidRequest: the body is empty, not UTF-8, not JSON, nested too deeply, or not an object.
+        BodyEncoded: the body is compressed.
     """
     body = await request.body()
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
@@ -180,7 +180,7 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """See :func:`read_object`; messages name positions, never the text."""
+    """Parse a body, as :func:`read_object` says. Messages name positions, but never repeat the text."""
     if not body.strip():
         raise InvalidRequest("The body is empty; a JSON object is expected.")
     try:
@@ -195,7 +195,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError:
-        # Python refuses to read integers of thousands of digits.
+        # Python does not read integers of thousands of digits.
         raise InvalidRequest("The body holds a number that is too long.") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body is valid JSON but not an object.")

@@ -1,7 +1,8 @@
-"""The parts that request bodies are made of: types of fields, and the base that names each bad one.
+"""The parts of request bodies: types of fields, and ``Body``, the base class that names each bad field.
 
-Types are strict: ``"1"`` is no number, ``true`` is no integer, an integer will do for a float. ``null`` means absent.
-Keys that no field names are ignored, so that clients of newer workers are served. No value is ever repeated.
+Types are strict: ``"1"`` is not a number, and ``true`` is not an integer; but an integer may stand for a float.
+``null`` means absent. Unknown keys are ignored, so that clients of newer workers are served. No message repeats a
+value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 _MAX_REPORTED = 100
 _TAG = "<"
-"""Begins the names of a union's members, which are no part of a field's name."""
+"""The first character of the names of a union's members. They are left out of the names of fields."""
 
 _CONSTRAINTS: Mapping[str, str] = {
     "missing": "required",
@@ -42,17 +43,17 @@ _CONSTRAINTS: Mapping[str, str] = {
     "model_type": "object",
     "model_attributes_type": "object",
 }
-"""Constraint by pydantic's type of error, where neither ``constraint`` nor ``expected`` is in its context."""
+"""pydantic's type of error -> constraint. Used if the error's context has neither ``constraint`` nor ``expected``."""
 
 
 def broken(constraint: str) -> PydanticCustomError:
-    """What a validator raises: the field "must be ``constraint``"."""
+    """The error for a validator to raise. Its message says that the field "must be ``constraint``"."""
     return PydanticCustomError("constraint", "{constraint}", {"constraint": constraint})
 
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """Annotates a number that must lie in a range, in its JSON schema too."""
+    """Annotation: the number must lie in a range. The JSON schema has the range too."""
 
     bounds: Range
 
@@ -75,7 +76,7 @@ class Within:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Shown:
-    """Annotates a type with keywords that say in its JSON schema what a validator beside it checks."""
+    """Annotation: adds keywords to the JSON schema, which describe what a validator beside it checks."""
 
     keywords: Mapping[str, Any]
 
@@ -85,7 +86,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class _FirstBad:
-    """pydantic's ``FailFast``, which cannot be hashed and so not be part of a union."""
+    """As pydantic's ``FailFast``, but hashable, which members of a union must be."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
@@ -95,7 +96,7 @@ class _FirstBad:
 
 
 def _unicode(value: str) -> str:
-    # JSON can spell half of a surrogate pair; no tokenizer can read one.
+    # JSON can contain half of a surrogate pair, but no tokenizer can read that.
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -116,13 +117,13 @@ def _token_id(value: int) -> int:
 
 
 Many = Annotated[list[T], _FirstBad()]
-"""A list that clients may make long: only its first bad item is named.
+"""A list that clients may make long. Only its first bad item is named.
 
-To name millions of them would take many seconds, in which nothing else happens in the process.
+To name millions of bad items would block the process for many seconds.
 """
 
 KIND: Final = Field(description="Which kind of part, item, tool or format this is.")
-"""Describes the field ``type``."""
+"""The description of a field ``type``."""
 
 Text = Annotated[str, AfterValidator(_unicode)]
 NonEmptyText = Annotated[Text, AfterValidator(_not_empty), Shown({"minLength": 1})]
@@ -141,10 +142,10 @@ class Body(BaseModel):
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:
-        """The request in ``body``.
+        """Validate a body.
 
         Raises:
-            InvalidRequest: listing every bad field.
+            InvalidRequest: there are bad fields; it lists the first hundred.
         """
         problems = list(islice(cls._across_fields(body), _MAX_REPORTED))
         try:
@@ -158,7 +159,7 @@ class Body(BaseModel):
 
     @classmethod
     def _across_fields(cls, _body: Mapping[str, Any]) -> Iterable[FieldError]:
-        """What is wrong beyond single fields."""
+        """Problems that concern several fields together."""
         return ()
 
 

@@ -1,4 +1,4 @@
-"""ApiKeys: which bearer tokens are accepted, and whose they are."""
+"""ApiKeys: the accepted bearer tokens and their names."""
 
 import hashlib
 import hmac
@@ -12,17 +12,20 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class ApiKeys:
-    """The keys given at start and those of a file, which can be read again while requests run.
+    """The keys given at start and those of a file. The file can be read again while requests run.
 
-    A key is known by a name that may be logged: the one that the file gives it, else ``key-`` and the first 8 hex
-    digits of its SHA-256. Only digests are kept.
+    A key has a name that may be logged: the one in the file, else ``key-`` and the first 8 hex digits of its SHA-256.
+    Only digests of keys are kept.
 
     Args:
         given: keys of the command line and the environment.
-        file: one key a line, or a name and a key; empty lines and lines that begin with ``#`` are passed over.
+        file: a file with one key a line, or a name and a key. Empty lines and lines that begin with ``#`` are ignored.
+
+    Attributes:
+        file: as given.
 
     Raises:
-        InvalidRequest: a key is empty, given twice, or the file cannot be read, or holds no key.
+        InvalidRequest: a key is empty or given twice; or the file cannot be read, has a bad line or has no key.
     """
 
     def __init__(self, given: Sequence[str] = (), file: Path | None = None) -> None:
@@ -39,7 +42,7 @@ class ApiKeys:
         return len(self._known)
 
     def reload(self) -> None:
-        """Read the file again; what was accepted stays accepted when that fails.
+        """Read the file again. If that fails, the keys stay as they were.
 
         Raises:
             InvalidRequest: as at start.
@@ -47,7 +50,7 @@ class ApiKeys:
         self._known = self._read()
 
     def client(self, key: bytes) -> str | None:
-        """Whose key this is; None: nobody's. Every known key is compared, each in constant time."""
+        """The name of a key; None: the key is not accepted. Every key is compared, each in constant time."""
         digest = hashlib.sha256(key).digest()
         found = None
         for name, known in self._known:

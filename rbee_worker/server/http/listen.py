@@ -1,4 +1,4 @@
-"""Which addresses may be bound, and binding them, before anything else is begun."""
+"""Binds the server's addresses, before anything else starts, and refuses those that need a key."""
 
 import errno
 import ipaddress
@@ -13,11 +13,11 @@ from rbee_worker.errors import InvalidRequest, RbeeError
 BACKLOG = 2048
 
 _ABSENT = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""A name such as localhost may stand for an address family that this machine lacks: the other one will do."""
+"""Errors for an address family that this machine lacks. A name such as localhost may have an address of another."""
 
 
 class Address(NamedTuple):
-    """One address that a host name stands for."""
+    """One address of a host name. ``sockaddr`` is what ``socket.bind`` takes."""
 
     family: socket.AddressFamily
     ip: str
@@ -27,7 +27,7 @@ class Address(NamedTuple):
 def listen(config: ServerConfig) -> list[socket.socket]:
     """Listening sockets, one for each address of ``config.host``, all on the same port.
 
-    Without an API key only loopback addresses are bound, unless the configuration says otherwise.
+    Without an API key only loopback addresses are bound, unless ``allow_unauthenticated`` is set.
 
     Raises:
         InvalidRequest: the address may not be bound without a key (exit code 2), or the host name is unknown.
@@ -42,7 +42,7 @@ def listen(config: ServerConfig) -> list[socket.socket]:
                     hint="Set one with --api-key or RBEE_API_KEY, bind 127.0.0.1, or say --allow-unauthenticated.",
                 )
     if config.port == 0:
-        addresses = addresses[:1]  # the port that is free for one address may be taken for another
+        addresses = addresses[:1]  # a port that is free for one address may be taken for another
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     for address in addresses:
@@ -60,7 +60,7 @@ def listen(config: ServerConfig) -> list[socket.socket]:
 
 
 def url(sockets: list[socket.socket], scheme: str = "http") -> str:
-    """The URL of the first address bound."""
+    """The URL of the first socket."""
     host, port, *_ = sockets[0].getsockname()
     return f"{scheme}://{HostPort(host, port)}"
 
@@ -71,7 +71,7 @@ def _resolve(host: str, port: int) -> list[Address]:
     except (OSError, UnicodeError) as error:
         hint = "Use an address of this machine, such as 127.0.0.1, or a name that stands for one."
         raise InvalidRequest(f"The host name {host!r} is unknown: {error}.", hint=hint) from None
-    # IPv4 first: it is the one printed, and the one that every client can use.
+    # IPv4 first: the first address is printed, and every client can use IPv4.
     found.sort(key=lambda info: info[0] != socket.AF_INET)
     unique: dict[str, Address] = {}
     for family, _, _, _, sockaddr in found:
@@ -87,7 +87,7 @@ def _bind(address: Address, *, dual_stack: bool) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not dual_stack))
-        # Connections inherit this: a peer that vanished during a long silence is noticed.
+        # Connections inherit this. It detects peers that vanish during a long silence.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.bind(address.sockaddr)
         sock.listen(BACKLOG)

@@ -1,7 +1,7 @@
-"""What happens to every request before and after its route: pure ASGI, so that streams are never buffered.
+"""Middleware for all requests. It is pure ASGI, so that streams are never buffered.
 
-From the outside in: :class:`RequestLog`, ``tracing.Tracing``, ``access.cors``, :class:`Errors`, ``access.Access``,
-:class:`BodyLimit`.
+The order from the outside in: :class:`RequestLog`, ``tracing.Tracing``, ``access.cors``, :class:`Errors`,
+``access.Access``, :class:`BodyLimit`.
 """
 
 import logging
@@ -26,19 +26,19 @@ from rbee_worker.server.http.envelope import error_response
 from rbee_worker.worker.job import Job, submitted_jobs
 
 QUIET_PATHS: Final = OPEN_PATHS | {"/metrics"}
-"""Asked for every few seconds for ever: what went well is logged at ``debug`` only."""
+"""Paths that programs request every few seconds. Successful requests for them are logged only at ``debug``."""
 
 OTHER_ROUTES: Final = "other"
-"""Stands for the route of a path that there is none for."""
+"""The name for paths without a route, and for other methods than HTTP's usual ones."""
 
 BODY_SECONDS: Final = 60.0
 """How long a request's body may take to arrive."""
 
 CLIENT_LEFT: Final = 499
-"""Status in the log (nginx's) of a request whose client left before an answer."""
+"""The status, in the log, of a request whose client left before an answer began. nginx uses the same."""
 
 correlation_id: ContextVar[str] = ContextVar("correlation_id", default="")
-"""The id of the request being served, empty outside one; threads that work for a request inherit it."""
+"""The id of the request that is being served; empty outside of requests. Threads that work for a request inherit it."""
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("rbee_worker.access")
@@ -51,10 +51,10 @@ _DISCARD_SECONDS = 5.0
 
 
 class CorrelationFilter(logging.Filter):
-    """Adds ``correlation_id`` to the records made while a request is served; goes on a handler."""
+    """Adds ``correlation_id`` to log records that are made while a request is served. For a log handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Always true."""
+        """Add the id. Always returns true."""
         if (current := correlation_id.get()) and not hasattr(record, "correlation_id"):
             record.correlation_id = current
         return True
@@ -64,14 +64,14 @@ class ResponseCounter(Protocol):
     """Counts responses; see :meth:`rbee_worker.server.observe.metrics.WorkerMetrics.responded`."""
 
     def responded(self, method: str, route: str, status: int) -> None:
-        """Count one."""
+        """Count one response."""
 
 
 class RequestLog:
-    """Gives each request its correlation id, echoes it, and counts it and writes one line when it is over.
+    """Gives each request a correlation id. At its end, writes one log line and counts the response.
 
-    The id is ``X-Correlation-ID`` where that is a UUID, else a new one. ``X-Request-ID`` carries the same value.
-    ``scope["state"]["jobs"]`` holds the jobs that were submitted for the request.
+    The id is the request's ``X-Correlation-ID`` if that is a UUID, else a new one. The response has it as
+    ``X-Correlation-ID`` and as ``X-Request-ID``. ``scope["state"]["jobs"]`` is the list of the request's jobs.
     """
 
     def __init__(self, app: ASGIApp, counter: ResponseCounter) -> None:
@@ -114,7 +114,7 @@ class RequestLog:
 
 
 class Errors:
-    """Turns every exception into the response that says it; what is unexpected is logged and stays inside."""
+    """Turns every exception into a response. An unexpected one is logged, and the response does not show it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -143,13 +143,13 @@ class Errors:
             error = RbeeError("The worker failed; its log says why.")
         else:
             return
-        # Once a response has begun there is nothing left to say: returning closes the connection.
+        # If a response has begun, no other can be sent. Returning closes the connection.
         if not started:
             await error_response(scope, error)(scope, receive, send)
 
 
 class BodyLimit:
-    """Refuses bodies over ``max_bytes``, declared or streamed, and those that take over ``seconds`` to arrive."""
+    """Refuses bodies larger than ``max_bytes``, and bodies that take longer than ``seconds`` to arrive."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float = BODY_SECONDS) -> None:
         self.app = app
@@ -160,8 +160,8 @@ class BodyLimit:
         """Serve one request.
 
         Raises:
-            BodyTooLarge: also while the application reads the body.
-            RequestTimeout: while the application reads the body.
+            BodyTooLarge: the body is too large; may be raised while the application reads it.
+            RequestTimeout: the body takes too long; raised while the application reads it.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -177,7 +177,7 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal size, complete, deadline
-            if complete:  # what follows the body is the client's leaving, which may take its time
+            if complete:  # after the body comes the message that the client has left; it has no deadline
                 return await receive()
             deadline = deadline or anyio.current_time() + self._seconds
             try:
@@ -199,7 +199,7 @@ class BodyLimit:
         return BodyTooLarge(f"The request's body is over {self._max} bytes.")
 
     async def _discard(self, receive: Receive) -> None:
-        """Read a little more: most clients look at the answer only when they have sent their body."""
+        """Read some more of the body, because most clients read the answer only after sending the whole body."""
         with anyio.move_on_after(_DISCARD_SECONDS):
             size = 0
             more = True
@@ -210,13 +210,13 @@ class BodyLimit:
 
 
 def _path(scope: Scope) -> str:
-    """The path for a log line: still percent-encoded, so that it cannot forge one; the query is left out."""
+    """The path for a log line, without the query. It stays percent-encoded, so that it cannot make a second line."""
     raw: bytes = scope.get("raw_path") or b""
     return raw.decode("ascii", "replace")[:_MAX_LOGGED_PATH]
 
 
 def route_of(scope: Scope) -> str:
-    """The pattern of the route that a request was for, such as ``/v1/inference/{job_id}``."""
+    """The pattern of a request's route, such as ``/v1/inference/{job_id}``; ``other``: no route has this path."""
     found = OTHER_ROUTES
     for route in scope["app"].routes:
         if isinstance(route, Route):
@@ -229,21 +229,21 @@ def route_of(scope: Scope) -> str:
 
 
 def stop_reason(job: Job) -> str:
-    """Why a job ended: the reason of its ``end``, or the code of its ``error``. One whose client left is cancelled."""
+    """Why a job ended: the stop reason of its ``end``, or the code of its ``error``; ``cancelled`` without either."""
     if job.ended is None:
         return "cancelled"
     return job.ended.stop_reason if isinstance(job.ended, End) else job.ended.code
 
 
 def tokens_of(jobs: Sequence[Job]) -> tuple[int, int]:
-    """Tokens in and out of all of them; of one that has not ended, the pieces of text that came."""
+    """Prompt tokens and generated tokens of all jobs. For a job that has not ended, ``token`` events are counted."""
     tokens_in = sum(job.started.prompt_tokens for job in jobs if job.started is not None)
     tokens_out = sum(job.ended.tokens_out if isinstance(job.ended, End) else job.texts for job in jobs)
     return tokens_in, tokens_out
 
 
 def _described(scope: Scope, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What else the line of a request says: who asked, and what became of its jobs; never what was asked."""
+    """More fields for the log line: the client, the trace id, and what became of the jobs; never any text."""
     extra: dict[str, Any] = {}
     if client := client_of(scope):
         extra["client"] = client

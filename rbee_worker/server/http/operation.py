@@ -1,6 +1,6 @@
-"""What a handler does, written above it: its method and path, and what it takes and answers.
+"""Operation: a decorator that describes a handler: its method and path, what it takes, and what it answers.
 
-The routes and the OpenAPI document are both made from that, so a route is never without its description.
+The routes and the OpenAPI document are both made from it, so every route is described.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,27 +17,27 @@ Errors = tuple[type[RbeeError], ...]
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 ERRORS_OF_JOBS: Final[Errors] = (ContextTooLong, Conflict, QueueFull, Unavailable, ModelNotLoaded)
-"""Why a job may be refused."""
+"""Errors with which a job may be refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """Makes the method that it stands above a handler.
+    """Makes the method below it a handler.
 
-    The rest stands in the handler itself. The first line of its docstring is the operation's summary, what follows is
-    the description, in Markdown. The shape of its JSON answers is what it says that it returns: a ``Json[...]``.
+    The rest of the description stands in the handler. The first line of its docstring is the operation's summary; the
+    rest is the description, in Markdown. Its return annotation gives the shape of JSON answers: a ``Json[...]``.
 
     Attributes:
-        method: of HTTP; ``GET`` answers ``HEAD`` too.
-        path: as Starlette takes it.
-        tag: the group it is listed in.
-        parameters: the parts of the path, each with what it means.
-        body: the shape of the request's body; None: there is none.
-        statuses: those of its answers that are no errors.
-        frames: the shapes of what the frames of its streams hold; empty: there are no streams.
-        media_type: of answers that are text; None: there are none.
-        errors: those that its handler may answer with.
-        streams_errors: whether errors may come as frames, too.
+        method: the HTTP method. ``GET`` answers ``HEAD`` too.
+        path: the path in Starlette's form.
+        tag: the group in which the document lists it.
+        parameters: name of a part of the path -> what it means.
+        body: the shape of the request's body; None: it takes no body.
+        statuses: the statuses of answers that are not errors.
+        frames: the shapes of the frames of its streams; empty: it sends no streams.
+        media_type: of answers that are text; None: it has no such answers.
+        errors: the errors that the handler may answer with.
+        streams_errors: whether errors may also be sent as frames.
     """
 
     method: str
@@ -53,13 +53,13 @@ class Operation:
     streams_errors: bool = False
 
     def __call__(self, handler: Handler) -> Handler:
-        """The handler, with this operation."""
+        """Attach this operation to a handler, and return the handler."""
         handler.__dict__["operation"] = self
         return handler
 
 
 def operation_of(handler: object) -> Operation | None:
-    """The operation that stands above a handler; None: there is none."""
+    """The operation of a handler; None: it has none."""
     operation = getattr(handler, "operation", None)
     return operation if isinstance(operation, Operation) else None
 
@@ -72,6 +72,6 @@ def json_shape(handler: Callable[..., Any]) -> Any:
 
 
 def routes(handlers: object) -> list[Route]:
-    """The routes of an object: one for each method with an operation, in the order in which they stand."""
+    """The routes of an object: one for each method with an operation, in the order of the class."""
     found = {name: operation for name, member in vars(type(handlers)).items() if (operation := operation_of(member))}
     return [Route(one.path, getattr(handlers, name), methods=[one.method]) for name, one in found.items()]

@@ -1,8 +1,8 @@
-"""HTTP/1.1 on a connection, with the limits that uvicorn's own protocol lacks.
+"""HTTP/1.1 on a connection, with limits that uvicorn's own protocol lacks.
 
-uvicorn waits for a request's head for ever, and answers what is no HTTP in plain text with status 400. Here a head
-must arrive within a time, and everything is answered with the error envelope. Every connection counts; those over
-the limit are served health and readiness only, so that crowds of clients do not make probes restart the worker.
+uvicorn has no time limit for the head of a request, and it answers bytes that are not HTTP in plain text. Here a head
+must arrive in time, and all errors are sent as the error envelope. Connections are counted. Those beyond the limit are
+served only health and readiness, so that probes do not restart the worker because it has many clients.
 """
 
 import asyncio
@@ -18,15 +18,16 @@ from rbee_worker.server.http.access import CROWDED
 from rbee_worker.server.http.envelope import envelope
 
 SPARE_CONNECTIONS: Final = 256
-"""Connections beyond the limit that are still answered, if only with a refusal; more are cut at once."""
+"""Connections beyond the limit that still get an answer. More than these are closed at once."""
 
 
 class ConnectionLimits(NamedTuple):
-    """What a connection may take.
+    """Limits of connections.
 
     Attributes:
-        connections: served at a time.
-        header_seconds: from the first byte of a request's head (of the first request: from connecting) to its last.
+        connections: how many are served at a time.
+        header_seconds: how long the head of a request may take, from its first byte to its last. For the first request
+            the time begins when the client connects.
     """
 
     connections: int
@@ -34,7 +35,7 @@ class ConnectionLimits(NamedTuple):
 
 
 def limited(limits: ConnectionLimits) -> type[H11Protocol]:
-    """The protocol class for uvicorn, which makes its instances itself."""
+    """A protocol class with these limits. uvicorn takes a class, and makes an instance for each connection."""
     return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
 
 
@@ -45,7 +46,7 @@ class LimitedProtocol(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Count it, and wait for its first request."""
+        """Count the connection, and wait for its first request."""
         super().connection_made(transport)
         over = len(self.connections) - self.limits.connections
         if over > SPARE_CONNECTIONS:
@@ -56,7 +57,7 @@ class LimitedProtocol(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes in; a head that has begun must be whole in time."""
+        """Take bytes. If a head has begun, start its time limit; if it is complete, stop the limit."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self._await_head()
@@ -64,12 +65,12 @@ class LimitedProtocol(H11Protocol):
             self._head_arrived()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop the time limit."""
         self._head_arrived()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; called while the parser's error is being handled."""
+        """Answer bytes that are not HTTP. uvicorn calls this while it handles the parser's error."""
         status = getattr(sys.exception(), "error_status_hint", InvalidRequest.http_status)
         if status == HeadersTooLarge.http_status:
             self._refuse(HeadersTooLarge("The request's head is too large."))
@@ -92,13 +93,13 @@ class LimitedProtocol(H11Protocol):
         if self.conn.trailing_data[0]:
             seconds = self.limits.header_seconds
             self._refuse(RequestTimeout(f"The request's head did not arrive within {seconds:g} s."))
-        else:  # connected and silent: there is nothing to answer
+        else:  # no byte has come, so there is nothing to answer
             self.transport.close()
 
     def _refuse(self, error: RbeeError) -> None:
-        """Answer outside any request, and close."""
+        """Answer outside of any request, and close the connection."""
         if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
-            self.transport.close()  # its request has been answered, or is being: there is no room for another answer
+            self.transport.close()  # another answer has begun, so this one cannot be sent
             return
         body = json.dumps(envelope(error)).encode()
         headers = [

@@ -1,4 +1,4 @@
-"""Certificates: read and checked before anything listens, and again on SIGHUP."""
+"""The server's certificate. It is read and checked before anything listens, and again on SIGHUP."""
 
 import ssl
 from pathlib import Path
@@ -7,24 +7,24 @@ from rbee_worker.config import ServerConfig
 from rbee_worker.errors import InvalidRequest
 
 PASSWORD_VARIABLE = "RBEE_TLS_KEY_PASSWORD"  # noqa: S105 - the variable's name
-"""The password of an encrypted key; on a command line others could read it."""
+"""The environment variable with the password of an encrypted key. Others could read it on a command line."""
 
 _ENCRYPTED = (b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED")
 
 
 class Certificate:
-    """The worker's certificate, and the context that presents it.
+    """The server's certificate, and the TLS context that uses it.
 
     Attributes:
-        context: for the server's sockets; TLS 1.2 or newer, HTTP/1.1.
+        context: for the server's sockets: TLS 1.2 or newer, HTTP/1.1.
     """
 
     def __init__(self, cert: Path, key: Path | None, password: str | None = None) -> None:
         """Read the files.
 
         Raises:
-            InvalidRequest: a file is missing, unreadable or no PEM, they do not belong together, or the password is
-                missing or wrong.
+            InvalidRequest: a file is missing, cannot be read or is not PEM, the files do not belong together, or the
+                password is missing or wrong.
         """
         self._cert = cert
         self._key = key
@@ -32,7 +32,7 @@ class Certificate:
         self.context = self._read()
 
     def reload(self) -> None:
-        """Present what the files hold now to those who connect from now on; on an error the old is kept.
+        """Read the files again, for new connections. If that fails, the old certificate stays.
 
         Raises:
             InvalidRequest: as at start.
@@ -57,7 +57,7 @@ class Certificate:
         return context
 
     def _load_into(self, context: ssl.SSLContext) -> None:
-        # With a password there is never a question on the terminal.
+        # An empty password keeps the library from asking for one on the terminal.
         context.load_cert_chain(self._cert, self._key, password=self._password or "")
 
     def _explained(self, error: Exception, *, encrypted: bool) -> InvalidRequest:
@@ -75,10 +75,10 @@ class Certificate:
 
 
 def certificate(config: ServerConfig) -> Certificate | None:
-    """The certificate that ``config`` names; None: plain HTTP.
+    """The certificate of the configuration; None: it has none, so the server uses plain HTTP.
 
     Raises:
-        InvalidRequest: a key without a certificate, or as :class:`Certificate` says.
+        InvalidRequest: there is a key without a certificate, or as :class:`Certificate`.
     """
     if config.tls_cert is not None:
         return Certificate(config.tls_cert, config.tls_key, config.tls_key_password)
