@@ -1,4 +1,4 @@
-"""The API that OpenAI's clients speak: models, completions, chat completions and responses."""
+"""The API for OpenAI's clients: models, completions, chat completions and responses."""
 
 from rbee_worker.server.openai.routes import OpenAI
 

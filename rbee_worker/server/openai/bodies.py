@@ -1,4 +1,4 @@
-"""What the bodies of OpenAI's routes share."""
+"""The fields that the bodies of OpenAI's routes share."""
 
 import json
 import re
@@ -32,7 +32,7 @@ Variables = Annotated[
 MODEL: Final = Field(
     description="The model's name, what it was loaded by, or a `--served-model-name`; by default the one that serves."
 )
-"""Describes the field ``model``."""
+"""The description of the field ``model``."""
 
 
 class StreamOptions(Body):
@@ -74,10 +74,10 @@ class ResponseFormat(Body):
     ] = None
 
     def to_grammar(self) -> GrammarSpec | None:
-        """What the text must match; None: anything.
+        """The grammar that the text must match; None: any text.
 
         Raises:
-            InvalidRequest: the schema is missing.
+            InvalidRequest: the schema is missing or nested too deeply.
         """
         if self.type == "text":
             return None
@@ -153,20 +153,20 @@ class OpenAIBody(SamplingFields):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def grammar_spec(self) -> GrammarSpec | None:
-        """What the text must match.
+        """The grammar that the text must match; None: any text.
 
         Raises:
-            InvalidRequest: several fields say so, or one of them badly.
+            InvalidRequest: several fields say what the text must match, or a schema is wrong.
         """
         return only_grammar(self.grammars())
 
     def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
-        """See the base; OpenAI's spelling, and those of vLLM, old and new."""
+        """See the base class. Adds OpenAI's field, and vLLM's fields, older and newer ones."""
         yield from super().grammars()
         if self.response_format is not None and (grammar := self.response_format.to_grammar()) is not None:
             yield "response_format", grammar
@@ -184,7 +184,7 @@ def _spelled(
     grammar: str | None,
     choice: list[str] | None,
 ) -> Iterable[tuple[str, GrammarSpec]]:
-    """The grammars of vLLM's fields that begin with ``prefix``."""
+    """Pairs of name and grammar for vLLM's fields whose names begin with ``prefix``."""
     if schema is not None:
         yield f"{prefix}json", schema_grammar(_schema(f"{prefix}json", schema))
     if regex is not None:
@@ -197,7 +197,11 @@ def _spelled(
 
 
 def _schema(name: str, schema: dict[str, Any] | str) -> dict[str, Any]:
-    """A JSON schema, given as an object or as its text."""
+    """A JSON schema that is given as an object or as text.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The choices of one response: the jobs that make them, their events as they come, and the tokens they used."""
+"""Choices: the jobs of one response, their events, and the tokens that they used."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -52,7 +52,7 @@ class Usage(TypedDict):
 
 @dataclass(slots=True)
 class UsedTokens:
-    """Tokens that a request has used so far; a prompt counts once, however many answers it gets."""
+    """Tokens that a request has used so far. A prompt counts once, however many answers it gets."""
 
     prompt: int = 0
     completion: int = 0
@@ -69,7 +69,7 @@ class UsedTokens:
 
 
 def finish_reason(end: End) -> FinishReason:
-    """OpenAI's word for why a choice ended; ``stop`` for one that was cut on purpose."""
+    """OpenAI's reason why a choice ended; ``stop`` for one that was cut on purpose."""
     return _FINISH.get(end.stop_reason, "stop")
 
 
@@ -77,12 +77,12 @@ class Choices:
     """The choices of one response.
 
     Args:
-        worker: told apart by its state are jobs that it cancels to shut down and those that a client cancels.
-        jobs: one for each choice, submitted already; this is their only reader.
-        per_prompt: how many of them, one after the other, have the same prompt.
+        worker: its state tells whether it cancelled a job to shut down, or a client did.
+        jobs: one for each choice, already submitted. Nothing else may read their events.
+        per_prompt: how many jobs in sequence have the same prompt.
 
     Attributes:
-        used: tokens of the choices that have ended.
+        used: the tokens of the choices that have ended.
     """
 
     def __init__(self, worker: Worker, jobs: Sequence[Job], *, per_prompt: int) -> None:
@@ -93,23 +93,22 @@ class Choices:
         self._cut: set[int] = set()
 
     def cancel(self) -> None:
-        """Ask every job to end."""
+        """Cancel all jobs. Does not wait for their end."""
         for job in self._jobs:
             job.cancel()
 
     def cut(self, index: int) -> None:
-        """End one choice early, on purpose: it counts as whole."""
+        """End one choice early, on purpose. It counts as complete."""
         self._cut.add(index)
         self._jobs[index].cancel()
 
     async def events(self) -> AsyncGenerator[Arrival, None]:
-        """The events of all choices, to the last one of each; jobs that have not ended by then are cancelled.
+        """The events of all choices, up to the last event of each. Closing this cancels the jobs that still run.
 
-        ``started`` comes together with the event after it: of a request that fails at once nothing is told.
+        ``started`` is held until the next event, so that a request that fails at once has no events.
 
         Raises:
-            RbeeError: why the first job failed, or that somebody cancelled it: an answer that was cut short must not
-                be taken for a whole one.
+            RbeeError: a job failed, or somebody cancelled it. So a part of an answer is never taken for a whole one.
         """
         begun: list[Arrival] = []
         async with aclosing(_merged(self._jobs)) as arrivals:
@@ -139,8 +138,8 @@ class Choices:
 
 
 async def _merged(jobs: Sequence[Job]) -> AsyncGenerator[Arrival, None]:
-    """The events of several jobs as they come; closes the jobs."""
-    if len(jobs) == 1:  # as most have it: without a task and a queue for each event
+    """The events of several jobs in the order in which they arrive. Closes the jobs at the end."""
+    if len(jobs) == 1:  # the usual case, which needs no tasks and no queue
         async with aclosing(jobs[0]) as job:
             async for event in job:
                 yield 0, event

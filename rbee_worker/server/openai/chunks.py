@@ -1,4 +1,4 @@
-"""What the chunks of completions and of chat completions share: the prompt's progress, and how a stream fails."""
+"""Parts that chunks of completions and of chat completions share: prompt progress, and the error of a stream."""
 
 from typing import Annotated
 
@@ -27,11 +27,11 @@ class FailedChunk(TypedDict):
 
 
 def prompt_figures(event: PromptProgress) -> PromptFigures:
-    """``prompt_progress`` of a chunk, as llama.cpp has it."""
+    """``prompt_progress`` of a chunk, in llama.cpp's form."""
     return {"total": event.total, "cache": event.cached, "processed": event.processed, "time_ms": event.elapsed_ms}
 
 
 def failed_chunk(error: RbeeError) -> bytes:
-    """The last frame of a stream that fails."""
+    """The last frame, before ``[DONE]``, of a stream that fails."""
     chunk: FailedChunk = {"error": envelope(error, OPENAI_CODES)["error"]}
     return sse.frame(chunk)

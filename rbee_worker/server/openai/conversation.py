@@ -1,4 +1,4 @@
-"""A conversation's next message, whatever the wire format: from messages and tools to jobs, and from text to deltas."""
+"""The next message of a conversation, for each wire format: from messages and tools to jobs, from text to deltas."""
 
 import json
 import re
@@ -19,25 +19,25 @@ from rbee_worker.worker.job import Job
 from rbee_worker.worker.worker import Worker
 
 _TESTS_FOR_NONE: Final = re.compile(r"""\bcontent(?:['"]\])?\s+is\s+none""")
-"""Templates that know a tool call by the absence of content."""
+"""Matches templates that recognize a message with tool calls by the content None."""
 
 _ANY_OBJECT: Final = '{"type":"object"}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What is asked for.
+    """What a client asks for.
 
     Attributes:
-        messages: so far; arguments of tool calls are JSON text.
+        messages: the conversation so far. Arguments of tool calls are JSON text.
         sampling: without a grammar.
         grammar: what the answer must match, unless it is a tool call.
         tools: as OpenAI's ``tools``.
-        tool_choice: whether they may or must be called.
-        tool_name: the one that must be called.
-        parallel_tool_calls: allow several calls in one answer.
+        tool_choice: whether tools may, must or must not be called.
+        tool_name: the tool that must be called; None: any.
+        parallel_tool_calls: whether one answer may have several calls.
         variables: further values for the chat template.
-        choices: how many answers.
+        choices: how many answers to make.
         prompt_progress, client, timeout_seconds: see :class:`~rbee_worker.config.GenerationRequest`.
     """
 
@@ -61,9 +61,9 @@ class ChatPiece:
 
     Attributes:
         index: of the choice.
-        event: as it came.
+        event: the event.
         deltas: what it adds.
-        logprobs: of the tokens that came since the last piece that had any deltas.
+        logprobs: of all tokens since the last piece with deltas; empty if this piece has no deltas and is not the last.
         finish_reason: why the choice ended; None: it goes on.
     """
 
@@ -75,13 +75,13 @@ class ChatPiece:
 
 
 class ChatChoices(Choices):
-    """The choices of a conversation's next message, all with the same prompt.
+    """The choices for the next message of a conversation. All have the same prompt.
 
     Args:
         worker, jobs: see :class:`~rbee_worker.server.openai.choices.Choices`.
         parsers: one for each choice.
         tokenizer: of the model that answers.
-        parallel_tool_calls: allow several calls in one choice.
+        parallel_tool_calls: whether one choice may have several calls.
 
     Attributes:
         tokenizer: as given.
@@ -102,7 +102,7 @@ class ChatChoices(Choices):
         self._parallel = parallel_tool_calls
 
     async def pieces(self) -> AsyncGenerator[ChatPiece, None]:
-        """What each event adds to its choice, and what its text is: content, reasoning, tool calls.
+        """What each event adds to its choice, as deltas of content, reasoning and tool calls.
 
         Raises:
             RbeeError: as :meth:`~rbee_worker.server.openai.choices.Choices.events`.
@@ -126,7 +126,7 @@ class ChatChoices(Choices):
                 yield ChatPiece(index=index, event=event, deltas=deltas, logprobs=told, finish_reason=reason)
 
     def _kept(self, index: int, deltas: list[Delta]) -> tuple[Delta, ...]:
-        """Without a second call, where only one is wanted: that is where the choice ends."""
+        """The deltas. If only one call is allowed, a second call is removed, and the choice is cut there."""
         if self._parallel:
             return tuple(deltas)
         kept = tuple(delta for delta in deltas if not isinstance(delta, ToolCallDelta) or delta.index == 0)
@@ -136,16 +136,17 @@ class ChatChoices(Choices):
 
 
 def begin_conversation(worker: Worker, conversation: Conversation, response_id: str) -> ChatChoices:
-    """Render the prompt and submit the jobs, all or none; takes time, and no event loop.
+    """Render the prompt and submit the jobs, all or none. This takes time: do not call it on an event loop.
 
     Args:
-        worker: whose model answers.
-        conversation: what is asked for.
-        response_id: the first job's id; the others' begin with it.
+        worker: its model answers.
+        conversation: what the client asks for.
+        response_id: the id of the first job. The ids of the others begin with it.
 
     Raises:
-        InvalidRequest: the template refuses the messages, or there is none; a tool is wrong.
-        RbeeError: else as :meth:`~rbee_worker.worker.worker.Worker.submit`.
+        InvalidRequest: the model has no chat template or it refuses the messages, a tool is wrong, or tools and grammar
+            do not go together.
+        RbeeError: as :meth:`~rbee_worker.worker.worker.Worker.submit`; or the model was replaced meanwhile.
     """
     tokenizer = worker.tokenizer()
     turn = _Turn(conversation, tokenizer)
@@ -157,7 +158,7 @@ def begin_conversation(worker: Worker, conversation: Conversation, response_id: 
     try:
         replaced = worker.tokenizer() is not tokenizer
     except Unavailable:
-        replaced = False  # a swap waits for these very jobs
+        replaced = False  # the model is being replaced, but only after these jobs
     if replaced:
         choices.cancel()
         raise Unavailable("The model was replaced; ask again.", retry_after=1)
@@ -169,7 +170,7 @@ def _of_messages(error: FieldError) -> FieldError:
 
 
 class _Turn:
-    """One conversation against one model: its prompt, its grammar, its parsers."""
+    """One conversation with one model: its prompt, its grammar, its parsers."""
 
     def __init__(self, conversation: Conversation, tokenizer: Tokenizer) -> None:
         self._asked = conversation
@@ -187,7 +188,7 @@ class _Turn:
         self._grammar = self._choose_grammar()
 
     def requests(self, response_id: str) -> list[GenerationRequest]:
-        """One for each answer."""
+        """A request for each answer."""
         asked, ids = self._asked, choice_ids(response_id)
         marked = bool(self._tools or self._format.reasoning) and self._format.keeps_special_tokens
         skip = asked.sampling.skip_special_tokens and not marked
@@ -205,9 +206,9 @@ class _Turn:
         ]
 
     def parsers(self) -> list[OutputParser]:
-        """One for each answer."""
+        """A parser for each answer."""
         if self._opened and self._grammar is not None and self._grammar is self._asked.grammar:
-            # The whole text is the answer, whatever the prompt has opened.
+            # The grammar makes the whole text the answer, although the prompt has opened reasoning.
             return [OutputParser(None, None) for _ in range(self._asked.choices)]
         names = [tool["function"]["name"] for tool in self._tools]
         return [
@@ -223,7 +224,7 @@ class _Turn:
         if not self._tools or asked.grammar is None:
             return asked.grammar
         if self._format.calls_style.bare:
-            # Both begin with a brace, and nothing in the text tells one from the other.
+            # A call and an answer both begin with a brace, so they could not be told apart.
             constraint = "with tool_choice none or required, as this model's calls look like an answer in JSON"
             message = f"tools must be {constraint}."
             raise InvalidRequest(message, fields=[FieldError("tools", constraint, message)])
@@ -240,14 +241,14 @@ class _Turn:
         except InvalidRequest:
             if not any("tool_calls" in message for message in messages):
                 raise
-        # Older templates put the text of the arguments into the prompt as it is.
+        # Older templates need the arguments as text.
         return tokenizer.encode_chat(messages, **variables)
 
     def _variables(self) -> dict[str, Any]:
         tools = [_for_template(tool) for tool in self._tools] if self._format.takes_tools else None
         variables = {"tools": tools or None} | dict(self._asked.variables)
         if self._asked.grammar is not None and not self._tools:
-            # The text begins with the answer, so a model that can do without thinking is told to.
+            # The grammar makes the text begin with the answer, so reasoning is turned off where the model can do that.
             variables.setdefault("enable_thinking", False)
         return variables
 
@@ -260,10 +261,10 @@ class _Turn:
 
 
 def _either(calls: GrammarSpec, answer: GrammarSpec, *, after_reasoning: bool) -> GrammarSpec:
-    """Tool calls, or an answer in JSON.
+    """A grammar for tool calls or an answer in JSON.
 
     Raises:
-        InvalidRequest: the answer's grammar is of another kind.
+        InvalidRequest: the grammar of the answer is not for JSON.
     """
     if answer.kind not in {"json_schema", "json_object"}:
         constraint = "with tool_choice none or required, when a regex or a grammar is given"
@@ -280,7 +281,7 @@ def _either(calls: GrammarSpec, answer: GrammarSpec, *, after_reasoning: bool) -
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:
-    """With a text at the end of the system message, which is made when there is none."""
+    """Add a text to the end of the system message. If there is none, make one."""
     if messages and messages[0]["role"] == "system":
         first, *others = messages
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *others]
@@ -288,7 +289,7 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
 
 
 def _with_objects(message: Message) -> Message:
-    """With the arguments of tool calls as objects, which most templates write out themselves."""
+    """The message with the arguments of tool calls as objects, which most templates need."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -305,7 +306,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_template(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """As templates expect it: with parameters, and without what is between client and server."""
+    """A tool as templates expect it: always with parameters, and without fields that are only for the server."""
     function = {"parameters": {"type": "object", "properties": {}}} | dict(tool["function"])
     order = ("name", "description", "parameters")
     return {"type": "function", "function": {key: function[key] for key in order if function.get(key) is not None}}

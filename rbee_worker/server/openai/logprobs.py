@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two forms: for chat, and the older one for completions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Final
@@ -9,10 +9,10 @@ from typing_extensions import TypedDict
 from rbee_worker.events import TokenLogprob
 
 _LOWEST: Final = -9999.0
-"""What OpenAI says for a token too unlikely to be told; JSON has no infinity."""
+"""OpenAI's value for a very unlikely token. JSON has no infinity."""
 
 _CONTINUATION, _CONTINUATION_BITS = 0xC0, 0x80
-"""Mask and value of UTF-8's bytes that do not begin a character."""
+"""Mask and value of the UTF-8 bytes that do not begin a character."""
 
 
 class ChatTopLogprob(TypedDict):
@@ -49,12 +49,12 @@ class CompletionLogprobs(TypedDict):
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """``logprobs`` of a chat choice."""
+    """``logprobs`` of a choice of a chat completion."""
     return {"content": token_logprobs(tokens), "refusal": None}
 
 
 def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[ChatTokenLogprob]:
-    """An entry for each token."""
+    """OpenAI's entry for each token."""
     return [{**_entry(token), "top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
 
 
@@ -67,25 +67,26 @@ def _finite(logprob: float | None) -> float:
 
 
 class LogprobsWriter:
-    """Writes ``logprobs`` of a completion, a piece at a time.
+    """Writes ``logprobs`` of a completion, piece by piece.
 
-    ``text_offset`` counts characters of the choice's text; a token that begins within a character has that one's.
+    ``text_offset`` counts characters of the choice's text. A token that begins inside a character has the offset of
+    that character.
     """
 
     def __init__(self) -> None:
         self._characters = 0
 
     def prompt(self, tokens: Sequence[TokenLogprob], text: str) -> CompletionLogprobs:
-        """Those of the prompt, whose ``text`` comes first; tokens that are not in it, such as BOS, stand at 0."""
+        """The piece for the prompt; it must come first. Tokens that are not in ``text``, such as BOS, have offset 0."""
         self._characters = len(text) - sum(_begun(token.bytes) for token in tokens)
         return self.tokens(tokens)
 
     def skip(self, text: str) -> None:
-        """Count a text whose tokens are not told."""
+        """Count a text whose tokens are not listed."""
         self._characters += len(text)
 
     def tokens(self, tokens: Iterable[TokenLogprob]) -> CompletionLogprobs:
-        """Those of the next tokens."""
+        """The piece for the next tokens."""
         out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             inside = bool(token.bytes) and not _begins(token.bytes[0])
@@ -98,7 +99,7 @@ class LogprobsWriter:
 
 
 def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """Several pieces as one."""
+    """Join several pieces."""
     return {
         "tokens": [item for piece in pieces for item in piece["tokens"]],
         "token_logprobs": [item for piece in pieces for item in piece["token_logprobs"]],
@@ -108,7 +109,7 @@ def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 
 
 def _top(token: TokenLogprob) -> dict[str, float] | None:
-    """By their text, likeliest first, the token itself among them; None for a token that nothing predicts."""
+    """Text -> log-probability, the likeliest first, the token itself included. None: nothing predicts the token."""
     if token.logprob is None:
         return None
     top = {_spelling(other): _finite(other.logprob) for other in reversed((*token.top, token))}
@@ -116,7 +117,7 @@ def _top(token: TokenLogprob) -> dict[str, float] | None:
 
 
 def _spelling(token: TokenLogprob) -> str:
-    """A token's text; of bytes that are no UTF-8, the bytes, as OpenAI spells them."""
+    """The text of a token. Bytes that are not UTF-8 are written as OpenAI writes them: ``bytes:`` and hex escapes."""
     data = bytes(token.bytes)
     try:
         return data.decode() if data else token.token
@@ -129,5 +130,5 @@ def _begins(byte: int) -> bool:
 
 
 def _begun(data: Iterable[int]) -> int:
-    """Characters that begin in these bytes."""
+    """How many characters begin in these bytes."""
     return sum(map(_begins, data))

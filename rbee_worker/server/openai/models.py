@@ -1,4 +1,4 @@
-"""Which model there is, and what it may be called."""
+"""Models: the worker's model and its names, for OpenAI's routes."""
 
 import time
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ class ModelList(TypedDict):
 
 
 class Models:
-    """The worker's model by its names.
+    """The worker's model and its names.
 
     Args:
-        worker: what serves.
-        names: what the model may be called, beside its own name; the first is what it is called in answers.
+        worker: serves the model.
+        names: names for the model beside its own. Answers have the first of them.
     """
 
     def __init__(self, worker: Worker, names: Sequence[str] = ()) -> None:
@@ -49,7 +49,10 @@ class Models:
         self._created = int(time.time())
 
     def listed(self) -> list[Model]:
-        """Every name of the model that serves, or else of the one that was asked for last; touches the disk."""
+        """An entry for each name of the model: the one that serves, else the one whose load was asked for last.
+
+        Empty: no model serves, and no load is running or has failed. This may read from the disk.
+        """
         loads = self._worker.loads
         if (own := self._served()) is not None:
             status: Status = "ready"
@@ -61,10 +64,10 @@ class Models:
         return [self._model(name, status) for name in self._names or (own,)]
 
     def find(self, name: str) -> Model:
-        """The model of a name.
+        """The model with this name.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: no model has the name.
         """
         listed = self.listed()
         if listed and name == self._served():
@@ -75,26 +78,26 @@ class Models:
         raise ModelNotFound(f"There is no model of this name.{self._hint()}")
 
     def check(self, name: str | None) -> None:
-        """Whether a request may call the model ``name``; any name will do while there is none.
+        """Check the name of the model in a request. While no model serves, every name is accepted.
 
         Raises:
-            ModelNotFound: the model that serves has other names.
+            ModelNotFound: the model that serves does not have this name.
         """
         served = self._served()
         if not name or served is None or name in (served, *self._names):
             return
         last = self._worker.loads.latest
         if isinstance(last, Ready) and name == self._asked():
-            return  # as it was named when it was loaded: a path, a revision
+            return  # the name with which it was loaded, such as a path
         raise ModelNotFound(f"The requested model is not served here.{self._hint()}")
 
     @property
     def name(self) -> str:
-        """What the model that serves is called in answers."""
+        """The name of the model in answers; empty without a model and without given names."""
         return self._names[0] if self._names else self._served() or ""
 
     def _served(self) -> str | None:
-        """The own name of the model that serves."""
+        """The model's own name; None: no model serves."""
         model = self._worker.model
         return model.name if model is not None else None
 
@@ -118,7 +121,7 @@ class Models:
 
 
 def _name_of(asked: str) -> str:
-    """The name that a model will have, as far as can be told before it is loaded."""
+    """The name that a model will have after its load, as far as it is known before."""
     try:
         return locate(asked).name
     except ModelError:

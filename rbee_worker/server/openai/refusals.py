@@ -1,7 +1,7 @@
-"""Fields of other servers that would change the answer and that this worker does not have.
+"""Fields of OpenAI and other servers that would change the answer, but that this worker does not support.
 
-To ignore one would give an answer that is not what was asked for; so each is refused by its name, unless its value is
-the one that changes nothing. Whatever is named neither here nor in a schema is ignored.
+If such a field were ignored, the answer would not be what the client asked for. So it is refused by name, unless its
+value changes nothing. Fields that are neither here nor in a schema are ignored.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ EVERYWHERE: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_beam_search": (False,),
     "xtc_probability": (0,),
 }
-"""Name: the values that change nothing, besides null."""
+"""Name -> the values that change nothing. Null changes nothing either. The tables below have the same form."""
 
 OF_COMPLETIONS: Final[Mapping[str, tuple[Any, ...]]] = {
     "add_special_tokens": (True,),

@@ -1,4 +1,4 @@
-"""What the requests of one call share, and how they differ."""
+"""The ids and seeds of the jobs of one response."""
 
 import uuid
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ _SEEDS: Final = SEED_MAX + 1
 
 
 def new_id(kind: str) -> str:
-    """An id for a response, such as ``cmpl-…``."""
+    """A new id for a response, such as ``cmpl-…`` for the kind ``cmpl``."""
     return f"{kind}-{uuid.uuid4().hex}"
 
 
 def choice_ids(response_id: str) -> Iterator[str]:
-    """Job ids for a response's choices, without end; the first is the response's own, so that it can be cancelled."""
+    """Job ids for the choices of a response, without end. The first is the response's id: clients cancel by it."""
     yield response_id
     number = 0
     while True:
@@ -24,7 +24,7 @@ def choice_ids(response_id: str) -> Iterator[str]:
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
-    """The seed of a choice: each draws differently, and the first as a request for one would."""
+    """The seed of a choice. Each choice has another one; the first has the request's own. None: random."""
     if seed is None or choice == 0:
         return seed
     return (seed + choice) % _SEEDS

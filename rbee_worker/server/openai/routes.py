@@ -1,4 +1,4 @@
-"""The routes that OpenAI's clients ask for."""
+"""The routes for OpenAI's clients."""
 
 import uuid
 from collections.abc import Callable
@@ -50,12 +50,12 @@ C = TypeVar("C", bound=Choices)
 
 
 class OpenAI:
-    """The handlers; one instance per application.
+    """The handlers. An application has one instance.
 
     Args:
-        worker: what answers.
+        worker: runs the jobs.
         config: limits, and the names of the model.
-        streams: those of all routes.
+        streams: makes the streams of all routes.
     """
 
     def __init__(self, worker: Worker, config: ServerConfig, streams: Streams) -> None:
@@ -177,7 +177,7 @@ class OpenAI:
         frames: Callable[[C], Frames],
         failure: Callable[[RbeeError], bytes],
     ) -> EventStream:
-        """The stream of some choices. Its 200 goes out with the first frame, or when a keep-alive is due."""
+        """A stream of choices. Its 200 is sent with the first frame, or when a keep-alive is due."""
         stream = await self._streams.of_jobs(size, submit, frames, failure)
         try:
             await unless_left(request, stream.first_frame(self._config.keep_alive_seconds or None))

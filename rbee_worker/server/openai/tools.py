@@ -1,4 +1,4 @@
-"""Functions that a model may call or has called, as chat completions and responses spell them."""
+"""Functions that a model may call or has called, in the form that chat completions and responses share."""
 
 import json
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ class Function(Body):
 
 
 def _arguments(value: Any) -> Any:
-    # Some clients send back the object that they have parsed.
+    # Some clients parse the arguments, and send them back as an object.
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 

@@ -1,4 +1,4 @@
 """Chat completions.
 
-Read ``body`` first: what is sent. Then ``chat``: what is asked of the model, and the answer.
+Read ``body`` first: what clients send. Then ``chat``: the jobs for the model, and the answer.
 """

@@ -1,4 +1,4 @@
-"""The body of a chat completion: messages, tools and what else only a conversation has."""
+"""The body of a chat completion: messages, tools and other fields that only a conversation has."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal
@@ -79,13 +79,13 @@ class MessageBody(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one text; parts are joined by line breaks."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
     def to_message(self) -> Message:
-        """As chat templates take it, but for the arguments of tool calls, which are text still."""
+        """The message for a chat template. The arguments of tool calls are still JSON text."""
         message = Message(role=self.role, content=self.text)
         if self.name is not None:
             message["name"] = self.name
@@ -175,7 +175,7 @@ class ChatBody(OpenAIBody):
 
     @property
     def told_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: not even itself."""
+        """How many of the likeliest tokens to list with each token. None: no log-probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -1,4 +1,4 @@
-"""Chat completions: a conversation's next message, in OpenAI's shape."""
+"""Chat completions: the next message of a conversation, in OpenAI's form."""
 
 import time
 from collections.abc import Sequence
@@ -110,10 +110,10 @@ class ChatCompletionChunk(TypedDict):
 
 
 def to_conversation(body: ChatBody, client: str) -> Conversation:
-    """What a chat completion asks for.
+    """The conversation that a body asks for. ``client``: the name of the client.
 
     Raises:
-        InvalidRequest: two fields say what the answer must match.
+        InvalidRequest: several fields say what the answer must match, or a value is out of range.
     """
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     word = body.tool_choice if isinstance(body.tool_choice, str) else None
@@ -143,7 +143,13 @@ def to_conversation(body: ChatBody, client: str) -> Conversation:
 
 
 async def chat_frames(choices: ChatChoices, body: ChatBody, response_id: str, model: str) -> Frames:
-    """The frames of a chat completion that is streamed.
+    """The frames of a streamed chat completion.
+
+    Args:
+        choices: the choices.
+        body: the request.
+        response_id: the id in the answer.
+        model: the name of the model in the answer.
 
     Raises:
         RbeeError: a choice failed.
@@ -177,7 +183,7 @@ async def chat_frames(choices: ChatChoices, body: ChatBody, response_id: str, mo
 
 
 def _chunk_choices(piece: ChatPiece) -> list[ChatChunkChoice]:
-    """What a piece adds: a chunk for each."""
+    """The chunks for a piece, one for each thing that it adds."""
     if isinstance(piece.event, Started):
         return [_choice(piece, {"role": "assistant", "content": ""})]
     told = [_choice(piece, _delta(delta)) for delta in piece.deltas]
@@ -210,7 +216,7 @@ def _delta(delta: deltas.Delta) -> Delta:
 
 @dataclass(slots=True)
 class _Whole:
-    """One choice, put together."""
+    """One choice, collected from its pieces."""
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -243,7 +249,7 @@ class _Whole:
 
 
 async def whole_chat(choices: ChatChoices, body: ChatBody, response_id: str, model: str) -> ChatCompletion:
-    """The response to a chat completion that is not streamed.
+    """The answer to a chat completion that is not streamed. The arguments are those of :func:`chat_frames`.
 
     Raises:
         RbeeError: a choice failed.

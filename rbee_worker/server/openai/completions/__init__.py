@@ -1,1 +1,1 @@
-"""Completions: text continued as it is. All of it is in ``completions``."""
+"""Completions: they continue text as it is. ``body`` is what clients send; ``completions`` makes the answer."""

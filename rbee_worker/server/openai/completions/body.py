@@ -13,7 +13,7 @@ from rbee_worker.server.openai.bodies import OpenAIBody
 from rbee_worker.server.openai.refusals import EVERYWHERE, OF_COMPLETIONS, refused
 
 COMPLETION_TOKENS = 16
-"""``max_tokens`` of a completion that names none: OpenAI's."""
+"""The default of ``max_tokens``, which is OpenAI's."""
 
 _MOST_ANSWERS = int(CHOICES_RANGE.high or 0)
 
@@ -34,14 +34,14 @@ def _not_empty(value: list[Any]) -> list[Any]:
 
 
 def _few(value: Any) -> Any:
-    # Before each prompt is looked at.
+    # Runs before each prompt is checked.
     if isinstance(value, list) and len(value) > _MOST_ANSWERS:
         raise broken(f"for at most {_MOST_ANSWERS} answers, n for each")
     return value
 
 
 def _token_ids(value: Any) -> Any:
-    # Before each item is looked at: a million bad ones are one error.
+    # Runs before each item is checked, so that a million bad items give one error.
     if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
         raise broken("not empty, and token ids only")
     return value
@@ -84,7 +84,7 @@ class CompletionBody(OpenAIBody):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry for each prompt: its text, or its token ids."""
+        """The prompts: each is a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):

@@ -1,4 +1,4 @@
-"""Completions: text continued as it is, in OpenAI's older shape."""
+"""Completions: they continue text as it is. The form of the answer is OpenAI's older one."""
 
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -58,9 +58,9 @@ class CompletionPiece:
 
     Attributes:
         index: of the choice.
-        event: as it came.
-        text: what it adds to the text.
-        logprobs: what it adds to ``logprobs``; None: nothing.
+        event: the event.
+        text: added to the text.
+        logprobs: added to ``logprobs``; None: nothing.
         finish_reason: why the choice ended; None: it goes on.
     """
 
@@ -76,13 +76,13 @@ class CompletionChoices(Choices):
 
     Args:
         worker, jobs: see :class:`~rbee_worker.server.openai.choices.Choices`.
-        body: what was asked.
+        body: the request.
         response_id: see ``id``.
-        echoes: the text of each prompt, where it is given back.
+        echoes: the text of each prompt; empty unless the body asks for ``echo``.
 
     Attributes:
-        id: of the response; without its choice's number also that of the first job.
-        created: seconds since 1970.
+        id: the id of the response, and of the first job.
+        created: in seconds since 1970.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class CompletionChoices(Choices):
         body, logprobs = self._body, self._logprobs[index]
         wanted = body.logprobs is not None
         match event:
-            # The prompt's text comes with its log-probabilities, where those come too.
+            # With log-probabilities, the prompt's text is sent together with them.
             case Started() if body.echo and not wanted:
                 return CompletionPiece(index=index, event=event, text=self._echoes[index // body.n])
             case PromptLogprobs() if body.echo:
@@ -129,7 +129,7 @@ class CompletionChoices(Choices):
 
 
 def begin_completion(worker: Worker, body: CompletionBody, client: str) -> CompletionChoices:
-    """Submit a completion's jobs, all or none.
+    """Submit the jobs of a completion, all or none.
 
     Raises:
         RbeeError: as :meth:`~rbee_worker.worker.worker.Worker.submit`.
@@ -145,7 +145,7 @@ def _requests(body: CompletionBody, client: str, response_id: str) -> Iterator[G
     for prompt in body.prompts:
         for choice in range(body.n):
             sampling = body.sampling(
-                # An answer of no tokens is one of a single token that is not told.
+                # For no tokens one token is generated, but not sent.
                 max_tokens=1 if body.max_tokens == 0 else body.max_tokens,
                 seed=choice_seed(body.seed, choice),
                 logprobs=body.logprobs,
@@ -170,7 +170,7 @@ def _text(worker: Worker, prompt: str | list[int]) -> str:
 
 
 async def completion_frames(choices: CompletionChoices, body: CompletionBody, model: str) -> Frames:
-    """The frames of a completion that is streamed.
+    """The frames of a streamed completion. ``model``: the name of the model in the answer.
 
     Raises:
         RbeeError: a choice failed.
@@ -212,7 +212,7 @@ async def completion_frames(choices: CompletionChoices, body: CompletionBody, mo
 
 @dataclass(slots=True)
 class _Whole:
-    """One choice, put together."""
+    """One choice, collected from its pieces."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[CompletionLogprobs] = field(default_factory=list)
@@ -220,7 +220,7 @@ class _Whole:
 
 
 async def whole_completion(choices: CompletionChoices, body: CompletionBody, model: str) -> Completion:
-    """The response to a completion that is not streamed.
+    """The answer to a completion that is not streamed. ``model``: the name of the model in the answer.
 
     Raises:
         RbeeError: a choice failed.

@@ -1,5 +1,5 @@
-"""OpenAI's responses: answers made of items.
+"""OpenAI's responses: answers that consist of items.
 
-Read ``responses`` first, then what comes in (``body``, ``input``) and what goes out (``object``, ``items``,
+Read ``responses`` first. Then what clients send (``body``, ``input``), and what they get (``object``, ``items``,
 ``events``).
 """

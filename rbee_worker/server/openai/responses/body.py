@@ -43,10 +43,10 @@ class TextFormat(Body):
     strict: Annotated[bool | None, Field(description="Repeated in the answer: the text always matches.")] = None
 
     def to_grammar(self) -> GrammarSpec | None:
-        """What the text must match; None: anything.
+        """The grammar that the text must match; None: any text.
 
         Raises:
-            InvalidRequest: the schema is missing.
+            InvalidRequest: the schema is missing or nested too deeply.
         """
         if self.type == "text":
             return None
@@ -58,7 +58,7 @@ class TextFormat(Body):
         return schema_grammar(self.json_schema)
 
     def to_dict(self) -> dict[str, Any]:
-        """As responses repeat it."""
+        """The form in which responses repeat it."""
         told = self.model_dump(by_alias=True, exclude_none=True)
         return {"name": "response"} | told if self.type == "json_schema" else {"type": self.type}
 
@@ -89,11 +89,11 @@ class FunctionTool(Function):
     type: Annotated[Literal["function"], KIND]
 
     def to_tool(self) -> dict[str, Any]:
-        """As chat completions have it."""
+        """The tool in the form of chat completions."""
         return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As responses repeat it."""
+        """The form in which responses repeat it."""
         told = {"description": self.description, "parameters": self.parameters, "strict": bool(self.strict)}
         return {"type": "function", "name": self.name} | told
 
@@ -128,7 +128,7 @@ ToolChoice = Annotated[
 
 
 def _metadata(value: Any) -> Any:
-    # Before each entry is looked at.
+    # Runs before each entry is checked.
     if isinstance(value, dict) and len(value) > _MAX_METADATA:
         raise broken(f"at most {_MAX_METADATA} entries")
     return value
@@ -188,12 +188,12 @@ class ResponsesBody(SamplingFields):
 
     @property
     def told_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: not even itself."""
+        """How many of the likeliest tokens to list with each token. None: no log-probabilities at all."""
         return self.top_logprobs if self.top_logprobs or _LOGPROBS in (self.include or ()) else None
 
     @property
     def usable_tools(self) -> list[FunctionTool]:
-        """Those that may be called."""
+        """The tools that ``tool_choice`` allows."""
         tools = self.tools or []
         if not isinstance(self.tool_choice, AllowedTools):
             return tools
@@ -201,7 +201,7 @@ class ResponsesBody(SamplingFields):
         return [tool for tool in tools if tool.name in allowed]
 
     def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
-        """See the base; and OpenAI's spelling."""
+        """See the base class. Adds OpenAI's field."""
         yield from super().grammars()
         if (grammar := self.text.format.to_grammar()) is not None:
             yield "text.format", grammar
@@ -221,7 +221,7 @@ def _across_tools(choice: Any, tools: Any) -> Iterable[FieldError]:
 
 
 def _chosen(choice: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The names in a ``tool_choice``, each with its field."""
+    """Pairs of field and name, for each name in a ``tool_choice``."""
     if choice.get("type") == "function":
         yield "tool_choice.name", choice.get("name")
     allowed = choice.get("tools") if choice.get("type") == "allowed_tools" else None

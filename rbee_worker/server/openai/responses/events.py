@@ -1,7 +1,7 @@
 """The events of a response's stream, and their frames.
 
-As OpenAI sends them, and as the Open Responses specification asks: each frame has an ``event:`` line, which repeats the
-``type`` in its data, and the last frame is ``[DONE]``.
+They follow OpenAI and the Open Responses specification: each frame has an ``event:`` line, which repeats the ``type``
+of its data, and the last frame is ``[DONE]``.
 """
 
 import itertools
@@ -50,7 +50,7 @@ _FAILURES: Final[tuple[tuple[type[RbeeError], str], ...]] = (
     (InvalidRequest, "invalid_prompt"),
     (QueueFull, "rate_limit_exceeded"),
 )
-"""``response.error.code`` of errors that are not the server's; OpenAI has a closed list of them."""
+"""Class of an error -> ``response.error.code``. All others have ``server_error``. OpenAI has a closed list of codes."""
 
 Stage = Literal[
     "response.created",
@@ -94,15 +94,15 @@ RESPONSE_EVENTS: Final = (
     ResponseArgumentsDoneEvent,
     ResponseErrorEvent,
 )
-"""What may come in the stream of a response."""
+"""The shapes of all events that the stream of a response may have."""
 
 
 class ResponseWriter:
-    """Writes one response: the events of its stream, or the whole.
+    """Writes one response, as a stream of events or as a whole.
 
     Args:
-        body: what was asked.
-        response_id: of the response, and of its job.
+        body: the request.
+        response_id: the id of the response, and of its job.
     """
 
     def __init__(self, body: ResponsesBody, response_id: str) -> None:
@@ -113,13 +113,13 @@ class ResponseWriter:
         self._numbers = itertools.count()
 
     async def frames(self, choices: ChatChoices, model: str) -> Frames:
-        """The frames of a response that is streamed; see :meth:`events`."""
+        """The frames of a streamed response; see :meth:`events`."""
         async with aclosing(self.events(choices, model)) as events:
             async for event in events:
                 yield frame(event, event["type"])
 
     async def whole(self, choices: ChatChoices, model: str) -> ResponseObject:
-        """A response that is not streamed: what the last of its :meth:`events` holds."""
+        """The response object of the last event; see :meth:`events`."""
         response = self._response("in_progress")
         async with aclosing(self.events(choices, model)) as events:
             async for event in events:
@@ -128,17 +128,17 @@ class ResponseWriter:
         return response
 
     async def events(self, choices: ChatChoices, model: str) -> AsyncGenerator[ResponseEvent, None]:
-        """The events of a response that does not fail.
+        """The events of a response, up to ``response.completed`` or ``response.incomplete``.
 
         Args:
-            choices: of which there is one.
-            model: what it is called in answers.
+            choices: must be a single choice.
+            model: the name of the model in the answer.
 
         Raises:
-            RbeeError: the answer failed.
+            RbeeError: the answer failed. Then send :meth:`failed`.
         """
         self._model = model
-        items: list[ItemWriter] = []  # the last one grows
+        items: list[ItemWriter] = []  # only the last one still grows
         cut = False
         async with aclosing(choices.pieces()) as pieces:
             async for piece in pieces:
@@ -158,10 +158,10 @@ class ResponseWriter:
         yield self._stage("response.incomplete" if cut else "response.completed", response)
 
     def failed(self, error: RbeeError) -> bytes:
-        """The last frames of a stream that fails: ``error``, and ``response.failed`` where it has told of a response.
+        """The last frames of a stream that fails: ``error``; and ``response.failed``, if any event was sent before.
 
-        ``error`` says what is wrong twice: as OpenAI's schema has it, and in the object that it sends and that makes
-        its clients raise.
+        ``error`` has the problem twice: in the fields of OpenAI's schema, and in an object, which makes OpenAI's
+        clients raise.
         """
         number = next(self._numbers)
         told = envelope(error, OPENAI_CODES)["error"]
@@ -182,7 +182,7 @@ class ResponseWriter:
         return frames
 
     def _grown(self, items: list[ItemWriter], piece: ChatPiece) -> Iterator[ItemEvent]:
-        """That the items grow by a piece."""
+        """Add a piece to the items, and give the events of that."""
         logprobs = _of_text(piece)
         for delta in piece.deltas:
             if not items or not items[-1].continues(delta):
@@ -195,11 +195,11 @@ class ResponseWriter:
             logprobs = [] if of_text else logprobs
 
     def _ended(self, items: list[ItemWriter], status: Literal["completed", "incomplete"]) -> Iterator[ItemEvent]:
-        """That there is no more of the items."""
+        """End the last item, and give the events of that."""
         if items:
             yield from items[-1].ended(status)
         if status == "completed" and all(isinstance(item, ReasoningWriter) for item in items):
-            # An answer without a word is an answer.
+            # An empty answer is a message too.
             items.append(MessageWriter(len(items), self._numbers))
             yield from items[-1].begun()
             yield from items[-1].ended(status)
@@ -228,7 +228,7 @@ class ResponseWriter:
 
 
 def _of_text(piece: ChatPiece) -> list[ChatTokenLogprob]:
-    """The log-probabilities of the tokens that make the text, without those of markers and of other items."""
+    """The log-probabilities of the tokens of the content, without those of markers and of other items."""
     text = "".join(delta.text for delta in piece.deltas if isinstance(delta, ContentDelta)).encode()
     if not piece.logprobs or not text:
         return []
@@ -236,10 +236,10 @@ def _of_text(piece: ChatPiece) -> list[ChatTokenLogprob]:
 
 
 def _overlapping(tokens: Sequence[TokenLogprob], text: bytes) -> Sequence[TokenLogprob]:
-    """Those of ``tokens`` of which a part is in ``text``, where that is found; else all."""
+    """The tokens that have a part in ``text``. If ``text`` is not found in the tokens, all of them."""
     begin = b"".join(bytes(token.bytes) for token in tokens).rfind(text)
     if begin < 0:
-        return tokens  # the text begins with what an earlier token left of a character
+        return tokens  # the text begins with a character that an earlier token began
     end, at, found = begin + len(text), 0, []
     for token in tokens:
         if at < end and at + len(token.bytes) > begin:

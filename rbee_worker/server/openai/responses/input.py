@@ -1,4 +1,4 @@
-"""What a response is asked to go on from: a text, or items, and the messages that they are."""
+"""The input of a response, a text or items, and how it becomes messages."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
@@ -63,7 +63,7 @@ class FunctionCallItem(FunctionCall):
     call_id: Annotated[NonEmptyText, Field(description="The call that this is, or answers.")]
 
     def to_call(self) -> dict[str, Any]:
-        """As messages have it."""
+        """The call in the form of messages."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.call_id, "type": "function", "function": function}
 
@@ -92,7 +92,7 @@ class ReasoningItem(Body):
 
     @property
     def text(self) -> str:
-        """The reasoning, or else its summary."""
+        """The reasoning; without it, its summary."""
         return "\n".join(part.text for part in self.content or self.summary or ())
 
 
@@ -101,7 +101,7 @@ _KINDS: Final = ("message", "function_call", "function_call_output", "reasoning"
 
 
 def _kind(value: Any) -> str:
-    """The type of an item; messages and references may go without."""
+    """The type of an item. Messages and references may leave it out."""
     if isinstance(value, Body):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):
@@ -144,7 +144,7 @@ Input = Annotated[
 
 
 def to_messages(given: str | list[Item], instructions: str | None) -> tuple[Message, ...]:
-    """The messages of an input; ``instructions`` begin their system message, which is made when there is none."""
+    """The messages of an input. ``instructions`` are put at the start of the system message, or become one."""
     messages = [Message(role="user", content=given)] if isinstance(given, str) else _Messages(given).messages
     if not instructions:
         return tuple(messages)
@@ -155,7 +155,7 @@ def to_messages(given: str | list[Item], instructions: str | None) -> tuple[Mess
 
 
 class _Messages:
-    """Puts messages together: what an answer consists of stands in several items, but is one message."""
+    """Makes messages from items. The items of one answer (reasoning, text, calls) become one message."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.messages: list[Message] = []
@@ -181,7 +181,7 @@ class _Messages:
                 self._other(Message(role="tool", content=_text(item.output), tool_call_id=item.call_id))
 
     def _answer_without(self, *keys: Literal["content", "tool_calls"]) -> Message:
-        """The answer that is being put together; a new one if that has one of ``keys`` already."""
+        """The current message of the assistant; a new one, if the current one already has one of ``keys``."""
         if self._answer is None or any(self._answer.get(key) for key in keys):
             self._answer = Message(role="assistant", content="")
             self.messages.append(self._answer)

@@ -1,4 +1,4 @@
-"""The items of a response as they grow: what each is, and the events that tell of it."""
+"""The items of a response, and the events that are sent while they grow."""
 
 import uuid
 from abc import ABC, abstractmethod
@@ -163,7 +163,7 @@ ItemEvent = (
 
 
 class _Place(TypedDict):
-    """Where an event of an item stands, after its type."""
+    """The fields that the events of an item share, after the type."""
 
     sequence_number: int
     item_id: str
@@ -171,7 +171,7 @@ class _Place(TypedDict):
 
 
 class _PartPlace(_Place):
-    """The same of its one part."""
+    """The same for the events of the item's only part."""
 
     content_index: int
 
@@ -181,7 +181,10 @@ class ItemWriter(ABC):
 
     Args:
         index: of the item in the output.
-        numbers: of the events.
+        numbers: gives the sequence numbers of events; shared by all items.
+
+    Attributes:
+        id: of the item.
     """
 
     prefix: ClassVar[str]
@@ -195,32 +198,32 @@ class ItemWriter(ABC):
 
     @property
     def text(self) -> str:
-        """What it says so far."""
+        """Its text so far; of a call, the arguments."""
         return "".join(self._pieces)
 
     def begun(self) -> list[ItemEvent]:
-        """That it is there."""
+        """The events for its beginning."""
         return [self._item_event("response.output_item.added")]
 
     def add(self, text: str, logprobs: Sequence[ChatTokenLogprob] = ()) -> list[ItemEvent]:
-        """That it goes on with ``text``."""
+        """Add text, and give the events for that."""
         if not text:
             return []
         self._pieces.append(text)
         return [self._grown(text, logprobs)]
 
     def ended(self, status: ItemStatus) -> list[ItemEvent]:
-        """That it is whole, or will not be."""
+        """End it with a status, and give the events for that."""
         self._status = status
         return [*self._last(), self._item_event("response.output_item.done")]
 
     @abstractmethod
     def continues(self, delta: Delta) -> bool:
-        """Whether ``delta`` is more of this item."""
+        """Whether ``delta`` belongs to this item."""
 
     @abstractmethod
     def write(self) -> OutputItem:
-        """The item; while it grows, without what it says."""
+        """The item as it is sent. Before its end, the text is left out."""
 
     @abstractmethod
     def _grown(self, text: str, logprobs: Sequence[ChatTokenLogprob]) -> ItemEvent: ...
@@ -237,7 +240,7 @@ class ItemWriter(ABC):
 
 
 class _PartWriter(ItemWriter):
-    """Writes an item with one part of content."""
+    """Writes an item that has one part of content."""
 
     def begun(self) -> list[ItemEvent]:
         return [*super().begun(), self._part_event("response.content_part.added")]
@@ -263,7 +266,7 @@ class _PartWriter(ItemWriter):
 
 
 class ReasoningWriter(_PartWriter):
-    """Writes what the model thinks before it answers."""
+    """Writes the reasoning before the answer."""
 
     prefix = "rs"
 
@@ -327,7 +330,7 @@ class MessageWriter(_PartWriter):
 
 
 class CallWriter(ItemWriter):
-    """Writes a call of a function; ``first`` has its id and its name."""
+    """Writes a call of a function. ``first`` has the id and the name of the call."""
 
     prefix = "fc"
 
@@ -364,7 +367,7 @@ class CallWriter(ItemWriter):
 
 
 def new_item(index: int, numbers: Iterator[int], first: Delta) -> ItemWriter:
-    """What writes the item that begins with ``first``."""
+    """A writer for the item that begins with ``first``."""
     match first:
         case ReasoningDelta():
             return ReasoningWriter(index, numbers)
@@ -375,5 +378,5 @@ def new_item(index: int, numbers: Iterator[int], first: Delta) -> ItemWriter:
 
 
 def text_of(delta: Delta) -> str:
-    """What ``delta`` adds to its item."""
+    """The text that ``delta`` adds to its item; of a call, a piece of the arguments."""
     return delta.arguments if isinstance(delta, ToolCallDelta) else delta.text

@@ -1,4 +1,4 @@
-"""The response object, at every stage of its making."""
+"""The response object. It is sent at the beginning of a stream and at its end."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -105,17 +105,17 @@ def response_object(
     usage: ResponseUsage | None = None,
     error: ResponseError | None = None,
 ) -> ResponseObject:
-    """OpenAI's ``response``.
+    """Make OpenAI's ``response``.
 
     Args:
-        body: what was asked; much of it is repeated.
-        response_id: also the id of its job.
-        created_at: seconds since 1970.
-        model: what it is called in answers.
+        body: the request. The response repeats much of it.
+        response_id: the id of the response, and of its job.
+        created_at: in seconds since 1970.
+        model: the name of the model in the answer.
         status: how far the response is.
         output: its items.
-        usage: see :func:`usage_of`; None while it is not known.
-        error: why it failed.
+        usage: see :func:`usage_of`; None: not known yet.
+        error: why it failed; None: it has not failed.
     """
     choice = body.tool_choice
     return {
@@ -155,7 +155,7 @@ def response_object(
 
 
 def usage_of(used: UsedTokens, reasoning_tokens: int) -> ResponseUsage:
-    """``usage`` of a response; writing to the cache costs nothing and is not counted."""
+    """``usage`` of a response. Writing to the cache has no price here, so it is not counted."""
     return {
         "input_tokens": used.prompt,
         "input_tokens_details": {"cached_tokens": used.cached, "cache_write_tokens": 0},

@@ -1,4 +1,4 @@
-"""OpenAI's responses: an answer made of items, from the same conversation that chat completions have."""
+"""OpenAI's responses: they use the same conversation as chat completions, but the answer consists of items."""
 
 import re
 from dataclasses import replace
@@ -15,10 +15,10 @@ _OF_TOOLS: Final = re.compile(r"(tools\[[0-9]+\])\.function\.")
 
 
 def to_conversation(body: ResponsesBody, client: str) -> Conversation:
-    """What a response asks for.
+    """The conversation that a body asks for. ``client``: the name of the client.
 
     Raises:
-        InvalidRequest: two fields say what the answer must match.
+        InvalidRequest: several fields say what the answer must match, or a value is out of range.
     """
     choice, effort = body.tool_choice, body.reasoning.effort
     named = choice.name if isinstance(choice, NamedFunction) else None
@@ -43,7 +43,7 @@ def to_conversation(body: ResponsesBody, client: str) -> Conversation:
 
 
 def begin_response(worker: Worker, conversation: Conversation, response_id: str) -> ChatChoices:
-    """See :func:`~rbee_worker.server.openai.conversation.begin_conversation`; errors name the fields of a response."""
+    """As :func:`~rbee_worker.server.openai.conversation.begin_conversation`; errors name the fields of a response."""
     try:
         return begin_conversation(worker, conversation, response_id)
     except InvalidRequest as error:
