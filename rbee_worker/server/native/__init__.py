@@ -1,4 +1,4 @@
-"""The worker's own routes: inference, loading, and what the worker says of itself.
+"""The worker's own routes: inference, loading, and the worker's state.
 
-Read ``routes`` first, then ``bodies``: what it is sent.
+Read ``routes`` first, then ``bodies`` (what clients send) and ``frames`` (what streams hold).
 """

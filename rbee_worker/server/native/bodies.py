@@ -87,7 +87,7 @@ class InferenceBody(SamplingFields):
             yield FieldError("messages", "not together with prompt", "messages must not be given together with prompt.")
 
     def to_request(self) -> GenerationRequest:
-        """What the engine is asked for; ``prompt`` is taken as it is, ``messages`` go through the chat template.
+        """The request for the engine. ``prompt`` is used as it is; ``messages`` go through the chat template.
 
         Raises:
             InvalidRequest: as :meth:`sampling`.

@@ -1,4 +1,4 @@
-"""The frames of the worker's own streams: a job's events, and a load's."""
+"""The frames of the worker's own streams: the events of a job, and those of a load."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -13,7 +13,7 @@ _CUT_SHORT = "The stream ended before its result."
 
 
 async def inference_frames(job: Job) -> Frames:
-    """A job's events, a frame each; closing this before the terminal one cancels the job.
+    """The events of a job, a frame for each. Closing this before the terminal event cancels the job.
 
     Raises:
         RbeeError: the events ended without a terminal one.
@@ -27,9 +27,9 @@ async def inference_frames(job: Job) -> Frames:
 
 
 class SharedFrames:
-    """Encodes a load's events, each once for all the streams that carry it.
+    """Encodes each event of a load once, for all the streams that carry it.
 
-    Events are told apart by identity: the last ``size`` of them are kept alive, so that no id is used twice.
+    The key of an event is its ``id()``. The last ``size`` events are kept alive, so that their ids are not used again.
     """
 
     def __init__(self, size: int = 64) -> None:
@@ -37,7 +37,7 @@ class SharedFrames:
         self._frames: dict[int, tuple[LoadingEvent, bytes]] = {}
 
     def __call__(self, event: LoadingEvent) -> bytes:
-        """The frame of ``event``."""
+        """The frame of an event."""
         known = self._frames.get(id(event))
         if known is not None:
             return known[1]
@@ -52,8 +52,8 @@ class Watcher:
     """One client that watches a load.
 
     Args:
-        events: from the latest state on.
-        encode: makes frames, for all watchers.
+        events: the events, from the latest state on.
+        encode: makes the frames; shared by all watchers.
     """
 
     def __init__(self, events: AsyncGenerator[LoadingEvent, None], encode: SharedFrames) -> None:
@@ -62,7 +62,7 @@ class Watcher:
         self._last: LoadingEvent | None = None
 
     async def frames(self) -> Frames:
-        """The load's events, a frame each.
+        """The events of the load, a frame for each.
 
         Raises:
             RbeeError: the events ended without a terminal one.
@@ -76,6 +76,6 @@ class Watcher:
         raise RbeeError(_CUT_SHORT)
 
     def failed(self, error: RbeeError) -> bytes:
-        """The terminal frame when the events cannot be told, numbered after the last one that was."""
+        """The terminal frame when the stream fails. Its ``seq`` follows that of the last event sent."""
         seq, elapsed = (self._last.seq + 1, self._last.elapsed_seconds) if self._last is not None else (0, 0.0)
         return frame(to_dict(LoadFailed(seq=seq, elapsed_seconds=elapsed, code=error.code, message=in_words(error))))

@@ -1,4 +1,4 @@
-"""The worker's own routes: inference, loading, and what the worker says of itself."""
+"""The worker's own routes: inference, loading, tokens, and the worker's state."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -143,12 +143,12 @@ class DecodedText(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class AllowedModels:
-    """Which models clients may ask for: any request could otherwise make the worker read any file.
+    """The models that clients may load. Without this check any request could make the worker read any file.
 
     Attributes:
-        start: the model given at start; None: the embedded default.
-        others: those of ``--allow-model``.
-        has_start: False when the worker was started without a model: ``start`` means nothing then.
+        start: the model given at start; None: the default model.
+        others: the models of ``--allow-model``.
+        has_start: whether the worker was started with a model. If not, ``start`` is not used.
     """
 
     start: str | None
@@ -156,11 +156,11 @@ class AllowedModels:
     has_start: bool = True
 
     def choose(self, asked: str | None) -> str | None:
-        """The model to load for a request that names ``asked``; None: the embedded default.
+        """The model to load for a request that names ``asked``; None: the default model.
 
         Raises:
-            InvalidRequest: none is named and none was given at start.
-            Forbidden: the model is not one of those allowed.
+            InvalidRequest: the request names no model, and the worker was started without one.
+            Forbidden: the model is not allowed.
         """
         if asked is None:
             if self.has_start:
@@ -176,10 +176,10 @@ class AllowedModels:
 
 
 class Native:
-    """The handlers; one instance per application.
+    """The handlers. An application has one instance.
 
     Attributes:
-        streams: those of all routes.
+        streams: makes the streams of all routes.
     """
 
     def __init__(self, worker: Worker, config: ServerConfig, models: AllowedModels, metrics: WorkerMetrics) -> None:
@@ -286,7 +286,7 @@ class Native:
     @Operation("GET", "/", tag="worker")
     async def index(self, _request: Request) -> Json[Index]:
         """Who answers here."""
-        # Open to all, so it says no more.
+        # It needs no key, so it says no more.
         return Json({"name": "rbee-worker", "version": __version__, "ready_url": "/v1/ready"})
 
     @Operation("GET", "/health", tag="worker", statuses=(200, 503))

@@ -1,4 +1,4 @@
-"""What operators see: metrics and traces.
+"""Metrics and traces, for operators.
 
-``metrics`` writes the page of figures, ``figures`` counts jobs for it, ``tracing`` makes the spans.
+``metrics`` writes the page for Prometheus, ``figures`` counts jobs for it, and ``tracing`` makes spans.
 """

@@ -1,4 +1,4 @@
-"""What is counted of jobs, for ``GET /metrics``: once a step and once a job, on the event loop, without a lock."""
+"""Counts jobs for ``GET /metrics``: once a step and once a job. It runs on the event loop, so it needs no lock."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -12,10 +12,10 @@ from rbee_worker.events import End
 from rbee_worker.worker.job import Job
 
 STEP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-"""Bounds for the time of a token: a large GPU makes one in a few milliseconds, a small CPU in a few hundred."""
+"""Bounds for the time of a token. A large GPU needs a few milliseconds, a small CPU a few hundred."""
 
 WAIT_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-"""Bounds for what a client waits for: first token, queue, prefill, the whole answer."""
+"""Bounds for the times that a client waits: first token, queue, prefill, the whole answer."""
 
 RATES: Final = (1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 2.5e4, 5e4)
 """Bounds for tokens a second."""
@@ -28,7 +28,7 @@ BATCHES: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
 class Histogram:
-    """Counts of values by bucket; a value that equals a bound is within it, as Prometheus has it."""
+    """Counts values in buckets. A value that equals a bound belongs to its bucket, as in Prometheus."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
         self._name = name
@@ -38,12 +38,12 @@ class Histogram:
         self._sum = 0.0
 
     def add(self, value: float, times: int = 1) -> None:
-        """Count ``value``."""
+        """Count ``value``, ``times`` times."""
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
     def family(self) -> Metric:
-        """The samples."""
+        """The histogram as Prometheus' samples."""
         names = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._text)
         family.add_metric([], list(zip(names, accumulate(self._counts), strict=True)), self._sum)
@@ -51,10 +51,10 @@ class Histogram:
 
 
 class JobFigures:
-    """Observes a worker's jobs.
+    """Counts a worker's jobs, as an observer of them.
 
     Args:
-        by_client: count requests and tokens for each client too; only where their number is bounded, as that of keys.
+        by_client: whether to count requests and tokens for each client too. The number of clients must be bounded.
     """
 
     def __init__(self, *, by_client: bool = False) -> None:
@@ -90,19 +90,19 @@ class JobFigures:
         self._answer_length = Histogram("rbee_request_generation_tokens", "Length of an answer.", TOKENS)
 
     def stepped(self, gaps: list[float]) -> None:
-        """A step brought text."""
+        """Count a step. ``gaps``: for each job that got text, the seconds since its text before."""
         for seconds in gaps:
             self._gap.add(seconds)
 
     def started(self, job: Job) -> None:
-        """A job has its place in the batch."""
+        """Count a job that got its place in the batch."""
         self._queue.add(job.started_at - job.submitted_at)
         if job.started is not None:
             self._prompt_tokens += job.started.prompt_tokens
             self._prompt_length.add(job.started.prompt_tokens)
 
     def ended(self, job: Job) -> None:
-        """A job has ended."""
+        """Count a job that has ended."""
         end = job.ended
         self._outcomes[end.stop_reason if isinstance(end, End) else "error"] += 1
         self._whole.add(job.ended_at - job.submitted_at)
@@ -130,7 +130,7 @@ class JobFigures:
             self._decode_rate.add(end.tokens_per_second)
 
     def collect(self) -> Iterator[Metric]:
-        """Every figure."""
+        """All figures of jobs."""
         outcomes = CounterMetricFamily("rbee_requests", "Requests that have ended, by why.", labels=["stop_reason"])
         for reason in OUTCOMES:
             outcomes.add_metric([reason], self._outcomes[reason])

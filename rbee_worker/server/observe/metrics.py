@@ -1,8 +1,8 @@
 """``GET /metrics``: the worker's figures at the moment of the scrape, in Prometheus' text format.
 
-Most are read from the worker when they are asked for, so that the page is there from the first moment, during a load
-too, and costs nothing between scrapes. Those of requests are counted as these end (``figures.py``). Names begin
-with ``rbee_`` and end in their unit; where vLLM has the same figure, the rest of the name is vLLM's.
+Most figures are read from the worker at the scrape. So the page works from the start, also during a load, and costs
+nothing between scrapes. Figures of requests are counted while these run (``figures.py``). Names begin with ``rbee_``
+and end in their unit. If vLLM has the same figure, the rest of the name is vLLM's.
 """
 
 from collections import Counter
@@ -24,11 +24,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class WorkerMetrics(Collector):
-    """Reads a worker's figures when they are scraped, and counts its requests. Belongs to the event loop.
+    """Reads a worker's figures at a scrape, and counts its HTTP responses. To be used only on the event loop.
 
     Args:
-        worker: whose figures; it gets an observer.
-        by_client: count requests and tokens for each client too.
+        worker: the worker; an observer is added to its jobs.
+        by_client: whether to count requests and tokens for each client too.
     """
 
     def __init__(self, worker: Worker, *, by_client: bool = False) -> None:
@@ -41,16 +41,16 @@ class WorkerMetrics(Collector):
         self._registry.register(self)
 
     def responded(self, method: str, route: str, status: int) -> None:
-        """Count an HTTP response; ``route`` is the route's pattern, as paths have no end."""
+        """Count an HTTP response. ``route`` is the route's pattern: the number of paths would have no limit."""
         self._responses[method, route, status] += 1
 
     def render(self, devices: Sequence[DeviceInfo] = ()) -> bytes:
-        """The page, with the memory of ``devices``."""
+        """The page in UTF-8, with the memory of ``devices``."""
         self._devices = devices
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Every figure."""
+        """All figures. The Prometheus client calls this."""
         worker, loads, model = self._worker, self._worker.loads, self._worker.model
         name = model.name if model is not None else ""
         yield InfoMetricFamily("rbee_worker", "The worker.", {"id": worker.id, "version": __version__, "model": name})
@@ -84,7 +84,7 @@ class WorkerMetrics(Collector):
 
 
 def _engine(stats: EngineStats) -> Iterator[Metric]:
-    """Steps, tokens and cache."""
+    """Figures of steps, tokens and the KV cache."""
     batches = Histogram("rbee_batch_size", "Sequences in a step.", BATCHES)
     for size, steps in enumerate(stats.batch_sizes):
         batches.add(size, steps)
@@ -116,7 +116,7 @@ def _memory(devices: Sequence[DeviceInfo]) -> Iterator[Metric]:
 
 
 def _load(load: LoadingBroadcast) -> Iterator[Metric]:
-    """The latest load, running or ended."""
+    """Figures of the latest load, running or ended."""
     phase = GaugeMetricFamily("rbee_load_phase_seconds", "Seconds in each phase of the load.", labels=["phase"])
     for name, seconds in load.phase_seconds.items():
         phase.add_metric([name], seconds)

@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry: one span for each request, with the moments of its jobs as events.
+"""Traces with OpenTelemetry: a span for each request, with the main moments of its jobs as events.
 
-Needs the ``otel`` extra, and an endpoint in OpenTelemetry's own environment variables; without either nothing here
-costs anything. Attributes follow the semantic conventions for HTTP and generative AI; none holds text.
+It needs the ``otel`` extra, and an endpoint in OpenTelemetry's environment variables. Without them requests are not
+traced. Attributes follow the semantic conventions for HTTP and generative AI. None of them holds text.
 """
 
 import importlib.util
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""One of these says where spans go, and that there are to be any."""
+"""Environment variables with the address for spans. Without one of them no spans are made."""
 
 SHUTDOWN_SECONDS: Final = 3.0
-"""How long the last spans may take to reach their collector."""
+"""How long it may take at the end to send the last spans."""
 
 _MODULES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
@@ -37,9 +37,12 @@ log = logging.getLogger(__name__)
 
 
 def provider_from_environment() -> "TracerProvider | None":
-    """What makes spans and sends them to the endpoint of the environment; None when it names none.
+    """A provider that makes spans and sends them to the endpoint in the environment.
 
-    The sampler, the service's name and the headers sent are OpenTelemetry's variables too.
+    OpenTelemetry's variables also set the sampler, the service's name and the headers.
+
+    Returns:
+        None: the environment names no endpoint or turns traces off, or OpenTelemetry is not installed.
     """
     environ = os.environ
     off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
@@ -58,21 +61,21 @@ def provider_from_environment() -> "TracerProvider | None":
     attributes: dict[str, str] = {"service.version": __version__}
     if not environ.get("OTEL_SERVICE_NAME") and "service.name=" not in environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         attributes["service.name"] = "rbee-worker"
-    # At the end of the process it is shut down in order, within a time; not once more by atexit, for ever.
+    # shut_down() ends it within a time limit. At exit it would be shut down once more, without a limit.
     provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
 
 
 async def shut_down(provider: "TracerProvider") -> None:
-    """Send what is left, within a few seconds: a collector that hangs does not keep the process."""
+    """Send the remaining spans, but wait only a few seconds, so that a collector that hangs does not stop the exit."""
     thread = threading.Thread(target=provider.shutdown, name="tracing", daemon=True)
     thread.start()
     await anyio.to_thread.run_sync(thread.join, SHUTDOWN_SECONDS)
 
 
 class Tracing:
-    """Makes a span of each request but those of probes and scrapes, within the caller's trace (``traceparent``)."""
+    """Makes a span for each request, in the caller's trace (``traceparent``). Probes and scrapes get none."""
 
     def __init__(self, app: ASGIApp, provider: "TracerProvider") -> None:
         from opentelemetry import propagate, trace  # noqa: PLC0415 - optional
@@ -136,7 +139,7 @@ class Tracing:
 
 
 def _attributes(jobs: Sequence[Job]) -> dict[str, Any]:
-    """The conventions' attributes of one generation, of which there are several where a request asks for several."""
+    """The attributes of the conventions for generative AI, for all jobs of a request together."""
     params = jobs[0].request.sampling
     tokens_in, tokens_out = tokens_of(jobs)
     found = {
@@ -160,7 +163,7 @@ def _attributes(jobs: Sequence[Job]) -> dict[str, Any]:
             job.ended.cached_tokens for job in jobs if isinstance(job.ended, End)
         ),
     }
-    # Seeds go to 2**64; attributes are signed.
+    # Seeds may be up to 2**64 - 1, but attributes are signed 64-bit integers.
     return {name: str(v) if isinstance(v, int) and v >= 2**63 else v for name, v in found.items() if v is not None}
 
 
@@ -188,5 +191,5 @@ def _model(jobs: Sequence[Job]) -> str:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package around it
+    except ModuleNotFoundError:  # a package around it is missing
         return False

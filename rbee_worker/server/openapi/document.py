@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: the routes that there are, as their handlers describe them."""
+"""Makes the OpenAPI 3.1 document from the routes, as their handlers describe them."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,14 +53,15 @@ _RETRY_LATER: Final = frozenset({429, 503})
 
 
 def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
-    """The document.
+    """Make the document.
 
     Args:
-        routes: those that are served; ``HEAD`` goes without saying.
-        keyed: an API key is asked for.
+        routes: the routes that are served. ``HEAD`` is left out.
+        keyed: whether requests need an API key.
 
     Raises:
-        LookupError: no operation stands above a route's handler.
+        LookupError: a route's handler has no operation.
+        ValueError: two schemas have the same name.
     """
     served = [(method, route) for route in routes for method in sorted((route.methods or set()) - {"HEAD"})]
     paths: dict[str, dict[str, Any]] = {}
@@ -86,7 +87,7 @@ def build(routes: Iterable[Route], *, keyed: bool) -> dict[str, Any]:
 
 
 def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]:
-    """Every schema that the document refers to."""
+    """All schemas that the document refers to, by name."""
     all_described = [described(route) for _, route in served]
     bodies = {operation.body for operation, _, _ in all_described if operation.body is not None}
     shapes = {shape for operation, _, answer in all_described for shape in (answer, *operation.frames)}
@@ -101,7 +102,11 @@ def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]
 
 
 def described(route: Route) -> tuple[Operation, str, Any]:
-    """A route's operation, the text about it, and the shape of its JSON answers."""
+    """A route's operation, its handler's docstring, and the shape of its JSON answers.
+
+    Raises:
+        LookupError: the handler has no operation.
+    """
     operation = operation_of(route.endpoint)
     if operation is None:
         raise LookupError(f"no @Operation(...) stands above the handler of {route.path}")
@@ -164,7 +169,7 @@ def _answer(operation: Operation, shape: Any) -> dict[str, Any]:
 
 
 def frame_schema(names: Sequence[str]) -> Schema:
-    """The schema of one frame of a stream, taken as an object with its ``data``."""
+    """The schema of one frame of a stream: an object with the field ``data``. ``names``: the schemas of its JSON."""
     held = [ref(name) for name in names]
     schema = held[0] if len(held) == 1 else {"anyOf": held}
     data = {

@@ -1,4 +1,4 @@
-"""The document as one page of HTML that needs nothing else: no script, no other file, no network."""
+"""The OpenAPI document as one HTML page. The page needs no script, no other file and no network."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ _DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY: Final = (
     f"default-src 'none'; style-src 'sha256-{_DIGEST}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""``Content-Security-Policy`` of the page: its own style, and nothing else."""
+"""``Content-Security-Policy`` of the page. It allows only the page's own style."""
 
 _LIMITS: Final = (
     "minimum",
@@ -40,6 +40,6 @@ _LIMITS: Final = (
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The page of an OpenAPI document."""
+    """Render an OpenAPI document as HTML."""
     template = files(__package__).joinpath("page.html").read_text("utf-8")
     return Environment(autoescape=True).from_string(template).render(document, style=STYLE, limits=_LIMITS)

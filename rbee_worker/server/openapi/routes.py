@@ -15,11 +15,14 @@ from rbee_worker.server.openapi.page import POLICY, render
 
 
 class Described:
-    """Routes, and those that describe them and themselves.
+    """All routes: the given ones, and the two that describe all of them.
 
     Args:
-        others: every other route.
-        keyed: an API key is asked for.
+        others: the other routes.
+        keyed: whether requests need an API key.
+
+    Attributes:
+        routes: all routes.
     """
 
     def __init__(self, others: Sequence[Route], *, keyed: bool) -> None:

@@ -1,4 +1,4 @@
-"""JSON schemas of what is sent and received, under the names by which the description refers to them."""
+"""JSON schemas of bodies, answers and events, by the names under which the document refers to them."""
 
 import inspect
 import re
@@ -43,14 +43,14 @@ _ATTRIBUTE = re.compile(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
 def ref(name: str) -> Schema:
-    """A reference to a schema of the document."""
+    """A reference to the schema with this name in the document."""
     return {"$ref": REF + name}
 
 
 def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
-    """The schemas by which request bodies are validated, and those of their parts.
+    """Schemas of request bodies and of their parts, from the classes that validate them.
 
-    What may be left out may also be null: the rule of every :class:`Body`, which pydantic's schemas do not know.
+    A field that may be left out may also be null. Every :class:`Body` has this rule, but pydantic's schemas lack it.
     """
     _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_TEMPLATE)
     schemas: dict[str, Schema] = found.get("$defs", {})
@@ -64,10 +64,10 @@ def body_schemas(bodies: Iterable[type[Body]]) -> dict[str, Schema]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Has the docstrings of dataclasses: pydantic leaves out the ``Attributes``, and old versions leave out all."""
+    """Adds the docstrings of dataclasses. pydantic leaves out ``Attributes``, and older versions leave out all."""
 
     def dataclass_schema(self, schema: DataclassSchema) -> Schema:
-        """Without null where a field whose default is None is left out of the JSON instead."""
+        """As pydantic's, but a field with the default None cannot be null, because the JSON leaves it out then."""
         generated, record = super().dataclass_schema(schema), schema["cls"]
         generated["description"] = (inspect.getdoc(record) or "").partition("\n\nAttributes:")[0]
         told, absent = _attributes(record), {field.name for field in fields(record) if field.default is None}
@@ -78,10 +78,10 @@ class _Generator(GenerateJsonSchema):
 
 
 def record_schemas(records: Iterable[Any]) -> dict[str, Schema]:
-    """Schemas of what is sent: TypedDicts and dataclasses, those of their parts among them.
+    """Schemas of TypedDicts and dataclasses that are sent, and of their parts. Docstrings give the descriptions.
 
-    Both have their docstring. The fields of a TypedDict are told of by ``Field(description=...)``, and ``NotRequired``
-    may be absent; those of a dataclass by the docstring's ``Attributes``, and None by default means absent.
+    A field of a TypedDict is described by ``Field(description=...)``, and may be absent if it is ``NotRequired``. A
+    field of a dataclass is described in ``Attributes``, and may be absent if its default is None.
     """
     adapters = [(record.__name__, "validation", TypeAdapter[Any](record)) for record in records]
     _, found = TypeAdapter.json_schemas(adapters, ref_template=_TEMPLATE, schema_generator=_Generator)  # type: ignore[arg-type]  # its own Literal
@@ -94,7 +94,7 @@ def record_schemas(records: Iterable[Any]) -> dict[str, Schema]:
 
 
 def event_schemas() -> dict[str, Schema]:
-    """Schemas of every event, and of what may come in each of the two kinds of streams."""
+    """Schemas of all events, and one for each of the two kinds of streams: any of its events."""
     schemas = record_schemas([*LOADING_EVENTS, *INFERENCE_EVENTS, events.LoadReport, events.TokenLogprob])
     streams: tuple[tuple[str, str, tuple[type, ...]], ...] = (
         ("LoadingEvent", "stage", LOADING_EVENTS),
@@ -116,12 +116,12 @@ def event_schemas() -> dict[str, Schema]:
 
 
 def _tidied(schema: Schema) -> Schema:
-    """Without pydantic's titles, and without a default that only says that there is none."""
+    """The schema without pydantic's title, and without a default of None."""
     return {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
 
 
 def _or_null(schema: Schema) -> Schema:
-    """The schema, or null."""
+    """The schema, but null is allowed too."""
     options = schema.get("anyOf")
     if options is not None:
         return schema if _NULL in options else schema | {"anyOf": [*options, _NULL]}
@@ -130,7 +130,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 def _not_null(schema: Schema) -> Schema:
-    """The schema without null."""
+    """The schema, but null is not allowed."""
     options = [option for option in schema.get("anyOf", ()) if option != _NULL]
     rest = {key: value for key, value in schema.items() if key != "anyOf"}
     if not options:
@@ -139,7 +139,7 @@ def _not_null(schema: Schema) -> Schema:
 
 
 def _attributes(record: type) -> dict[str, str]:
-    """The ``Attributes`` of a class's docstring."""
+    """Name -> text of each attribute in a class's docstring."""
     _, _, listed = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
     return {
         name.strip(): _sentence(plain(text)) for names, text in _ATTRIBUTE.findall(listed) for name in names.split(",")
@@ -147,7 +147,7 @@ def _attributes(record: type) -> dict[str, str]:
 
 
 def plain(text: str) -> str:
-    """A docstring's text: one line, in Markdown."""
+    """The text of a docstring as Markdown on one line."""
     unmarked = re.sub(r":class:`[~.\w]*?(\w+)`", r"`\1`", text)
     return re.sub(r"\s+", " ", unmarked.replace("``", "`")).strip()
 
