@@ -1,5 +1,5 @@
-"""The HTTP side of the worker: routes, Server-Sent Events, and the process that serves them.
+"""The HTTP server: routes, Server-Sent Events, and the process that serves them.
 
-``app.create_app`` puts a :class:`rbee_worker.worker.worker.Worker` behind HTTP; ``run.serve`` is the whole ``serve``
-command.
+``app.create_app`` makes an application that serves a :class:`rbee_worker.worker.worker.Worker`. ``run.serve`` is the
+command ``serve``.
 """

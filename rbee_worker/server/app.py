@@ -1,4 +1,4 @@
-"""The ASGI application: the routes, what surrounds them, and the worker's life."""
+"""The ASGI application: routes, middleware, and the start and end of the worker."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 CLOSE_SECONDS = 10.0
-"""How long the engine's thread may take to stop, and the last spans to be sent."""
+"""How long it may take, at the end, to stop the engine's thread and send the last spans."""
 
 
 def create_app(
@@ -43,24 +43,24 @@ def create_app(
     keys: ApiKeys | None = None,
     tracer_provider: "TracerProvider | None" = None,
 ) -> Starlette:
-    """The application that serves ``worker``; its lifespan starts and closes it, and loads nothing.
+    """Make the application that serves ``worker``. Its lifespan starts and closes the worker, but loads no model.
 
     ``app.state.streams`` is the set of the streams that are being sent.
 
     Args:
-        worker: not started yet.
-        config: keys, limits, allowed models; the address is not looked at.
-        model: the model given at start, which clients may ask for again; None: the embedded default.
-        has_start_model: False: the worker was started without a model, so ``model`` means nothing.
+        worker: must not be started yet.
+        config: keys, limits, allowed models. Its address is not used.
+        model: the model given at start, which clients may load again; None: the default model.
+        has_start_model: whether the worker was started with a model. If not, ``model`` is not used.
         body_seconds: how long a request's body may take to arrive.
-        keys: those of ``config``; read from there when they are not given.
-        tracer_provider: makes spans of requests; shut down at the end.
+        keys: the keys of ``config``; None: they are read from there.
+        tracer_provider: makes spans of requests. It is shut down at the end.
 
     Raises:
         InvalidRequest: a key, a key file, an origin or a host name of ``config`` is wrong.
     """
     keys = keys if keys is not None else ApiKeys(config.api_keys, config.api_key_file)
-    # Looked at now: Starlette makes the middleware at the first request.
+    # Checked now, because Starlette makes the middleware only at the first request.
     cors_origins(config.cors_origins)
     host_patterns(config.trusted_hosts)
 
@@ -103,7 +103,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """The router's 404 and 405; ``Allow`` names the methods of every route of the path."""
+    """Answer the router's 404 and 405. For 405, ``Allow`` names all methods that the path has."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:

@@ -1,4 +1,4 @@
-"""What every request for text may say of how it is made, whichever API it speaks."""
+"""The fields that every request for text may have, in each API: sampling parameters, grammars, timeout."""
 
 import json
 import re
@@ -30,7 +30,7 @@ _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 
 def within(name: str) -> Within:
-    """The bounds of a sampling parameter."""
+    """An annotation with the range of a sampling parameter."""
     return Within(RANGES[name])
 
 
@@ -87,14 +87,14 @@ Stop = Annotated[
 
 
 _SPELLED: Final[Mapping[str, Any]] = {"seed": Seed, "stop": Stop, "logit_bias": LogitBias}
-"""Parameters that are spelled or checked in a way of their own; the others are numbers in a range, and booleans."""
+"""Parameters with their own form or check. All others are numbers in a range, or booleans."""
 
 _ELSEWHERE: Final = frozenset({"logprobs", "prompt_logprobs", "grammar"})
-"""Parameters that each API has in its own way: its bodies say how, and give them to :meth:`SamplingFields.sampling`."""
+"""Parameters that differ between the APIs. Bodies define them, and pass them to :meth:`SamplingFields.sampling`."""
 
 
 def _fields() -> dict[str, Any]:
-    """Name -> type and default of every other sampling parameter, as pydantic takes them."""
+    """Name -> type and default of all other sampling parameters, as pydantic's ``create_model`` takes them."""
     kinds, defaults = get_type_hints(SamplingParams), SamplingParams()
     return {name: _field(name, kinds[name], getattr(defaults, name)) for name in PARAMS if name not in _ELSEWHERE}
 
@@ -103,18 +103,18 @@ def _field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
     if name in _SPELLED:
         kind = _SPELLED[name]
     elif name in RANGES:
-        # No `| None`: null is taken for absent, in every body.
+        # Without `| None`, because in every body null means absent.
         number = get_args(kind)[0] if isinstance(kind, UnionType) else kind
         kind = Annotated[number, within(name)]
     kind = Annotated[kind, Field(description=PARAMS[name].help)]
-    # A schema that says "[] by default" says nothing.
+    # A factory keeps a useless default, [], out of the schema.
     return kind, Field(default_factory=tuple) if default == () else default
 
 
 if TYPE_CHECKING:
 
     class _Parameters(Body):
-        """Those that code reads from a body by name, for type checkers; :meth:`SamplingFields.sampling` reads all."""
+        """For type checkers: the fields that code reads by name. :meth:`SamplingFields.sampling` reads all fields."""
 
         max_tokens: int | None
         temperature: float
@@ -146,16 +146,16 @@ class SamplingFields(_Parameters):
     ] = None
 
     def sampling(self, **changes: Any) -> SamplingParams:
-        """The sampling parameters, with ``changes`` to them.
+        """The sampling parameters, with ``changes``.
 
         Raises:
-            InvalidRequest: two fields say what the text must match.
+            InvalidRequest: several fields say what the text must match, or a value is out of range.
         """
         values = {name: getattr(self, name) for name in PARAMS if name not in _ELSEWHERE}
         return SamplingParams(**values | {"grammar": only_grammar(self.grammars())} | changes)
 
     def grammars(self) -> Iterable[tuple[str, GrammarSpec]]:
-        """Every field that says what the text must match, and what that is."""
+        """Pairs of name and grammar, for each given field that says what the text must match."""
         if self.json_schema is not None:
             yield "json_schema", schema_grammar(self.json_schema)
         texts: tuple[tuple[str, GrammarKind, str | None], ...] = (
@@ -168,10 +168,10 @@ class SamplingFields(_Parameters):
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
-    """The grammar of the JSON texts that match ``schema``.
+    """The grammar for JSON that matches ``schema``.
 
     Raises:
-        InvalidRequest: it is nested too deeply.
+        InvalidRequest: the schema is nested too deeply.
     """
     try:
         return GrammarSpec("json_schema", json.dumps(schema, ensure_ascii=False))
@@ -180,7 +180,10 @@ def schema_grammar(schema: Mapping[str, Any]) -> GrammarSpec:
 
 
 def only_grammar(given: Iterable[tuple[str, GrammarSpec]]) -> GrammarSpec | None:
-    """The only one of ``given``, pairs of a field's name and its grammar; None: there is none.
+    """The only grammar in ``given``; None: there is none.
+
+    Args:
+        given: pairs of a field's name and its grammar.
 
     Raises:
         InvalidRequest: there are several.

@@ -1,8 +1,8 @@
-r"""Server-Sent Events: a frame, and the response that sends frames.
+r"""Server-Sent Events: how a frame is written, and the response that sends frames.
 
-A stream goes ``Running -> SendingDone -> Done``: frames ``data: <one line of JSON>\n\n`` while its source has some,
-then ``data: [DONE]\n\n`` once, as the last frame, however the source ended. ``: keep-alive\n\n`` is sent after silence
-only. There are no ``id:`` and ``retry:`` lines, and ``event:`` lines only where a format has them.
+A stream goes through ``RUNNING -> SENDING_DONE -> DONE``. It sends frames ``data: <one line of JSON>\n\n`` while its
+source gives some. The last frame is always ``data: [DONE]\n\n``, however the source ended. ``: keep-alive\n\n`` is sent
+only after silence. There are no ``id:`` and ``retry:`` lines, and ``event:`` lines only in formats that need them.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ Frames = AsyncGenerator[bytes, None]
 log = logging.getLogger(__name__)
 
 _MAX_WAITING = 64
-"""Frames held for a client that does not read; then the source is left to wait (and to skip, where it may)."""
+"""Frames held for a client that does not read. When there are more, the source is not read until there is room."""
 
 
 class StreamState(enum.Enum):
-    """Where a stream is; it only moves down this list."""
+    """The state of a stream. It moves only in this order."""
 
     RUNNING = "running"
     SENDING_DONE = "sending_done"
@@ -40,8 +40,8 @@ class StreamState(enum.Enum):
 
 
 def frame(data: Mapping[str, object], event: str | None = None) -> bytes:
-    """One frame: an object as a line of JSON, UTF-8 text unescaped, after the line that names its event, if any."""
-    # A name that is no Unicode is escaped, in a form that JSON reads.
+    """One frame: an object as a line of JSON in UTF-8; before it, if ``event`` is given, an ``event:`` line."""
+    # Text that is not valid Unicode, such as some file names, is escaped in a form that JSON can read.
     line = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
     name = b"event: %b\n" % event.encode() if event is not None else b""
     return b"%bdata: %b\n\n" % (name, line)
@@ -50,17 +50,20 @@ def frame(data: Mapping[str, object], event: str | None = None) -> bytes:
 class EventStream(EventSourceResponse):
     """Sends the frames of a source, then ``[DONE]``.
 
-    A task of its own reads the source for as long as the response lives, so that no timeout ever cancels a read half
-    way and loses a frame; frames that wait already leave in one write. When the response ends, for whatever reason, the
-    source is closed.
+    A separate task reads the source during the whole response, so that no timeout can cancel a read and lose a frame.
+    All waiting frames are sent in one write. When the response ends, for any reason, the source is closed.
 
     Args:
-        frames: the source. A generator that was never started has no cleanup: that is what ``on_close`` is for.
-        failure: the last frames of a stream whose source raised.
-        on_close: called, without waiting, when the stream ends before its source (to cancel the job).
-        keep_alive: seconds of silence before a comment line; 0: never.
-        send_timeout: seconds that a client may leave bytes unread; 0: for ever.
-        open_streams: holds this stream while it is being sent.
+        frames: the source.
+        failure: makes the last frames, before ``[DONE]``, when the source raised.
+        on_close: called when the stream ends before its source, to cancel the job. It must not wait. Closing the
+            source is not enough, because a generator that was never started runs no cleanup.
+        keep_alive: seconds of silence before a comment line is sent; 0: never.
+        send_timeout: seconds that a client may leave bytes unread; 0: no limit.
+        open_streams: this stream is in the set while it is being sent.
+
+    Attributes:
+        state: see :class:`StreamState`.
     """
 
     def __init__(
@@ -85,13 +88,13 @@ class EventStream(EventSourceResponse):
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._error: Exception | None = None
-        self._read = False  # the source has given all it will
+        self._read = False  # whether the source has ended
         self._finishing = False
-        self._silent = False  # a keep-alive is due
+        self._silent = False  # whether a keep-alive is due
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; returns when it is complete or the client has left."""
+        """Send the stream. Returns when it is complete or the client has left."""
         self._sent_at = asyncio.get_running_loop().time()
         self._begin()
         self._open_streams.add(self)
@@ -106,9 +109,10 @@ class EventStream(EventSourceResponse):
             await self.aclose()
 
     async def first_frame(self, seconds: float | None) -> None:
-        """Begin to read before the response begins; returns when a frame is there, or after ``seconds``.
+        """Start to read the source, and wait for the first frame, at most ``seconds`` (None: no limit).
 
-        So a request that fails at once gets the status of its failure, and one that waits long gets its stream.
+        Call it before the response begins. Then a request that fails at once gets the status of its failure, and one
+        that waits long gets its stream.
 
         Raises:
             Exception: what the source raised before its first frame.
@@ -121,7 +125,7 @@ class EventStream(EventSourceResponse):
             raise self._error
 
     def finish(self, error: RbeeError) -> None:
-        """End the stream: what its source has at hand is sent, then ``error`` unless that was all, then ``[DONE]``."""
+        """End the stream: send what is ready, then ``error`` unless the source has ended, then ``[DONE]``."""
         self._finishing = True
         self._room.set()
         asyncio.get_running_loop().call_soon(self._stop, error)
@@ -131,7 +135,7 @@ class EventStream(EventSourceResponse):
         reading = self._reading
         if self._on_close is not None and (reading is None or not reading.done() or reading.cancelled()):
             self._on_close()
-        # Cleanup in a cancelled scope is cancelled too, unless it is shielded.
+        # In a cancelled scope, cleanup is cancelled too, unless it is shielded.
         with anyio.CancelScope(shield=True):
             if reading is not None:
                 reading.cancel()
@@ -164,7 +168,7 @@ class EventStream(EventSourceResponse):
                 if len(self._waiting) >= _MAX_WAITING and not self._finishing:
                     self._room.clear()
                     await self._room.wait()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the client gets its error frame and [DONE]
+        except Exception as error:  # noqa: BLE001 - the client gets an error frame and [DONE] for every failure
             self._end(error)
         else:
             self._end()
@@ -197,7 +201,7 @@ class EventStream(EventSourceResponse):
 
 
 class _IdleTimer:
-    """Calls ``action`` after each ``seconds`` without sending; costs nothing per frame."""
+    """Calls ``action`` after each ``seconds`` without sending. Sending a frame does not touch the timer."""
 
     def __init__(self, seconds: float, idle_since: Callable[[], float], action: Callable[[], None]) -> None:
         self._seconds = seconds
@@ -222,7 +226,7 @@ class _IdleTimer:
 
 
 def _public(error: Exception) -> RbeeError:
-    """What a client may know of ``error``."""
+    """The error that a client may see: the error itself, or a general one if it was not expected."""
     if isinstance(error, RbeeError):
         return error
     log.error("a stream failed", exc_info=error)

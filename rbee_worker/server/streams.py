@@ -1,4 +1,4 @@
-"""The streams of all routes, and their requests that wait for a load: ``serve --hold-requests``."""
+"""Makes the streams of all routes, and holds requests during a load (``serve --hold-requests``)."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from rbee_worker.worker.worker import Worker
 
 
 class Cancellable(Protocol):
-    """A job, or several."""
+    """One or several jobs."""
 
     def cancel(self) -> object:
-        """Ask for the end."""
+        """Cancel them. Does not wait for their end."""
 
 
 J = TypeVar("J", bound=Cancellable)
@@ -24,10 +24,10 @@ Failure = Callable[[RbeeError], bytes]
 
 
 class Streams:
-    """Makes the streams of all routes; holds ``max_queue`` requests at most until a load has ended.
+    """Makes the streams of all routes. At most ``max_queue`` requests are held until a load has ended.
 
     Attributes:
-        open: those that are being sent now.
+        open: the streams that are being sent now.
     """
 
     def __init__(self, worker: Worker, config: ServerConfig) -> None:
@@ -37,7 +37,7 @@ class Streams:
         self._held = 0
 
     def of(self, frames: Frames, failure: Failure, on_close: Callable[[], object] | None = None) -> EventStream:
-        """The stream of some frames; see :class:`~rbee_worker.server.sse.EventStream`."""
+        """A stream of ``frames``. The arguments are those of :class:`~rbee_worker.server.sse.EventStream`."""
         return EventStream(
             frames,
             failure=failure,
@@ -50,17 +50,17 @@ class Streams:
     async def of_jobs(
         self, size: int, submit: Callable[[], J], frames: Callable[[J], Frames], failure: Failure
     ) -> EventStream:
-        """The stream of the jobs that ``submit()`` gives, once a load has ended where the request is to be held.
+        """Submit jobs, and return their stream. With ``hold_requests``, jobs are submitted after a running load.
 
         Args:
             size: of the request; see :func:`~rbee_worker.server.http.envelope.off_loop`.
-            submit: submits the request.
-            frames: those of what was submitted; closing them cancels it.
-            failure: the last frames of a stream that fails.
+            submit: submits the jobs.
+            frames: gives the frames of the jobs. Closing them cancels the jobs.
+            failure: makes the last frames of a stream that fails.
 
         Raises:
-            QueueFull: as many requests are held as may.
-            RbeeError: what ``submit()`` raises, unless the request is held: then its stream says so.
+            QueueFull: too many requests are held.
+            RbeeError: what ``submit()`` raises. If the request is held, its stream carries the error instead.
         """
         if self._config.hold_requests and self._worker.changing:
             if self._held >= self._config.max_queue:
@@ -77,7 +77,7 @@ class Streams:
             self._held -= 1
         submission = asyncio.ensure_future(off_loop(size, submit))
         try:
-            # Shielded: a client that leaves just now must not leave behind a job that nobody knows of.
+            # Shielded: if the client leaves now, the submission still ends, and its jobs can be cancelled.
             jobs = await asyncio.shield(submission)
         except asyncio.CancelledError:
             submission.add_done_callback(_cancel_unwanted)

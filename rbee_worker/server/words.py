@@ -1,4 +1,4 @@
-"""Errors in the words of HTTP: what a client can send, and else what the one who starts the worker can say."""
+"""Puts errors into words for HTTP: with fields of requests, or with options of the worker."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -8,14 +8,14 @@ from rbee_worker.errors import ModelNotLoaded, RbeeError, Setting, sentence
 _HINTS: Final[Mapping[type[RbeeError], str]] = {
     ModelNotLoaded: "Load one with POST /v1/loading, or start the worker with --model.",
 }
-"""What to do about an error that says all by its class."""
+"""Class of an error -> what to do about it."""
 
 _IN_REQUESTS: Final = frozenset({"device", "dtype", "quantize"})
-"""Settings that the body of ``POST /v1/loading`` may have; the others are options of the worker."""
+"""Settings that are fields of ``POST /v1/loading``. All others are options of the worker."""
 
 
 def in_words(error: RbeeError) -> str:
-    """The message of an error, with what to do about it."""
+    """The message of an error, and what to do about it."""
     advice = _HINTS.get(type(error)) or error.advice(_setting)
     return f"{sentence(error.message)} {advice}" if advice else error.message
 
