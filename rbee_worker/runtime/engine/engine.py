@@ -173,8 +173,8 @@ class Engine:
     def step(self) -> JobEvents:
         """Move the running sequences: admit, one forward pass, sample, and emit.
 
-        A failing forward pass ends every running sequence with an ``error`` event, a failing sampler its own; the
-        engine goes on.
+        A failing forward pass ends every running sequence with an ``error`` event; a failing admission or sampler
+        ends its own. The engine goes on.
         """
         self._move()
         return self._take()
@@ -194,17 +194,16 @@ class Engine:
             with panics_as_errors():
                 self._run()
         except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
-            self._fail(error)
+            self._fail(error, self._scheduler.running)
         self._retire()
 
     def _begin(self) -> None:
         for sequence in self._scheduler.take_ended(time.monotonic()):
             self._emit(sequence, _end(sequence))
-        try:
-            with panics_as_errors():
-                self._admit()
-        except Exception as error:  # noqa: BLE001  (as in a step)
-            self._fail(error)
+        if self.model is None:
+            self._fail(ModelNotLoaded("Model not loaded"), self._sequences.values())
+        else:
+            self._admit(self.model)
 
     def _emit(self, sequence: Sequence, events: Iterable[InferenceEvent]) -> None:
         self._emitted.extend((sequence.job_id, event) for event in events)
@@ -221,22 +220,25 @@ class Engine:
         if self._sequences:
             raise Conflict(f"{len(self._sequences)} jobs still run on the model before.")
 
-    def _admit(self) -> None:
-        model = self.model
-        if model is None:
-            raise ModelNotLoaded("Model not loaded")
+    def _admit(self, model: LoadedModel) -> None:
         pool = model.transformer.cache.pool
+        tried: list[Sequence] = []
 
         def new_cache(sequence: Sequence) -> SequenceCache:
+            tried[:] = [sequence]
             # The last token is always computed: its logits give the next one.
             prefix = sequence.tokens[:-1] if sequence.shares_prefix else ()
             rotation = model.transformer.rotation_for(len(sequence.tokens))
             return SequenceCache(pool, prefix, headroom=sequence.tokens_left, rotation=rotation)
 
-        for sequence, cache in self._scheduler.admit(new_cache):
-            self._counts.prefix_query_tokens += len(sequence.tokens) if self.config.prefix_cache else 0
-            self._counts.prefix_hit_tokens += cache.reused
-            self._emit(sequence, sequence.admit(model.name, cache))
+        try:
+            with panics_as_errors():
+                for sequence, cache in self._scheduler.admit(new_cache):
+                    self._emit(sequence, sequence.admit(model.name, cache))
+                    self._counts.prefix_query_tokens += len(sequence.tokens) if self.config.prefix_cache else 0
+                    self._counts.prefix_hit_tokens += cache.reused
+        except Exception as error:  # noqa: BLE001  (those that have their places go on)
+            self._fail(error, tried)
 
     def _run(self) -> None:
         """One forward pass over every running sequence's share, and a token for each whose prompt is computed."""
@@ -271,10 +273,8 @@ class Engine:
         self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
         self._batch_sizes[len(shares)] += 1
 
-    def _fail(self, error: Exception) -> None:
-        failed = [sequence for sequence in self._scheduler.running if not sequence.finished]
-        if self.model is None:
-            failed.extend(self._scheduler.waiting)
+    def _fail(self, error: Exception, sequences: Iterable[Sequence]) -> None:
+        failed = [sequence for sequence in sequences if not sequence.finished]
         if failed and not isinstance(error, InferenceError):
             logger.error("a step failed", exc_info=error)
         message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"

@@ -2,7 +2,7 @@
 
 import bisect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, CacheFull
@@ -67,13 +67,16 @@ class Scheduler:
             self.remove(sequence)
         return ended
 
-    def admit(self, new_cache: Callable[[Sequence], SequenceCache]) -> list[tuple[Sequence, SequenceCache]]:
+    def admit(self, new_cache: Callable[[Sequence], SequenceCache]) -> Iterator[tuple[Sequence, SequenceCache]]:
         """Give free places to waiting sequences, as long as the cache has room for their prompts.
 
+        Each is yielded with its blocks before the next one is looked at, so that whoever takes it owns them, whatever
+        happens later.
+
         Args:
-            new_cache: makes a sequence's table of blocks; it begins with the cached prefix of its prompt.
+            new_cache: makes a sequence's table of blocks; it begins with the cached prefix of its prompt. When it
+                raises, the sequence goes on waiting.
         """
-        admitted: list[tuple[Sequence, SequenceCache]] = []
         running = Counter(sequence.client for sequence in self.running)
         awaited, self._awaiting = self._awaiting, {}
         for sequence in self.waiting.in_turn(running):
@@ -94,8 +97,7 @@ class Scheduler:
                 break
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=lambda other: other.arrival)
-            admitted.append((sequence, cache))
-        return admitted
+            yield sequence, cache
 
     def schedule(self) -> list[Scheduled]:
         """The shares of the next step, in order of arrival. Room in the cache is reserved for each."""

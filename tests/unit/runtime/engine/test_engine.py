@@ -20,6 +20,7 @@ from rbee_worker.events import (
     Started,
     Token,
 )
+from rbee_worker.runtime.cache.kv_cache import Rotation
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Batch
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
@@ -237,6 +238,27 @@ def test_a_failing_step_fails_its_jobs_and_the_engine_goes_on(engine: Engine, mo
     assert isinstance(events[-1], InferenceFailed)
     assert events[-1].code == "INFERENCE_FAILED"
     assert_whole_stream(list(engine.generate(request())))
+
+
+def test_one_that_cannot_be_admitted_fails_alone_and_leaves_no_block_taken(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.model is not None
+    transformer = engine.model.transformer
+    rotation_for = transformer.rotation_for
+    first, second, third = (engine.submit(request(prompt)) for prompt in ("hello", "a longer one", "again"))
+
+    def failing(tokens: int) -> Rotation:  # a fake: nothing real fails here
+        if tokens == second.prompt_tokens:
+            raise MemoryError
+        return rotation_for(tokens)
+
+    monkeypatch.setattr(transformer, "rotation_for", failing)
+    streams = run(engine)
+    assert [type(event) for event in streams[second.job_id]] == [InferenceFailed]
+    for sequence in (first, third):
+        assert_whole_stream(streams[sequence.job_id])
+    assert transformer.cache.pool.use.used == 0
 
 
 def test_what_nobody_expected_is_logged(
