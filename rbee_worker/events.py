@@ -262,7 +262,8 @@ class End(InferenceEvent):
 
     Attributes:
         tokens_out: tokens generated, without the end-of-sequence token.
-        decode_time_ms: milliseconds from the first generated token to the last.
+        decode_time_ms: milliseconds from the first generated token to the last; that of the end-of-sequence token is
+            not counted, as the token is not.
         stop_reason: why generation ended.
         stop_sequence_matched: the stop string, when ``stop_reason`` is ``stop_sequence``.
         prompt_tokens: tokens of the prompt.

@@ -163,12 +163,13 @@ class Sequence:
         """Take a generated token: the text it completes, and the end when it is one."""
         token = sampled.token
         self.sampler.accept(token)
-        self._last_at = time.monotonic()
+        now = time.monotonic()
         if not self._first_at:
-            self._first_at = self._last_at
+            self._first_at = self._last_at = now
         if token in self._eos_ids:
             yield from self._finish("eos")
             return
+        self._last_at = now  # of those that are counted: the end token is not, so neither is its time
         self.tokens.append(token)
         self._tokens_out += 1
         if sampled.likelihood is not None:
