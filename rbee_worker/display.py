@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
+from rbee_worker.escape import printable
 from rbee_worker.events import (
     Downloading,
     End,
@@ -300,7 +301,7 @@ def describe(event: LoadingEvent) -> str:
             text = f"cancelled, {event.vram_mb_freed:,} MiB freed"
         case _:
             text = event.stage
-    return text
+    return printable(text)  # names of files and models
 
 
 def describe_end(event: End) -> str:

@@ -39,6 +39,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rbee_worker.escape import printable
+
 Setting = Literal["device", "dtype", "quantize", "max_context", "kv_cache_memory"]
 """Names of settings: fields of :class:`rbee_worker.config.EngineConfig`."""
 
@@ -88,9 +90,10 @@ class RbeeError(Exception):
         remedies: Sequence[Remedy] = (),
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        # Paths and whatever else a message names may hold anything, and it is shown on terminals and in logs.
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
         self.remedies = tuple(remedies)
         self.retry_after = retry_after
 

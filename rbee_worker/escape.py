@@ -11,7 +11,18 @@ def quoted(text: object) -> str:
     return shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """The text with everything escaped that is not printable: control characters, ends of lines, marks of direction."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def one_line(text: str) -> str:
     """Untrusted text for a message: on one line, control characters escaped, cut at 300 characters."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
+    # Of what may be megabytes only the beginning is looked at.
+    line = printable(" ".join(text[: 2 * _LONGEST_LINE].split()))
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as :func:`one_line`; its type where it says nothing."""
+    return one_line(str(error)) or type(error).__name__

@@ -10,6 +10,8 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, get_args
 
+from rbee_worker.escape import printable
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 LOG_LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
@@ -115,8 +117,8 @@ class TextFormatter(logging.Formatter):
         """The record in one line, with its extras at the end. At ``debug`` a traceback follows."""
         extras = "".join(f" {key}={_quoted(value)}" for key, value in vars(record).items() if key not in _STANDARD)
         line = f"{_timestamp(record.created)} {record.levelname} {record.name}: {record.getMessage()}{extras}"
-        # Text from outside must not be able to make a second line that looks like a record.
-        line = line.replace("\r", "\\r").replace("\n", "\\n")
+        # Text from outside must not be able to make a second line that looks like a record, or to draw.
+        line = printable(line)
         if record.exc_info and record.exc_info[1] is not None:
             traceback = self.formatException(record.exc_info) if self._tracebacks else ""
             line += f"\n{traceback}" if traceback else f" ({_one_line(record.exc_info[1])})"
@@ -256,7 +258,7 @@ def _timestamp(seconds: float) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _quoted(value: object) -> str:

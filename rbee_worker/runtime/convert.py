@@ -230,7 +230,8 @@ def _is_complete(plan: _Plan) -> bool:
             return True
         if found.get("converted_by") == plan.metadata["converted_by"]:
             raise InvalidRequest(
-                f"{out} holds a conversion of {found.get('source')} to {found.get('dtype')}.",
+                f"{out} holds a conversion of {one_line(str(found.get('source')))} to "
+                f"{one_line(str(found.get('dtype')))}.",
                 hint="Name another folder.",
             )
     elif (out / PARTIAL_NAME).is_file():

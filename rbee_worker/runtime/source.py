@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
-from rbee_worker.escape import quoted
+from rbee_worker.escape import printable, quoted
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.table import parse_config
 from rbee_worker.runtime.formats.checkpoint import Checkpoint
@@ -294,7 +294,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _name_of(folder: Path) -> str:
-    return folder.resolve().name or "model"
+    return printable(folder.resolve().name) or "model"
 
 
 def _from_folder(folder: Path, name: str) -> ModelSource:
@@ -312,10 +312,10 @@ def _from_folder(folder: Path, name: str) -> ModelSource:
 
 def _from_file(path: Path) -> ModelSource:
     if path.suffix == ".gguf":
-        return ModelSource(path.stem, path, "gguf")
+        return ModelSource(printable(path.stem), path, "gguf")
     if path.suffix == ".safetensors":
         # Most of these files are called model.safetensors, so the folder's name tells more.
-        name = _name_of(path.absolute().parent) if path.stem == "model" else path.stem
+        name = _name_of(path.absolute().parent) if path.stem == "model" else printable(path.stem)
         source = ModelSource(name, path, "safetensors")
         _require_beside(source)
         return source

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
-from rbee_worker.escape import quoted
+from rbee_worker.escape import one_line, quoted
 
 MAX_JSON_BYTES = 2**25
 """Bytes of a JSON text, such as a safetensors header or an index file. The format allows headers of 100 MB. But an
@@ -229,7 +229,7 @@ class ConfigReader:
             if key in self.read or key in HARMLESS or _is_off(key, value) or not _MATHEMATICAL.search(key):
                 continue
             raise ModelUnsupported(
-                f"{self.file}: {key} is {value!r:.80}, which this worker does not handle for {family}.",
+                f"{self.file}: {one_line(key)} is {value!r:.80}, which this worker does not handle for {family}.",
                 hint="It may change what the model computes, so the model is not run without it.",
             )
 

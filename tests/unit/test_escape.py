@@ -1,6 +1,22 @@
 """Text from outside in a message: short, on its line, without control characters."""
 
-from rbee_worker.escape import one_line, quoted
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from rbee_worker.errors import ModelError
+from rbee_worker.escape import one_line, quoted, reason
+from rbee_worker.runtime.architecture.table import parse_config
+from rbee_worker.runtime.formats.checkpoint import Checkpoint
+from rbee_worker.runtime.formats.quantized.methods import present
+from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
+from rbee_worker.runtime.tokenizer.gguf import build_tokenizer
+from tests.tiny import CONFIG
+
+DRAWS = "x\x1b[31m\ny"
+GROUP = {"targets": ["re:(?" + DRAWS], "weights": {"num_bits": 4}}
 
 
 def test_quoted_is_short_and_printable() -> None:
@@ -13,3 +29,43 @@ def test_quoted_is_short_and_printable() -> None:
 def test_text_from_outside_stays_on_one_line_and_cannot_draw() -> None:
     assert one_line("two\r\nlines\x1b[31m \u202eé") == "two lines\\x1b[31m \\u202eé"
     assert len(one_line("x" * 1000)) == 301
+
+
+def test_whatever_a_message_names_it_is_printable() -> None:
+    error = ModelError("/models/a\x1b[2J\nb: no such file.", hint="There are: c\x9b2J")
+    assert str(error) == r"/models/a\x1b[2J\nb: no such file. There are: c\x9b2J"
+    assert (error.message, error.hint) == (r"/models/a\x1b[2J\nb: no such file.", r"There are: c\x9b2J")
+
+
+def test_the_reason_is_what_an_exception_says_or_its_type() -> None:
+    assert reason(OSError("two\nlines\x1b")) == r"two lines\x1b"
+    assert reason(MemoryError()) == "MemoryError"
+
+
+def config(**values: object) -> None:
+    parse_config(CONFIG | values, file="config.json")
+
+
+def quantized(**options: object) -> None:
+    empty = Checkpoint(MappingProxyType({}), ())
+    present(empty, {"quantization_config": options})
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: config(architectures=[DRAWS]),
+        lambda: config(hidden_act=DRAWS),
+        lambda: config(vocab_size=DRAWS),
+        lambda: config(**{"rope" + DRAWS: 2}),
+        lambda: quantized(quant_method=DRAWS),
+        lambda: quantized(quant_method="awq", bits=4, group_size=32, **{DRAWS: 1}),
+        lambda: quantized(quant_method="compressed-tensors", format="pack-quantized", config_groups={DRAWS: GROUP}),
+        lambda: ChatTemplate("{% " + DRAWS + " %}", {}),
+        lambda: build_tokenizer({"tokenizer.ggml.model": DRAWS}),
+    ],
+)
+def test_what_a_file_says_cannot_draw_in_a_message(read: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError) as caught:
+        read()
+    assert str(caught.value).isprintable()

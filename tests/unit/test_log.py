@@ -50,10 +50,10 @@ def test_an_extra_never_replaces_a_field(capsys: pytest.CaptureFixture[str]):
 def test_text_is_one_line_whatever_the_message(capsys: pytest.CaptureFixture[str]):
     log.configure("warning", "text")
     logging.getLogger("x").info("not shown")
-    logging.getLogger("x").warning("two\r\nlines", extra={"correlation_id": "c"})
+    logging.getLogger("x").warning("two\r\nlines\x1b[2J", extra={"correlation_id": "c"}, exc_info=OSError("\x1b[2J"))
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert err.endswith("WARNING x: two\\r\\nlines correlation_id=c\n")
+    assert err.endswith("WARNING x: two\\r\\nlines\\x1b[2J correlation_id=c (OSError: \\x1b[2J)\n")
 
 
 def test_a_value_in_text_cannot_forge_another(capsys: pytest.CaptureFixture[str]):

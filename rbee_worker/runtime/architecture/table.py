@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import one_line
 from rbee_worker.runtime.architecture import readers
 from rbee_worker.runtime.architecture.config import Activation, LayerTraits, ModelConfig
 from rbee_worker.runtime.architecture.rope import read_rope, rotary_size
@@ -285,7 +286,7 @@ def _architecture_name(config: Mapping[str, Any], file: str) -> str:
     name: str = names[0]
     if name not in ARCHITECTURES:
         raise ModelUnsupported(
-            f"{file}: architecture {name} is not supported.", hint=f"Supported: {', '.join(supported())}."
+            f"{file}: architecture {one_line(name)} is not supported.", hint=f"Supported: {', '.join(supported())}."
         )
     return name
 

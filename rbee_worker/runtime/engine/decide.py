@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rbee_worker.errors import InferenceError
+from rbee_worker.escape import reason
 from rbee_worker.events import InferenceEvent
 from rbee_worker.runtime.engine.sampler import Sampled, sample
 from rbee_worker.runtime.engine.sequence import Sequence
@@ -86,4 +87,4 @@ def _take(sequence: Sequence, outcome: Sampled | Exception) -> Iterator[Inferenc
     if problem is not None:
         if not isinstance(problem, InferenceError):
             logger.error("sampling failed", exc_info=problem)
-        yield sequence.fail(InferenceError.code, f"Sampling failed: {problem}")
+        yield sequence.fail(InferenceError.code, f"Sampling failed: {reason(problem)}")

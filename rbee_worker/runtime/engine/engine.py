@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
+from rbee_worker.escape import reason
 from rbee_worker.events import InferenceEvent, LoadingEvent
 from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, PoolUse
@@ -277,7 +278,7 @@ class Engine:
         failed = [sequence for sequence in sequences if not sequence.finished]
         if failed and not isinstance(error, InferenceError):
             logger.error("a step failed", exc_info=error)
-        message = str(error) if isinstance(error, InferenceError) else f"A step failed: {error}"
+        message = str(error) if isinstance(error, InferenceError) else f"A step failed: {reason(error)}"
         for sequence in failed:
             self._emit(sequence, [sequence.fail(InferenceError.code, message)])
 

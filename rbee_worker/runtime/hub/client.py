@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rbee_worker import __version__
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound, ModelUnsupported, sentence
-from rbee_worker.escape import quoted
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.formats.safetensors import INDEX_NAME, SINGLE_NAME, TEMPLATES_FOLDER
 from rbee_worker.runtime.hub.transfer import ConnectionLost, Refused, RemoteFile, Transfer
 from rbee_worker.runtime.untrusted import read_json_object
@@ -228,7 +228,7 @@ class HubClient:
                 f"{self._model}: {len(templates)} chat templates in {TEMPLATES_FOLDER}; "
                 f"at most {MAX_TEMPLATES} are read."
             )
-        names = templates | {name for name in siblings if "/" not in name}
+        names = templates | {name for name in siblings if "/" not in name and name.isprintable()}
         files = {
             name: self._remote(siblings[name], info.sha)
             for name in sorted(names)
@@ -249,7 +249,7 @@ class HubClient:
             given = self._hub.get_hf_file_metadata(url, timeout=self._seconds, endpoint=self._endpoint)
             size, digest = given.size, given.etag
         if size is None or not digest or not re.fullmatch(r"\w+", digest):
-            raise ValueError(f"it gives no size or no ETag for {file.rfilename}")
+            raise ValueError(f"it gives no size or no ETag for {quoted(file.rfilename)}")
         algorithm: Literal["sha256", "git-sha1"] = "sha256" if _SHA256.fullmatch(digest) else "git-sha1"
         known = _SHA256.fullmatch(digest) or COMMIT.fullmatch(digest)
         return RemoteFile(
@@ -430,7 +430,7 @@ def unreachable(model: HubModel, why: str) -> ModelNotFound:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _some(names: list[str]) -> str:

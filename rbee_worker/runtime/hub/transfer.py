@@ -22,7 +22,8 @@ from typing import Any, Final, Literal
 
 import httpx
 
-from rbee_worker.errors import DiskFull, ModelError, ModelMalformed, ModelNotFound
+from rbee_worker.errors import DiskFull, ModelError, ModelMalformed, ModelNotFound, sentence
+from rbee_worker.escape import reason
 
 WORKERS: Final = 4
 """How many files are fetched at the same time."""
@@ -324,7 +325,7 @@ class Transfer:
     def _gave_up(self, file: RemoteFile, tries: int, error: Exception) -> ModelNotFound:
         return ModelNotFound(
             f"{file.name}: the download broke off {tries} times in a row at {self._done[file.name]:,} of "
-            f"{file.size:,} bytes: {str(error) or type(error).__name__}.",
+            f"{file.size:,} bytes: {sentence(reason(error))}",
             hint="Check the network and load it again: what arrived is kept, and the download goes on from there.",
         )
 

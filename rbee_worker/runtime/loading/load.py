@@ -11,7 +11,7 @@ import torch
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
 from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, Setting, sentence
-from rbee_worker.escape import one_line
+from rbee_worker.escape import one_line, reason
 from rbee_worker.events import (
     LoadCancelled,
     LoadFailed,
@@ -308,11 +308,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def failure_message(error: BaseException) -> str:
     """What a load says of an error that nobody expected."""
-    return f"Loading failed: {sentence(one_line(str(error)) or type(error).__name__)}"
+    return f"Loading failed: {sentence(reason(error))}"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def release_memory() -> None:

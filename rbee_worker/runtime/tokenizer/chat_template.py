@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rbee_worker.config import Message
 from rbee_worker.errors import InvalidRequest, ModelMalformed, sentence
+from rbee_worker.escape import one_line
 
 _SECONDS = 5.0
 """How long a template may run. Usual templates take milliseconds."""
@@ -112,7 +113,9 @@ class ChatTemplate:
             self._named = {name: environment.from_string(text) for name, text in chosen.items()}
             values = [node.value for text in (source, *chosen.values()) for node in _constants(environment, text)]
         except (TemplateError, RecursionError) as error:
-            raise ModelMalformed(f"The model's chat template cannot be compiled: {sentence(str(error))}") from error
+            raise ModelMalformed(
+                f"The model's chat template cannot be compiled: {sentence(one_line(str(error)))}"
+            ) from error
         self.constants = frozenset(value for value in values if isinstance(value, str))
 
     def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
@@ -165,7 +168,7 @@ def _reason(refusal: Exception, messages: Sequence[Message]) -> str:
     text = str(refusal).strip().rstrip(".")
     parts = [part for message in messages for part in message.values() if part not in _ROLES]
     quoted = any(part and str(part) in text for part in parts)
-    return "" if quoted or not text else f": {text}"
+    return "" if quoted or not text else f": {one_line(text)}"
 
 
 class _Refusal(TemplateError):

@@ -12,7 +12,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.escape import quoted
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.formats.gguf.header import special_token, strings
 from rbee_worker.runtime.formats.gguf.model import GGUFModel
 from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -113,7 +113,9 @@ def _build_sentencepiece(fields: Mapping[str, Any], file: str) -> Tokenizer:
     try:
         kinds = [PieceType(kind) for kind in types]
     except ValueError as error:
-        raise ModelMalformed(f"{file}: tokenizer.ggml.token_type: {error}.", hint=_DOWNLOAD_AGAIN) from error
+        raise ModelMalformed(
+            f"{file}: tokenizer.ggml.token_type: {one_line(str(error))}.", hint=_DOWNLOAD_AGAIN
+        ) from error
     unknown = fields.get("tokenizer.ggml.unknown_token_id")
     if unknown is None:
         unknown = kinds.index(PieceType.UNKNOWN) if PieceType.UNKNOWN in kinds else -1

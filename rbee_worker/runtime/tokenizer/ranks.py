@@ -15,7 +15,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported, sentence
-from rbee_worker.escape import quoted
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.tokenizer.byte_level import CHAR_OF
 from rbee_worker.runtime.tokenizer.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from rbee_worker.runtime.untrusted import parse_json_object
@@ -145,7 +145,9 @@ def build_tekken(data: bytes, *, file: str = "tekken.json") -> Tokenizer:
     try:
         return build_from_ranks(ranks, PreTokenizer(split=pattern), special=special)
     except Exception as error:  # the library raises plain Exception for a wrong pattern
-        raise ModelMalformed(f"{file}: its pattern is refused: {sentence(str(error)[:120])}", hint=_HINT) from error
+        raise ModelMalformed(
+            f"{file}: its pattern is refused: {sentence(one_line(str(error)[:120]))}", hint=_HINT
+        ) from error
 
 
 def family_of(config: Mapping[str, Any], families: Mapping[str, PreTokenizer], *, file: str) -> PreTokenizer:

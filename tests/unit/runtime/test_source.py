@@ -96,6 +96,10 @@ def test_names_the_missing_file(model_folder: Folder, missing: str, named: str) 
     assert caught.value.exit_code == 3
 
 
+def test_a_name_is_printable(model_folder: Folder) -> None:
+    assert resolve(str(model_folder("x\x1b[2J\ny"))).name == r"x\x1b[2J\ny"
+
+
 def test_names_both_missing_files(model_folder: Folder) -> None:
     folder = model_folder(**{"config.json": None, "tokenizer.json": None})
     with pytest.raises(ModelNotFound) as caught:

@@ -235,7 +235,9 @@ class GGUFModel:
     def _refuse_experts(self) -> None:
         experts = self._value("expert_count", 0)
         if experts:
-            raise ModelUnsupported(f"{self.path.name}: a mixture of {experts} experts in a GGUF file is not supported.")
+            raise ModelUnsupported(
+                f"{self.path.name}: a mixture of {quoted(experts)} experts in a GGUF file is not supported."
+            )
 
     def _token_ids(self) -> dict[str, Any]:
         roles = (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.escape import quoted
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.options import QuantizationReader
 from rbee_worker.runtime.formats.quantized.tensor import FLOATS, WORD_BITS, Grouped, Packing, Stored, groups_of, names
@@ -184,7 +184,9 @@ def _patterns(options: QuantizationReader, key: str) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ModelMalformed(f"{options.file}: {options.where}.{key}: {quoted(pattern)}: {error}.") from error
+            raise ModelMalformed(
+                f"{options.file}: {options.where}.{key}: {quoted(pattern)}: {one_line(str(error))}."
+            ) from error
         if len(re.findall(r"[*+{]", pattern)) > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
             raise options.unsupported(key, pattern, f"Expressions may repeat {_MAX_REPEATS} things, and no groups.")
     return found

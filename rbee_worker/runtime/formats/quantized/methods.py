@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rbee_worker.errors import ModelUnsupported
+from rbee_worker.escape import one_line
 from rbee_worker.runtime.formats.checkpoint import Checkpoint
 from rbee_worker.runtime.formats.quantized.bitsandbytes import read_bitsandbytes
 from rbee_worker.runtime.formats.quantized.compressed import read_compressed
@@ -53,7 +54,7 @@ def read_quantization(reader: ConfigReader) -> tuple[Format, tuple[str, ...]] | 
         return None
     if method not in METHODS:
         raise ModelUnsupported(
-            f"{reader.file}: the checkpoint is quantized ({method:.80}), which this worker does not read.",
+            f"{reader.file}: the checkpoint is quantized ({one_line(method)}), which this worker does not read.",
             hint=f"Read are {', '.join(METHODS)}; or use the original checkpoint.",
         )
     return METHODS[method](options)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import one_line
 from rbee_worker.runtime.untrusted import ConfigReader
 
 _KEYS: Final = ("quantization_config", "compression_config")
@@ -67,7 +68,11 @@ class QuantizationReader(ConfigReader):
     def inside(self, key: str) -> "QuantizationReader | None":
         """An object inside this one; None where it is null, empty or missing. Raises as :meth:`section` does."""
         section = self.section(key)
-        return None if section is None else QuantizationReader(section.values, self.file, where=f"{self.where}.{key}")
+        return (
+            None
+            if section is None
+            else QuantizationReader(section.values, self.file, where=f"{self.where}.{one_line(key)}")
+        )
 
     def refuse_others(self, harmless: Collection[str] = ()) -> None:
         """Refuse options that were not read, unless they are harmless or their value is false, null, 0 or empty.
@@ -82,7 +87,7 @@ class QuantizationReader(ConfigReader):
     def unsupported(self, key: str, value: object, hint: str) -> ModelUnsupported:
         """Make an error about an option's value."""
         return ModelUnsupported(
-            f"{self.file}: {self.where}.{key} is {value!r:.80}, which this worker does not read.", hint=hint
+            f"{self.file}: {self.where}.{one_line(key)} is {value!r:.80}, which this worker does not read.", hint=hint
         )
 
 

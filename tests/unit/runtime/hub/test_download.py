@@ -78,6 +78,14 @@ def test_paths_that_lead_elsewhere_are_not_followed(hub: HubServer, tmp_path: Pa
     assert list(tmp_path.rglob("a.jinja")) == []
 
 
+def test_a_file_whose_name_would_draw_is_not_taken_for_weights(hub: HubServer) -> None:
+    files = hub.repos["org/tiny"].files
+    files["x\x1b[2J.safetensors"] = files.pop("model.safetensors")
+    del files["pytorch_model.bin"]
+    with pytest.raises(ModelNotFound, match="no weights in this repository"):
+        fetch()
+
+
 def test_chat_templates_are_bounded(hub: HubServer) -> None:
     repo = hub.repos["org/tiny"]
     templates = {f"{FOLDER}/{i}.jinja": b"%d" % i for i in range(MAX_TEMPLATES)}
