@@ -111,15 +111,37 @@ def test_tls_streams_drains_and_takes_a_renewed_certificate(
         assert time.monotonic() - began < 10
 
 
-def served_serial(worker: Served, authority: trustme.CA) -> str:
-    """The serial number of the certificate that a new connection is shown."""
+def test_an_idle_client_over_tls_does_not_hold_up_the_end(
+    tmp_path: Path, authority: trustme.CA, trusting: httpx.Client
+) -> None:
+    cert, key = issue(authority, tmp_path)
+    with serving("--no-load", "--tls-cert", str(cert), "--tls-key", str(key), wait=False) as worker:
+        assert trusting.get(f"{worker.url}/health").status_code == 200  # its connection stays open, and nobody reads it
+        with connected(worker, authority) as idle:
+            idle.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert idle.recv(12) == b"HTTP/1.1 200"
+            assert worker.stop() == 0
+            while idle.recv(4096):  # raises where TLS was not ended in order
+                pass
+    assert not [line for line in worker.log if "ERROR" in line]  # uvicorn's, of connections that did not end
+
+
+@contextmanager
+def connected(worker: Served, authority: trustme.CA) -> Iterator[ssl.SSLSocket]:
+    """A connection of its own."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
     host, port = worker.url.removeprefix("https://").rsplit(":", 1)
     with (
         socket.create_connection((host, int(port)), timeout=20) as raw,
-        context.wrap_socket(raw, server_hostname=host) as sock,
+        context.wrap_socket(raw, server_hostname=host, suppress_ragged_eofs=False) as sock,
     ):
+        yield sock
+
+
+def served_serial(worker: Served, authority: trustme.CA) -> str:
+    """The serial number of the certificate that a new connection is shown."""
+    with connected(worker, authority) as sock:
         return str(sock.getpeercert()["serialNumber"])
 
 

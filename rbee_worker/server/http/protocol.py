@@ -6,7 +6,9 @@ served only health and readiness, so that probes do not restart the worker becau
 """
 
 import asyncio
+import contextlib
 import json
+import socket
 import sys
 from typing import Final, NamedTuple
 
@@ -68,6 +70,19 @@ class LimitedProtocol(H11Protocol):
         """Stop the time limit."""
         self._head_arrived()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """End it: at once when it is idle, else behind its answer; called when the server stops.
+
+        Over TLS the transport says goodbye and then waits for the client's goodbye (30 s), which an idle client never
+        sends: it does not read. Nothing obliges a server to wait, so once all is written, reading is ended, upon which
+        the transport closes.
+        """
+        super().shutdown()
+        encrypted = self.transport.get_extra_info("ssl_object") is not None
+        if encrypted and self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # the client was faster
+                self.transport.get_extra_info("socket").shutdown(socket.SHUT_RD)
 
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are not HTTP. uvicorn calls this while it handles the parser's error."""
