@@ -230,19 +230,26 @@ def _background_handlers() -> list[BackgroundHandler]:
 def _write_stderr(line: str) -> bool:
     """Write a line to the current stderr. Returns whether that worked."""
     stream, text = sys.stderr, f"{line}\n"
-    replaced = stream is not sys.__stderr__
+    if stream is None:  # the program was started without stderr
+        return False
     try:
-        if stream is None:  # the program was started without stderr
-            return False
-        if replaced:
+        if (descriptor := _descriptor(stream)) is None:
             stream.write(text)
             stream.flush()
         else:
             # Not through the stream: while nobody reads, its lock would be held, and the interpreter could not end.
-            _write_descriptor(stream.fileno(), text.encode(errors="backslashreplace"))
+            _write_descriptor(descriptor, text.encode(errors="backslashreplace"))
     except Exception:  # noqa: BLE001  (the reader has gone, the disk is full, the stream is closed: the thread goes on)
         return False
     return True
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """What the stream writes to; None: not to a descriptor."""
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, ValueError):  # as streams say it that somebody put in the place of stderr
+        return None
 
 
 def _write_descriptor(descriptor: int, data: bytes) -> None:

@@ -219,8 +219,7 @@ def test_the_figures_and_the_log_of_a_real_worker(tiny: Path) -> None:
 @contextmanager
 def unread(model: Path, *options: str) -> Iterator[Served]:
     """A worker whose stderr is a pipe that nobody reads any more once the address is known and the model is there."""
-    command = [PROGRAM, "serve", "--addr", "127.0.0.1:0", "--model", str(model), *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with start("serve", "--addr", "127.0.0.1:0", "--model", str(model), *options) as process:
         assert process.stderr is not None
         try:
             found = re.search(r"http://[\w.:]+", process.stderr.readline())

@@ -233,11 +233,16 @@ def test_nothing_is_lost_at_the_end_of_a_process():
     assert re.findall(r"line (\d+)\n", done.stderr) == [str(number) for number in range(1000)]
 
 
-def test_a_process_ends_though_nobody_reads():
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "5000"], stderr=subprocess.PIPE)
-    assert process.wait(60) == 0
-    assert process.stderr is not None
-    process.stderr.close()
+REPLACED = "import os, sys; sys.stderr = os.fdopen(2, 'w', buffering=1, closefd=False)"
+
+
+@pytest.mark.parametrize("before", ["", REPLACED], ids=["own", "replaced"])
+def test_a_process_ends_though_nobody_reads(before: str):
+    with subprocess.Popen([sys.executable, "-c", before + PROGRAM, "5000"], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_a_stderr_that_does_not_block_gets_every_line():
