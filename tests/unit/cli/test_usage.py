@@ -74,8 +74,6 @@ def test_options_of_the_contract():
         ["serve", "--addr", "8080"],
         ["serve", "--max-queue", "0"],
         ["serve", "--keep-alive", "-1"],
-        ["serve", "--api-key", ""],
-        ["serve", "--api-key-file", "no-such-file"],
         ["convert", "m"],
     ],
 )
@@ -86,3 +84,11 @@ def test_usage_errors_exit_2(engine: Script, args: list[str]):
     assert "rror" in result.stderr  # Typer's panel, or our "error: "
     assert "Traceback" not in result.stderr
     assert engine.models == []
+
+
+@pytest.mark.parametrize("args", [["--api-key", ""], ["--api-key-file", "no-such-file"]])
+def test_keys_that_will_not_do_exit_2(args: list[str]):
+    result = run("serve", *args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: --api-key")
