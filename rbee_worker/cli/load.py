@@ -1,12 +1,12 @@
 """``rbee-worker load``. ``generate`` uses its functions too."""
 
-import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import typer
 
 from rbee_worker import log
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.failures import Interrupted, interrupts
 from rbee_worker.config import EngineConfig
@@ -74,7 +74,7 @@ def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "En
         Interrupted: a signal came. The load was cancelled and its memory freed.
         RbeeError: the load failed.
     """
-    cancel = threading.Event()
+    cancel = Cancellation()
     with interrupts(cancel.set) as received:
         with sink:
             from rbee_worker.runtime.engine.engine import Engine  # noqa: PLC0415 - torch, seconds of it

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import threading
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, Final, Literal
 
 from tokenizers import Tokenizer
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import ModelError, ModelMalformed, ModelNotFound
 from rbee_worker.escape import printable, quoted
@@ -238,7 +238,7 @@ def resolve(model: str | None, show: Callable[[Step], None] | None = None) -> Mo
 
 
 def fetch(
-    model: HubModel, *, stall_seconds: float, cancel: threading.Event | None = None
+    model: HubModel, *, stall_seconds: float, cancel: Cancellation | None = None
 ) -> Generator[Step, None, ModelSource | None]:
     """Download a model from the hub; see :func:`rbee_worker.runtime.hub.download.download`.
 

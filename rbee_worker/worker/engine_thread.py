@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import Cancelled, InferenceError
 from rbee_worker.runtime.engine.engine import Engine, JobEvents
@@ -19,31 +20,6 @@ from rbee_worker.runtime.loading.load import LoadedModel
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Cancellation(threading.Event):
-    """An event that also calls whoever waits for something else meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._calls: list[Callable[[], object]] = []
-
-    def set(self) -> None:
-        """Set it, and make the calls."""
-        with self._lock:
-            super().set()
-            calls, self._calls = self._calls, []
-        for call in calls:
-            call()
-
-    def on_set(self, call: Callable[[], object]) -> None:
-        """Have ``call`` made once it is set; at once when it is set already."""
-        with self._lock:
-            if not self.is_set():
-                self._calls.append(call)
-                return
-        call()
 
 
 class EngineThread:

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Literal
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import DEFAULT_MODEL, EngineConfig
 from rbee_worker.errors import Conflict, RbeeError, Unavailable
 from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
 from rbee_worker.runtime.loading.load import LoadPlan, failure_message, load_model, release_memory
 from rbee_worker.worker.broadcast import LoadingBroadcast
-from rbee_worker.worker.engine_thread import Cancellation, EngineThread
+from rbee_worker.worker.engine_thread import EngineThread
 
 logger = logging.getLogger(__name__)
 

@@ -99,6 +99,7 @@ MEMORY = """
 import sys, threading, time
 import torch
 from pathlib import Path
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.events import LoadCancelled, LoadingToVram
 from rbee_worker.runtime.engine.engine import Engine
@@ -108,7 +109,7 @@ def resident():
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) // 1024
 
 def cancelled(dtype):
-    cancel = threading.Event()
+    cancel = Cancellation()
     for event in Engine(EngineConfig(dtype=dtype)).load(sys.argv[1], cancel):
         if isinstance(event, LoadingToVram) and event.layers_loaded >= 3:
             most = resident()
@@ -147,6 +148,7 @@ def test_cancelled_loads_leave_nothing_behind(tmp_path: Path) -> None:
 
 STUCK = """
 import os, sys, threading
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.events import LoadCancelled, Stalled
 from rbee_worker.runtime.loading import reader
@@ -162,7 +164,7 @@ class Dead:
         return os.readv(never, [buffer])
 
 reader.open_raw = Dead
-cancel = threading.Event()
+cancel = Cancellation()
 for event in Engine(EngineConfig(stall_seconds=0.2)).load(sys.argv[1], cancel):
     if isinstance(event, Stalled):
         cancel.set()

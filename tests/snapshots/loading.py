@@ -1,7 +1,6 @@
 """The events of loads, as ``--json`` prints them and SSE carries them: a load that succeeds, fails, is cancelled."""
 
 import json
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from unittest import mock
 
 from huggingface_hub import constants
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import RbeeError
 from rbee_worker.events import to_json
@@ -41,7 +41,7 @@ def cut(model: Path) -> Path:
 
 
 def _load(model: str, cancel_at: str = "") -> list[dict[str, Any]]:
-    told, cancel = [], threading.Event()
+    told, cancel = [], Cancellation()
     with suppress(RbeeError):  # its event is the last
         for event in Engine(ENGINE).load(model, cancel):
             told.append(json.loads(to_json(event)))

@@ -4,13 +4,13 @@ Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel`
 """
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import Conflict, DeadlineExceeded, InferenceError, ModelNotLoaded
 from rbee_worker.escape import reason
@@ -63,7 +63,7 @@ class Engine:
         self._counts = _Counts()
         self._batch_sizes: list[int] = []
 
-    def load(self, model: str | None, cancel: threading.Event | None = None) -> Iterator[LoadingEvent]:
+    def load(self, model: str | None, cancel: Cancellation | None = None) -> Iterator[LoadingEvent]:
         """Load a model and make it the one that runs; see :func:`rbee_worker.runtime.loading.load.load_model`.
 
         The model before it is replaced when the new one is ready. It stays when the load fails or is cancelled.
@@ -73,7 +73,7 @@ class Engine:
             RbeeError: after the terminal ``error`` event.
         """
         self._refuse_while_busy()
-        return load_model(model, self.config, cancel or threading.Event(), self.install)
+        return load_model(model, self.config, cancel or Cancellation(), self.install)
 
     def install(self, model: LoadedModel) -> None:
         """Make a loaded model the one that runs.

@@ -7,7 +7,7 @@ the blob that the hub's client looks for first, so that all its other users find
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
-import contextlib
+import math
 import queue
 import threading
 import time
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.events import Downloading, Stalled
 from rbee_worker.runtime.formats.safetensors import INDEX_NAME
 from rbee_worker.runtime.hub.client import COMMIT, HubClient, HubModel, Listing, is_weights, refusal, unreachable
@@ -24,7 +25,6 @@ from rbee_worker.runtime.hub.transfer import Refused, Transfer, disk_full, free_
 
 T = TypeVar("T")
 
-_POLL_SECONDS: Final = 0.1
 _EVENT_SECONDS: Final = 0.25
 _RATE_SECONDS: Final = 5.0
 _MB: Final = 1_000_000
@@ -71,12 +71,13 @@ Step = DownloadProgress | DownloadStalled
 
 
 def download(
-    model: HubModel, *, stall_seconds: float, cancel: threading.Event | None = None
+    model: HubModel, *, stall_seconds: float, cancel: Cancellation | None = None
 ) -> Generator[Step, None, Path | None]:
     """Bring a model into the hub's cache, or find it there.
 
     Nothing is yielded when nothing has to be fetched. Closing the generator, or setting ``cancel``, ends the download
-    within a quarter of a second; what arrived is kept for the next one.
+    at once: threads that do not end within a fraction of a second are left behind. What arrived is kept for the next
+    one.
 
     Args:
         model: the repository.
@@ -93,7 +94,7 @@ def download(
         DiskFull: the files do not fit where the cache is.
     """
     client = HubClient(model)
-    cancel = cancel or threading.Event()
+    cancel = cancel or Cancellation()
     if client.offline or COMMIT.fullmatch(model.revision or ""):
         cached = client.cached()
         if cached is not None:
@@ -114,7 +115,7 @@ def download(
 
 
 def _fetch(
-    client: HubClient, listing: Listing, stall_seconds: float, cancel: threading.Event
+    client: HubClient, listing: Listing, stall_seconds: float, cancel: Cancellation
 ) -> Generator[Step, None, bool]:
     """Fetch what is not in the cache; False when cancelled."""
     if INDEX_NAME in listing.files and listing.path(INDEX_NAME) is None:
@@ -137,28 +138,31 @@ def _fetch(
 
 
 def _follow(
-    transfer: Transfer, meter: "_Meter | None", stall_seconds: float, cancel: threading.Event
+    transfer: Transfer, meter: "_Meter | None", stall_seconds: float, cancel: Cancellation
 ) -> Generator[Step, None, bool]:
     """Run a transfer, saying where it stands (without a meter: only that it stalls); False when cancelled."""
     silence = _Silence(stall_seconds)
+    forget = cancel.on_set(transfer.interrupt)
     try:
         if meter is not None:
             yield meter.begin(transfer)
         transfer.start()
-        shown_at = time.monotonic()
-        while not transfer.wait(_POLL_SECONDS):
+        look_at = time.monotonic() + _EVENT_SECONDS if meter is not None else math.inf
+        while not transfer.wait(min(look_at, silence.due(transfer.last_byte_at)) - time.monotonic()):
             if cancel.is_set():
                 return False
             now = time.monotonic()
-            if meter is not None and now - shown_at >= _EVENT_SECONDS and meter.moved:
-                shown_at = now
-                yield meter.read()
+            if meter is not None and now >= look_at:
+                look_at = now + _EVENT_SECONDS
+                if meter.moved:
+                    yield meter.read()
             if silence.is_due(transfer.last_byte_at):
                 yield DownloadStalled(round(now - transfer.last_byte_at, 1), transfer.reading)
         if meter is not None:
             yield meter.read()
         return True
     finally:
+        forget()
         transfer.close()
 
 
@@ -206,20 +210,25 @@ class _Silence:
         self._seconds = seconds
         self._said_at = time.monotonic()
 
+    def due(self, last_byte_at: float) -> float:
+        """When to say it next, by ``time.monotonic``, if no byte arrives."""
+        return max(last_byte_at, self._said_at) + self._seconds
+
     def is_due(self, last_byte_at: float) -> bool:
         """Whether to say it now."""
         now = time.monotonic()
-        due = now - max(last_byte_at, self._said_at) >= self._seconds
+        due = now >= self.due(last_byte_at)
         if due:
             self._said_at = now
         return due
 
 
 def _await(
-    action: Callable[[], T], stall_seconds: float, cancel: threading.Event
+    action: Callable[[], T], stall_seconds: float, cancel: Cancellation
 ) -> Generator[DownloadStalled, None, T | None]:
     """The result of ``action``, run on a thread so that it can be left alone; None when cancelled."""
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    forget = cancel.on_set(lambda: results.put((None, None)))
 
     def run() -> None:
         try:
@@ -229,13 +238,17 @@ def _await(
 
     began = time.monotonic()
     silence = _Silence(stall_seconds)
-    threading.Thread(target=run, name="hub-listing", daemon=True).start()
-    while not cancel.is_set():
-        with contextlib.suppress(queue.Empty):
-            result, error = results.get(timeout=_POLL_SECONDS)
+    try:
+        threading.Thread(target=run, name="hub-listing", daemon=True).start()
+        while True:
+            try:
+                result, error = results.get(timeout=max(silence.due(began) - time.monotonic(), 0))
+            except queue.Empty:
+                if silence.is_due(began):
+                    yield DownloadStalled(round(time.monotonic() - began, 1), "the hub's listing of the repository")
+                continue
             if error is not None:
                 raise error
             return result
-        if silence.is_due(began):
-            yield DownloadStalled(round(time.monotonic() - began, 1), "the hub's listing of the repository")
-    return None
+    finally:
+        forget()

@@ -139,6 +139,7 @@ class Transfer:
         self._stop = threading.Event()
         self._ended = threading.Condition()
         self._running = 0
+        self._interrupted = False
         self._failure: BaseException | None = None
         self._sockets: list[Any] = []
         self._client = httpx.Client(
@@ -165,14 +166,21 @@ class Transfer:
         for thread in self._threads:
             thread.start()
 
+    def interrupt(self) -> None:
+        """Let :meth:`wait` wait no more; any thread or signal handler may call this."""
+        with self._ended:
+            self._interrupted = True
+            self._ended.notify_all()
+
     def wait(self, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the transfer to end. Returns whether it has ended.
+        """Wait for the transfer to end, at most ``seconds``, and not beyond :meth:`interrupt`. Returns whether it has.
 
         Raises:
             Exception: the failure that ended it: a :class:`ModelError`, :class:`Refused` or what ``install`` raised.
         """
         with self._ended:
-            ended = self._ended.wait_for(lambda: self._running == 0, seconds)
+            self._ended.wait_for(lambda: self._interrupted or self._running == 0, seconds)
+            ended = self._running == 0
         if ended and self._failure is not None:
             raise self._failure
         return ended

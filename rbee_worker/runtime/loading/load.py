@@ -1,7 +1,7 @@
 """Loading a model: the phases, in the order in which their events come."""
 
 import functools
-import threading
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
 from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, Setting, sentence
 from rbee_worker.escape import one_line, reason
@@ -48,7 +49,6 @@ from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 
-_POLL_SECONDS = 0.1
 _EVENT_SECONDS = 0.5
 _WARM_UP_TOKENS = 16
 
@@ -149,7 +149,7 @@ class _CancelledWith(Exception):
 def load_model(
     model: str | None,
     config: EngineConfig,
-    cancel: threading.Event,
+    cancel: Cancellation,
     install: Callable[[LoadedModel], None],
     *,
     plan: LoadPlan | None = None,
@@ -207,7 +207,7 @@ class _Asked:
 
     model: str | None
     config: EngineConfig
-    cancel: threading.Event
+    cancel: Cancellation
     install: Callable[[LoadedModel], None]
     plan: LoadPlan | None
     make_room: Callable[[], object] | None
@@ -242,7 +242,7 @@ def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, N
     yield timeline.event(Ready, report=report)
 
 
-def _check(cancel: threading.Event) -> None:
+def _check(cancel: Cancellation) -> None:
     if cancel.is_set():
         raise Cancelled("The load was cancelled.")
 
@@ -325,7 +325,7 @@ def release_memory() -> None:
 
 
 def _find(
-    model: str | None, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+    model: str | None, timeline: _Timeline, stall_seconds: float, cancel: Cancellation
 ) -> Generator[LoadingEvent, None, ModelSource]:
     """The model's files, downloaded when they are the hub's; Cancelled when it was cancelled meanwhile."""
     located = locate(model)
@@ -365,10 +365,11 @@ def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[Way]:
 
 
 def _read_weights(
-    plan: LoadPlan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: threading.Event
+    plan: LoadPlan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: Cancellation
 ) -> Generator[LoadingEvent, None, None]:
     """Place every part, until it is cancelled."""
     reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage)
+    forget = cancel.on_set(reader.interrupt)
     state = reader.state
     progress = _Progress(plan, transformer, state, timeline, device_info(plan.device).total_bytes // MIB)
     waiting = len(plan.groups)
@@ -376,21 +377,23 @@ def _read_weights(
     try:
         yield progress.event()
         while waiting:
-            part = reader.next_part(_POLL_SECONDS)
+            event_due = event_at + _EVENT_SECONDS
+            stall_due = max(state.last_byte_at, stalled_at) + stall_seconds if state.reads else math.inf
+            part = reader.next_part(min(event_due, stall_due) - time.monotonic())
             if cancel.is_set():
                 return
             now = time.monotonic()
             if part is not None:
                 transformer.place(part)
                 waiting -= 1
-            if part is not None or now - event_at >= _EVENT_SECONDS:
+            if part is not None or now >= event_due:
                 event_at = now
                 yield progress.event()
-            silent = now - max(state.last_byte_at, stalled_at)
-            if silent >= stall_seconds and state.bytes_read < state.bytes_total:
+            if state.reads and now - max(state.last_byte_at, stalled_at) >= stall_seconds:
                 stalled_at = now
                 yield timeline.event(Stalled, seconds=round(now - state.last_byte_at, 1), where=state.reading)
     finally:
+        forget()
         reader.close()
 
 

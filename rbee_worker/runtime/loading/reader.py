@@ -99,6 +99,11 @@ class ReadState:
         """Whether a thread is in such a call."""
         return thread.ident in self._in_system
 
+    @property
+    def reads(self) -> bool:
+        """Whether bytes are still to come."""
+        return self.bytes_read < self.bytes_total
+
     def count(self, nbytes: int) -> None:
         """Bytes have arrived."""
         with self._lock:
@@ -314,6 +319,7 @@ class WeightReader:
         self._window = storage.readers + _AHEAD
         self._changed = threading.Condition()
         self._taken = self._handed_out = 0
+        self._interrupted = False
         self._done: dict[int, Part] = {}
         self._failure: BaseException | None = None
         self._threads = [
@@ -324,7 +330,7 @@ class WeightReader:
             thread.start()
 
     def next_part(self, timeout: float) -> Part | None:
-        """The next part, or None when it is not there within ``timeout`` seconds.
+        """The next part, or None when it is not there within ``timeout`` seconds, or :meth:`interrupt` was called.
 
         Raises:
             StopIteration: every part has been handed out.
@@ -333,7 +339,9 @@ class WeightReader:
         with self._changed:
             if self._handed_out == len(self._groups):
                 raise StopIteration
-            self._changed.wait_for(lambda: self._failure is not None or self._handed_out in self._done, timeout)
+            self._changed.wait_for(
+                lambda: self._interrupted or self._failure is not None or self._handed_out in self._done, timeout
+            )
             if self._failure is not None:
                 raise self._failure
             part = self._done.pop(self._handed_out, None)
@@ -341,6 +349,12 @@ class WeightReader:
                 self._handed_out += 1
                 self._changed.notify_all()
             return part
+
+    def interrupt(self) -> None:
+        """Let :meth:`next_part` wait no more; any thread or signal handler may call this."""
+        with self._changed:
+            self._interrupted = True
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the threads at their next chunk and drop what they hold; one that hangs in a read is left behind."""

@@ -2,13 +2,13 @@
 
 import logging
 import sys
-import threading
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 from rbee_worker import log
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.events import Event, LoadingEvent
 from tests.unit.cli.harness import Script
@@ -36,7 +36,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Script:
         def __init__(self, config: EngineConfig) -> None:
             script.configs.append(config)
 
-        def load(self, model: str | None, cancel: threading.Event) -> Iterator[LoadingEvent]:
+        def load(self, model: str | None, cancel: Cancellation) -> Iterator[LoadingEvent]:
             script.models.append(model)
             return script.noted("load", script.loading(cancel))
 

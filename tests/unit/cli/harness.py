@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.cli.app import app
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.events import Event, LoadingEvent
@@ -24,7 +25,7 @@ def run(*args: str, stdin: str | bytes | None = None, env: dict[str, str] | None
 class Script:
     """What the stand-in engine does, and what it was asked."""
 
-    loading: Callable[[threading.Event], Iterator[LoadingEvent]] = lambda _: iter(LOAD)  # type: ignore[assignment]
+    loading: Callable[[Cancellation], Iterator[LoadingEvent]] = lambda _: iter(LOAD)  # type: ignore[assignment]
     generating: Callable[[], Iterator[Event]] = lambda: iter(JOB)
     configs: list[EngineConfig] = field(default_factory=list)
     models: list[str | None] = field(default_factory=list)

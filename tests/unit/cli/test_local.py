@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import (
@@ -74,7 +75,7 @@ def test_quiet_is_quiet():
 def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeError, code: int, hint: str):
     failed = LoadFailed(code=error.code, message=error.message, seq=1, elapsed_seconds=0.1)
 
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         yield LOAD[0]  # type: ignore[misc]
         yield failed
         raise error
@@ -94,7 +95,7 @@ def test_a_failed_load_is_one_message_and_its_code(engine: Script, error: RbeeEr
 def test_remedies_are_options(engine: Script):
     remedies = [Remedy({"device": "cpu", "max_context": 512}, 1024), Remedy({"kv_cache_memory": "2MiB"}, 3)]
 
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         raise OutOfMemory("m: too big.", remedies=remedies)
         yield
 
@@ -106,7 +107,7 @@ def test_remedies_are_options(engine: Script):
 
 
 def test_where_no_setting_helps_the_command_that_shows_free_memory_is_named(engine: Script):
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         raise OutOfMemory("Memory ran out.", hint="Something else may have taken it.")
         yield
 
@@ -118,7 +119,7 @@ def test_where_no_setting_helps_the_command_that_shows_free_memory_is_named(engi
 
 
 def test_the_unexpected_is_one_line_unless_debug(engine: Script):
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         raise ZeroDivisionError("division\nby zero")
         yield
 
@@ -133,7 +134,7 @@ def test_the_unexpected_is_one_line_unless_debug(engine: Script):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_cancels_the_load_and_draws_it(engine: Script, signum: signal.Signals, code: int):
-    def loading(cancel: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(cancel: Cancellation) -> Iterator[LoadingEvent]:
         yield layers(0, 1)
         os.kill(os.getpid(), signum)
         yield layers(1, 2)
@@ -149,7 +150,7 @@ def test_the_first_signal_cancels_the_load_and_draws_it(engine: Script, signum: 
 
 
 def test_the_second_signal_does_not_wait(engine: Script):
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         yield layers(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -163,7 +164,7 @@ def test_the_second_signal_does_not_wait(engine: Script):
 
 
 def test_a_signal_after_the_last_event_counts(engine: Script):
-    def loading(_: threading.Event) -> Iterator[LoadingEvent]:
+    def loading(_: Cancellation) -> Iterator[LoadingEvent]:
         yield from LOAD  # type: ignore[misc]
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig, GenerationRequest, GrammarSpec, SamplingParams
 from rbee_worker.errors import Conflict, ContextTooLong, InvalidRequest, ModelMalformed, ModelNotLoaded
 from rbee_worker.events import (
@@ -319,7 +320,7 @@ def test_every_prompt_token_is_counted_as_computed_or_as_reused(engine: Engine, 
 
 
 def test_a_cancelled_load_says_so_and_keeps_the_model_before(engine: Engine, tiny: Path) -> None:
-    cancel = threading.Event()
+    cancel = Cancellation()
     events = []
     for event in engine.load(str(tiny), cancel):
         events.append(event)
@@ -330,7 +331,7 @@ def test_a_cancelled_load_says_so_and_keeps_the_model_before(engine: Engine, tin
 
 
 def test_a_load_cancelled_at_the_last_moment_is_cancelled(tiny: Path) -> None:
-    cancel = threading.Event()
+    cancel = Cancellation()
     engine = Engine(EngineConfig(device="cpu", dtype="float32"))
     for event in engine.load(str(tiny), cancel):
         if event.stage == "warming_up":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.runtime.hub import client, transfer
 from rbee_worker.runtime.hub.client import HubModel
 from rbee_worker.runtime.hub.download import Step, download
@@ -47,7 +48,7 @@ def model_of(text: str) -> HubModel:
 
 
 def fetch(
-    text: str = "org/tiny", *, stall_seconds: float = 60, cancel: threading.Event | None = None
+    text: str = "org/tiny", *, stall_seconds: float = 60, cancel: Cancellation | None = None
 ) -> tuple[Path | None, list[Step]]:
     """What a download returns, and its steps."""
     steps: list[Step] = []

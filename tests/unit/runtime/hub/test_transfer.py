@@ -5,14 +5,18 @@ import io
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.errors import DiskFull, ModelError, ModelMalformed, ModelNotFound, RbeeError
+from rbee_worker.runtime.hub import download as download_module
 from rbee_worker.runtime.hub import transfer
 from rbee_worker.runtime.hub.download import DownloadProgress, DownloadStalled, download
+from rbee_worker.runtime.hub.transfer import Transfer
 from tests.hub_server import LISTING, HubServer, git_sha1, sha256
 from tests.unit.runtime.hub.case import NEEDED, WEIGHTS, downloaders, fetch, folder, model_of, partial_of, partials
 
@@ -183,7 +187,7 @@ def test_a_silent_connection_is_made_anew(hub: HubServer, monkeypatch: pytest.Mo
 
 def test_a_listing_that_does_not_come(hub: HubServer) -> None:
     hub.hold(LISTING, 0)
-    cancel = threading.Event()
+    cancel = Cancellation()
     running = download(model_of("org/tiny"), stall_seconds=0.1, cancel=cancel)
     step = next(running)
     assert isinstance(step, DownloadStalled)
@@ -201,7 +205,7 @@ def test_cancelling(hub: HubServer, tmp_path: Path, how: str, silent: bool) -> N
         hub.hold(WEIGHTS, 1000)
     else:
         hub.rate = 50_000
-    cancel = threading.Event()
+    cancel = Cancellation()
     running = download(model_of("org/tiny"), stall_seconds=60, cancel=cancel)
     next(running)
     while not any(path.stat().st_size for path in partials(tmp_path)) or not hub.gets(WEIGHTS):
@@ -220,6 +224,40 @@ def test_cancelling(hub: HubServer, tmp_path: Path, how: str, silent: bool) -> N
     _, steps = fetch()
     assert isinstance(steps[0], DownloadProgress)
     assert hub.gets(WEIGHTS)[-1].range == f"bytes={size}-"
+
+
+def test_a_download_that_waits_is_woken_by_cancelling_alone(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.hold(WEIGHTS, 1000)
+    cancel, waits = Cancellation(), []
+    wait = Transfer.wait
+
+    def noted(transfer: Transfer, seconds: float) -> bool:
+        if any(file.name.endswith(WEIGHTS) for file in transfer.files):
+            waits.append(seconds)
+            threading.Thread(target=cancel.set).start()
+        return wait(transfer, seconds)
+
+    monkeypatch.setattr(Transfer, "wait", noted)
+    monkeypatch.setattr(download_module, "_EVENT_SECONDS", 3600.0)
+    assert fetch(stall_seconds=3600, cancel=cancel)[0] is None
+    assert len(waits) == 1
+    assert waits[0] > 1000  # nothing would be looked at before
+
+
+def test_a_listing_that_is_waited_for_is_left_when_cancelled(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.hold(LISTING, 0)
+    cancel, waits = Cancellation(), []
+
+    class Noted(SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            waits.append(timeout)
+            threading.Thread(target=cancel.set).start()
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(download_module.queue, "SimpleQueue", Noted)
+    assert fetch(stall_seconds=3600, cancel=cancel)[0] is None
+    assert len(waits) == 1
+    assert waits[0] > 1000
 
 
 def open_files() -> int:

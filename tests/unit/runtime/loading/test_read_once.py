@@ -11,8 +11,9 @@ import pytest
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
 COUNTING = """
-import collections, json, sys, threading
+import collections, json, sys
 from pathlib import Path
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.runtime.loading.load import load_model
 
@@ -29,7 +30,7 @@ def note(event, arguments):
     opened[name] += 1
 
 sys.addaudithook(note)
-*_, last = load_model(sys.argv[2], EngineConfig(device="cpu"), threading.Event(), lambda model: None)
+*_, last = load_model(sys.argv[2], EngineConfig(device="cpu"), Cancellation(), lambda model: None)
 print(json.dumps([last.stage, opened]))
 """
 

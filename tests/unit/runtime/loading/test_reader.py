@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.events import LoadCancelled, LoadingEvent, Ready, Stalled
@@ -18,6 +19,7 @@ from rbee_worker.runtime.architecture.table import LLAMA, parse_config
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.safetensors import read_safetensors
+from rbee_worker.runtime.loading import load as load_module
 from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import RawFile, ReadState, TensorReader, WeightReader, open_raw
 from rbee_worker.runtime.machine.storage import Storage
@@ -261,7 +263,7 @@ def test_closing_ends_threads_that_do_not_hang(path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weight-reader")]
 
 
-def load(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, cancel: threading.Event, **config: float):
+def load(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, cancel: Cancellation, **config: float):
     monkeypatch.setattr(OPEN, lambda name: GatedFile(name, gate, 300_000))
     return Engine(EngineConfig(dtype="float32", **config)).load(str(path), cancel)
 
@@ -270,7 +272,7 @@ def test_a_stall_is_told_again_and_again_and_loading_goes_on(
     path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     events: list[LoadingEvent] = []
-    for event in load(path, monkeypatch, gate, threading.Event(), stall_seconds=0.2):
+    for event in load(path, monkeypatch, gate, Cancellation(), stall_seconds=0.2):
         events.append(event)
         if sum(isinstance(event, Stalled) for event in events) == 3:
             gate.open()
@@ -284,7 +286,7 @@ def test_a_stall_is_told_again_and_again_and_loading_goes_on(
 
 
 def test_a_stalled_load_is_cancelled_at_once(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
-    cancel = threading.Event()
+    cancel = Cancellation()
     events = []
     began = 0.0
     for event in load(path, monkeypatch, gate, cancel, stall_seconds=0.2):
@@ -296,8 +298,34 @@ def test_a_stalled_load_is_cancelled_at_once(path: Path, monkeypatch: pytest.Mon
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.parametrize("end", ["cancelled", "read"])
+def test_a_load_that_waits_is_woken_by_what_it_waits_for_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, end: str
+) -> None:
+    cancel, waits = Cancellation(), []
+    next_part = WeightReader.next_part
+
+    def noted(reader: WeightReader, timeout: float) -> Part | None:
+        waits.append(timeout)
+        return next_part(reader, timeout)
+
+    def act() -> None:
+        assert gate.reached.wait(60)
+        cancel.set() if end == "cancelled" else gate.open()
+
+    monkeypatch.setattr(WeightReader, "next_part", noted)
+    monkeypatch.setattr(load_module, "_EVENT_SECONDS", 3600.0)
+    monkeypatch.setattr(OPEN, lambda name: GatedFile(name, gate, 0))
+    actor = threading.Thread(target=act)
+    actor.start()
+    *_, last = Engine(EngineConfig(dtype="float32", stall_seconds=3600)).load(str(path), cancel)
+    actor.join()
+    assert isinstance(last, LoadCancelled if end == "cancelled" else Ready)
+    assert min(waits) > 1000  # nothing was looked at in between
+
+
 def test_closing_a_stalled_load_does_not_hang(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
-    loading = load(path, monkeypatch, gate, threading.Event(), stall_seconds=0.2)
+    loading = load(path, monkeypatch, gate, Cancellation(), stall_seconds=0.2)
     assert any(isinstance(event, Stalled) for event in loading if isinstance(event, Stalled))
     loading.close()
 
