@@ -138,7 +138,7 @@ def test_the_first_signal_cancels_the_load_and_draws_it(engine: Script, signum: 
         yield layers(0, 1)
         os.kill(os.getpid(), signum)
         yield layers(1, 2)
-        assert cancel.wait(5)
+        assert cancel.is_set()
         yield LoadCancelled(vram_mb_freed=20, seq=2, elapsed_seconds=0.2)
 
     engine.loading = loading
