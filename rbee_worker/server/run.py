@@ -40,8 +40,6 @@ _OVERTIME_SECONDS = 10.0
 _OTHER_FILES = SPARE_CONNECTIONS + 128
 """Files open beside the connections: those turned away, the model's, logs, libraries."""
 
-_POLL_SECONDS = 0.02
-
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +84,7 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         worker,
         server,
         streams=app.state.streams,
-        first_load=functools.partial(worker.load, model) if load else None,
+        first_load=functools.partial(worker.loads.begin, model) if load else None,
         reloads={
             **({"API keys": keys.reload} if keys.file else {}),
             **({"certificate": cert.reload} if cert else {}),
@@ -223,12 +221,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def _flushed(self) -> None:
-        await _until(lambda: not self.server_state.tasks)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the state of threads and of uvicorn: nothing sets an event
-        await asyncio.sleep(_POLL_SECONDS)
+        while tasks := self.server_state.tasks:
+            await asyncio.wait(set(tasks))
 
 
 async def _within(seconds: float, work: Awaitable[None]) -> None:

@@ -79,7 +79,7 @@ def test_leaving_a_job_that_has_ended_cancels_no_other_of_its_name():
 
 
 def test_two_jobs_of_one_name_are_refused_together():
-    jobs = Jobs(4, 4, lambda: 0)
+    jobs = Jobs(8)
     with pytest.raises(Conflict, match="Job a is running already"):
         jobs.register([job("a"), job("a")])
     assert len(jobs) == 0

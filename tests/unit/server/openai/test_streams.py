@@ -210,7 +210,7 @@ def test_models_by_all_their_names(start, worker_of):
 def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     worker = worker_of(texts("a"))
     worker.changing = True
-    served, worker.model = worker.model, None
+    served, worker.engine.model = worker.engine.model, None
 
     async def settled():
         while worker.changing:
@@ -222,7 +222,7 @@ def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     held.read_until(b": keep-alive\n\n")
     full = server.ask("POST", CHAT, body(CHAT, stream=True))
     assert (full.status, worker.requests) == (429, [])
-    worker.model = served
+    worker.engine.model = served
     worker.changing = False
     assert b'"content":"a"' in held.finish().body
     assert len(worker.requests) == 1
