@@ -53,8 +53,8 @@ class EngineThread:
 
     Args:
         config: of the engine.
-        deliver: takes the events of each step, and how many sequences have a place in the batch after it; called on
-            any thread.
+        emit: takes the events of each step, and how many sequences have a place in the batch after it; called on any
+            thread.
         changed: called, on any thread, when ``exclusive`` or ``alive`` has changed.
         died: called on this thread when something broke that the engine does not recover from.
     """
@@ -63,12 +63,12 @@ class EngineThread:
         self,
         config: EngineConfig,
         *,
-        deliver: Callable[[JobEvents, int], None],
+        emit: Callable[[JobEvents, int], None],
         changed: Callable[[], None],
         died: Callable[[], None],
     ) -> None:
         self._engine = Engine(config)
-        self._deliver = deliver
+        self._emit = emit
         self._changed = changed
         self._died = died
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -147,7 +147,7 @@ class EngineThread:
 
     def _refuse(self, sequences: list[Sequence], code: str, message: str, running: int) -> None:
         failure = InferenceFailed(code=code, message=message)
-        self._deliver([(sequence.job_id, failure) for sequence in sequences], running)
+        self._emit([(sequence.job_id, failure) for sequence in sequences], running)
 
     def _alone(self, action: Callable[[], T], cancel: Cancellation | None) -> T:
         """Have the thread run ``action`` between two steps, once no job is left, and wait for its result."""
@@ -192,7 +192,7 @@ class EngineThread:
             for part in (self._engine.admit, self._engine.step):
                 events, running = part(), self._engine.running
                 if events or running != told:
-                    self._deliver(events, running)
+                    self._emit(events, running)
                     told = running
             while self._due and not self._engine.has_work:
                 self._take(self._due.popleft())

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Iterable, Iterator
 
 from rbee_worker.errors import Conflict, FieldError, InferenceError, InvalidRequest, QueueFull
-from rbee_worker.events import InferenceEvent, InferenceFailed
-from rbee_worker.worker.job import Job, JobObserver, deliver
+from rbee_worker.events import InferenceEvent, InferenceFailed, Started, Token
+from rbee_worker.worker.job import Job, JobObserver
 from rbee_worker.worker.pace import Pace
 
 
@@ -76,13 +77,13 @@ class Jobs:
             self._jobs.update(new)
 
     def deliver(self, events: Iterable[tuple[str, InferenceEvent]], running: int) -> None:
-        """Give the events of one step to their jobs; on the event loop.
+        """Give the events of one step to their jobs, and tell the observers; on the event loop.
 
         Args:
-            events: each with the id of its job.
+            events: each with the id of its job; those of jobs that are not here are dropped.
             running: jobs that have a place in the batch after it.
         """
-        ended = deliver(events, self._jobs, self.observers)
+        ended = self._hand_out(events)
         with self._lock:
             self.running = running
             for job_id in ended:
@@ -102,3 +103,28 @@ class Jobs:
             async with asyncio.timeout(seconds):
                 while self._jobs:
                     await self._ended.wait()
+
+    def _hand_out(self, events: Iterable[tuple[str, InferenceEvent]]) -> list[str]:
+        """Put each event into its job, and tell the observers; returns the ids of the jobs that have ended."""
+        now = time.monotonic()
+        gaps: list[float] = []
+        ended: list[str] = []
+        for job_id, event in events:
+            job = self._jobs.get(job_id)
+            if job is None:
+                continue
+            # Several tokens of one step arrive together: that is one gap.
+            if isinstance(event, Token) and job.last_at and job.last_at != now:
+                gaps.append(now - job.last_at)
+            job.put(event, now)
+            if isinstance(event, Started):
+                for observer in self.observers:
+                    observer.started(job)
+            elif event.terminal:
+                ended.append(job_id)
+                for observer in self.observers:
+                    observer.ended(job)
+        if gaps:
+            for observer in self.observers:
+                observer.stepped(gaps)
+        return ended

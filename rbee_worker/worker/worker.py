@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import ModelNotLoaded, Unavailable
 from rbee_worker.events import LoadingToVram
+from rbee_worker.runtime.engine.engine import JobEvents
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo, device_info, host_info
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
@@ -50,15 +51,9 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._draining = False
-        changed = lambda: self._on_loop(self._note_change)  # noqa: E731  (a name for what three parts are given)
-        self.engine = EngineThread(
-            config,
-            deliver=lambda events, running: self._on_loop(self.jobs.deliver, events, running),
-            changed=changed,
-            died=lambda: self._on_loop(self.jobs.fail_all, "The engine died."),
-        )
         self.jobs = Jobs(config.max_batch_size + max_queue)
-        self.loads = Loads(config, self.engine, self._on_loop, changed)
+        self.engine = EngineThread(config, emit=self._emit, changed=self._note_change, died=self._fail_jobs)
+        self.loads = Loads(config, self.engine, self._on_loop, self._note_change)
 
     # -- life
 
@@ -70,7 +65,7 @@ class Worker:
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, cancel a load, let running jobs finish within the grace, then cancel them."""
         self._draining = True
-        self._note_change()
+        self._wake()
         self.loads.close()
         await self.jobs.wait_until_none(grace_seconds)
         for job_id in self.jobs:
@@ -80,7 +75,7 @@ class Worker:
     async def close(self) -> None:
         """Stop the engine's thread, which frees the model; jobs that still run end with an error."""
         self._draining = True
-        self._note_change()
+        self._wake()
         self.loads.close()
         await asyncio.to_thread(self.loads.join, _CANCEL_SECONDS)
         await asyncio.to_thread(self.engine.stop, _CANCEL_SECONDS)
@@ -202,7 +197,7 @@ class Worker:
         if state == "no_model":
             raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
 
-    # -- the event loop
+    # -- from other threads to the event loop
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         """Run a function on the event loop; a loop that has been closed has nobody left to tell."""
@@ -210,7 +205,18 @@ class Worker:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, *arguments)
 
+    def _emit(self, events: JobEvents, running: int) -> None:
+        """Give the events of a step to their jobs."""
+        self._on_loop(self.jobs.deliver, events, running)
+
+    def _fail_jobs(self) -> None:
+        """End every job: the engine has died."""
+        self._on_loop(self.jobs.fail_all, "The engine died.")
+
     def _note_change(self) -> None:
         """Wake those who wait for another state."""
+        self._on_loop(self._wake)
+
+    def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
