@@ -1,6 +1,5 @@
 """Loads: the worker's loads and unloads, one at a time. A load runs on a thread of its own and tells a broadcast."""
 
-import asyncio
 import contextlib
 import contextvars
 import functools
@@ -96,7 +95,7 @@ class Loads:
             quantize=cast("Quantization", quantize or self._config.quantize),
         )
         cancel = self._claim.take("load")  # first, so that what is resident stays as it is found now
-        before = self.broadcast
+        before = self.broadcast, self.error
         try:
             resident = self._engine.model
             plan = plan_local(model, config) if resident is not None else None
@@ -116,7 +115,7 @@ class Loads:
             thread.start()
             self._thread = thread
         except BaseException:  # the system has no thread to give
-            self.broadcast = before
+            self.broadcast, self.error = before
             self._claim.release()
             raise
         return keeps
@@ -125,8 +124,10 @@ class Loads:
         """Ask the running load to end with ``cancelled``; False when there is none."""
         return self._claim.cancel_load()
 
-    async def unload(self) -> int:
+    def unload(self) -> int:
         """Free the model once its running jobs have ended, and forget its load; returns the bytes of weights freed.
+
+        Any thread but the event loop's may call this, and waits for the jobs.
 
         Raises:
             Conflict: a load, or another unload, is under way.
@@ -134,7 +135,13 @@ class Loads:
             Unavailable: the worker is shutting down.
         """
         self._claim.take("unload")
-        return await asyncio.to_thread(self._unload)
+        try:
+            freed = self._engine.unload()
+            self.broadcast = self.error = None
+        finally:
+            self._claim.release()
+        logger.info("unloaded: %d MiB of weights freed", freed // MIB)
+        return freed
 
     def close(self) -> None:
         """Begin no load any more, and cancel the running one."""
@@ -144,15 +151,6 @@ class Loads:
         """Wait for the running load's thread, for a while."""
         if self._thread is not None:
             self._thread.join(seconds)
-
-    def _unload(self) -> int:
-        try:
-            freed = self._engine.unload()
-            self.broadcast = self.error = None
-        finally:
-            self._claim.release()
-        logger.info("unloaded: %d MiB of weights freed", freed // MIB)
-        return freed
 
     def _run(self, loading: Loading, broadcast: LoadingBroadcast) -> None:
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")

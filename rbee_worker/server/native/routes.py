@@ -279,7 +279,8 @@ class Native:
 
         Running jobs end first. No body is needed.
         """
-        return Json({"vram_bytes_freed": await self._worker.loads.unload()})
+        freed = await anyio.to_thread.run_sync(self._worker.loads.unload)  # waits for the jobs
+        return Json({"vram_bytes_freed": freed})
 
     # -- the worker
 

@@ -90,7 +90,7 @@ class StandInLoads:
         self.asked.append((model, device, dtype, quantize))
         return False
 
-    async def unload(self):
+    def unload(self):
         return 5
 
     def cancel(self):

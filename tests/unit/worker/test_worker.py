@@ -199,7 +199,7 @@ def test_waiting_for_a_swap_ends_with_the_engine(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(worker.loads.unload())
+        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
         while not worker.changing:
             await asyncio.sleep(0.001)
         settled = asyncio.create_task(worker.settled())
@@ -400,7 +400,7 @@ def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: s
         with pytest.raises(Conflict):
             worker.loads.begin(other)
         with pytest.raises(Conflict):
-            await worker.loads.unload()
+            worker.loads.unload()
         assert worker.loads.cancel()
         assert isinstance((await loading)[-1], LoadCancelled)
         assert worker.serves
@@ -415,7 +415,7 @@ def test_a_load_during_an_unload_is_refused_and_spoils_nothing(tiny: str) -> Non
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(worker.loads.unload())
+        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
         while not worker.changing:
             await asyncio.sleep(0.001)
         with pytest.raises(Conflict):
@@ -483,7 +483,7 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
         await load(worker, tiny)
         size = worker.vram_bytes
         job = worker.submit(request(max_tokens=100))
-        freed, events = await asyncio.gather(worker.loads.unload(), events_of(job.events()))
+        freed, events = await asyncio.gather(asyncio.to_thread(worker.loads.unload), events_of(job.events()))
         assert end_of(events).tokens_out == 100
         assert freed == size
         assert (worker.state, worker.vram_bytes) == ("no_model", 0)
@@ -616,13 +616,36 @@ def test_a_load_has_the_claim_before_it_reads_headers(tiny: str, monkeypatch: py
             with pytest.raises(Conflict, match="A load is running"):
                 worker.loads.begin(tiny)
             with pytest.raises(Conflict, match="A load is running"):
-                await worker.loads.unload()
+                worker.loads.unload()
             assert worker.serves
             assert worker.loads.cancel()
         finally:
             go_on.set()
         assert await begun is True
         assert isinstance((await load_to_end(worker))[-1], LoadCancelled)
+
+    with_worker(body)
+
+
+def test_a_load_that_gets_no_thread_leaves_all_as_it_was(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "loader":
+            raise RuntimeError
+        start(thread)
+
+    async def body(worker: Worker) -> None:
+        await load(worker, str(tmp_path / "nothing-here"))
+        before = worker.state, worker.loads.error, worker.loads.broadcast
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError):
+                worker.loads.begin(tiny)
+        assert (worker.state, worker.loads.error, worker.loads.broadcast) == before
+        assert isinstance((await load(worker, tiny))[-1], Ready)
 
     with_worker(body)
 
@@ -665,7 +688,7 @@ def test_a_model_that_cannot_be_freed_keeps_nobody_waiting(tiny: str, monkeypatc
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=100_000))
-        unloading = asyncio.create_task(worker.loads.unload())
+        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
         while not worker.changing:
             await asyncio.sleep(0.001)
         monkeypatch.setattr(worker.engine._engine, "unload", broken)
@@ -691,7 +714,7 @@ def test_an_unload_does_not_overtake_a_job(tiny: str, monkeypatch: pytest.Monkey
         worker.engine.cancel("nobody")  # wakes the thread
         await asyncio.to_thread(stepping.wait, 60)
         job = worker.submit(request())
-        unloading = asyncio.create_task(worker.loads.unload())
+        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
         while not worker.changing:
             await asyncio.sleep(0.001)
         go_on.set()
