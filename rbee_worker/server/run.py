@@ -198,15 +198,25 @@ class Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, begin: Callable[[], object]) -> None:
-        """The first load, and the end of the process when it fails and that was asked for."""
-        begin()
+        """The first load, and the end of the process when it cannot begin, or fails and that was asked for."""
+        try:
+            begin()
+        except Exception as error:
+            if not self._signalled:
+                unexpected = not isinstance(error, RbeeError)
+                log.error("the first load cannot begin: %s", error, exc_info=unexpected)  # noqa: TRY400
+                await self._give_up(error, "the first load cannot begin")
+            return
         last = None
         async for event in self._worker.loads.progress():
             last = event
         if isinstance(last, LoadFailed) and self._limits.exit_on_load_error:
-            error = self._worker.loads.error
-            self.exit_code = error.exit_code if error is not None else 1
-            await self._drain(0.0, "--exit-on-load-error")
+            await self._give_up(self._worker.loads.error, "--exit-on-load-error")
+
+    async def _give_up(self, error: Exception | None, reason: str) -> None:
+        """End the process with the exit code of ``error``."""
+        self.exit_code = error.exit_code if isinstance(error, RbeeError) else RbeeError.exit_code
+        await self._drain(0.0, reason)
 
     async def _drain(self, grace: float, reason: str) -> None:
         """End the worker's jobs, let their last frames out, then stop."""
