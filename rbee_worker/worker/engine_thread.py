@@ -110,6 +110,7 @@ class EngineThread:
         self._commands.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join(seconds)
+            self._end()  # a step may hang for ever
 
     def add(self, sequences: list[Sequence], model: LoadedModel | None) -> None:
         """Have sequences run that were prepared for ``model``; they fail when another serves by then, or none."""
@@ -165,7 +166,8 @@ class EngineThread:
         try:
             return turn.result()
         except concurrent.futures.CancelledError:
-            raise Cancelled("The load was cancelled.") from None
+            cancelled = cancel is not None and cancel.is_set()
+            raise (Cancelled("The load was cancelled.") if cancelled else _dead()) from None
 
     def _turn_over(self, turn: Future[Any]) -> None:
         """Forget an action, and with it the model it may hold; on the thread that ran or cancelled it."""
@@ -214,8 +216,7 @@ class EngineThread:
             self._ended = True
             left = list(self._turns)
         for turn in left:
-            if not turn.done() and turn.set_running_or_notify_cancel():
-                turn.set_exception(_dead())
+            turn.cancel()
         self._changed()
 
     def _run_commands(self, *, wait: bool) -> None:

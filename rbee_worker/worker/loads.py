@@ -114,7 +114,7 @@ class Loads:
             thread = threading.Thread(target=run, name="loader", daemon=True)
             thread.start()
             self._thread = thread
-        except BaseException:  # the system has no thread to give
+        except BaseException:  # memory has run out, or the system has no thread to give
             self.broadcast, self.error = before
             self._claim.release()
             raise

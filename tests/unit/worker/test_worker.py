@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from tests.tiny import CONFIG, write_tiny_model
 
 Body = Callable[[Worker], Awaitable[None]]
 
+BYTES_OF_224_TOKENS = 224 * CONFIG["num_hidden_layers"] * 2 * CONFIG["num_key_value_heads"] * 16 * 4
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -72,6 +75,20 @@ def request(job_id: str | None = None, **sampling: object) -> GenerationRequest:
 async def load(worker: Worker, model: str) -> list[LoadingEvent]:
     worker.loads.begin(model)
     return [event async for event in worker.loads.progress()]
+
+
+def unload(worker: Worker) -> asyncio.Future[int]:
+    """Unload on a thread of its own, which keeps no test that fails from ending."""
+    freed: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            freed.set_result(worker.loads.unload())
+        except InferenceError as error:
+            freed.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(freed)
 
 
 async def events_of(stream: AsyncIterator[InferenceEvent]) -> list[InferenceEvent]:
@@ -169,37 +186,55 @@ def test_running_and_waiting_are_what_the_engine_says(tiny: str) -> None:
         for job in jobs:
             await job.aclose()
 
-    bytes_of_one = 224 * CONFIG["num_hidden_layers"] * 2 * CONFIG["num_key_value_heads"] * 16 * 4
-    with_worker(body, kv_cache_memory=bytes_of_one, max_context=224)
+    with_worker(body, kv_cache_memory=BYTES_OF_224_TOKENS, max_context=224)
 
 
-def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself(
-    tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unloaded_by = []
+def test_a_job_that_runs_again_after_its_preemption_counts_as_running_at_once(tiny: str) -> None:
+    """Its second start emits nothing, and its next token may take long."""
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        engine, stuck, going_on = worker.engine._engine, threading.Event(), threading.Event()
-        unload = engine.unload
-        monkeypatch.setattr(
-            engine, "unload", lambda: (unloaded_by.append(threading.current_thread().name), unload())[1]
-        )
-        worker.engine._commands.put(lambda: (stuck.set(), going_on.wait(60)))
-        assert await asyncio.to_thread(stuck.wait, 60)
-        worker.engine.stop(0.01)
-        assert not unloaded_by  # not beside a step, on this thread
-        going_on.set()
+        emit, told = worker.engine._emit, []
+        worker.engine._emit = lambda events, running: (told.append((len(events), running)), emit(events, running))[1]
+        jobs = [worker.submit(replace(request(max_tokens=100), prompt=str(i) * 100)) for i in range(2)]
+        await asyncio.gather(*(events_of(job.events()) for job in jobs))
+        assert worker.engine.stats.preemptions
+        assert (0, 1) in told
+
+    with_worker(body, kv_cache_memory=BYTES_OF_224_TOKENS, max_context=224)
+
+
+def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself_and_keeps_nobody_waiting(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed_by = []
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        engine, going_on = worker.engine._engine, threading.Event()
+        free = engine.unload
+        monkeypatch.setattr(engine, "unload", lambda: (freed_by.append(threading.current_thread().name), free())[1])
+        worker.engine._commands.put(lambda: going_on.wait(60))  # stands in for a step that takes long
+        try:
+            unloading = unload(worker)
+            while not worker.changing:
+                await asyncio.sleep(0.001)
+            worker.engine.stop(0.01)
+            with pytest.raises(InferenceError, match="has died"):
+                await unloading
+            assert not freed_by  # not beside a step, on this thread
+        finally:
+            going_on.set()
 
     with_worker(body)
-    assert unloaded_by == ["engine"]
+    assert freed_by == ["engine"]
 
 
 def test_waiting_for_a_swap_ends_with_the_engine(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
+        unloading = unload(worker)
         while not worker.changing:
             await asyncio.sleep(0.001)
         settled = asyncio.create_task(worker.settled())
@@ -207,6 +242,8 @@ def test_waiting_for_a_swap_ends_with_the_engine(tiny: str) -> None:
         worker.engine._commands.put(broken)
         with pytest.raises(InferenceError, match="has died"):
             await unloading
+        with pytest.raises(InferenceError, match="has died"):  # no Conflict: the one before is over
+            worker.loads.unload()
         await settled
         assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
 
@@ -415,7 +452,7 @@ def test_a_load_during_an_unload_is_refused_and_spoils_nothing(tiny: str) -> Non
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
+        unloading = unload(worker)
         while not worker.changing:
             await asyncio.sleep(0.001)
         with pytest.raises(Conflict):
@@ -483,7 +520,7 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
         await load(worker, tiny)
         size = worker.vram_bytes
         job = worker.submit(request(max_tokens=100))
-        freed, events = await asyncio.gather(asyncio.to_thread(worker.loads.unload), events_of(job.events()))
+        freed, events = await asyncio.gather(unload(worker), events_of(job.events()))
         assert end_of(events).tokens_out == 100
         assert freed == size
         assert (worker.state, worker.vram_bytes) == ("no_model", 0)
@@ -618,6 +655,7 @@ def test_a_load_has_the_claim_before_it_reads_headers(tiny: str, monkeypatch: py
             with pytest.raises(Conflict, match="A load is running"):
                 worker.loads.unload()
             assert worker.serves
+            assert worker.vram_bytes == worker.engine.model.nbytes  # no figure of the load before is added
             assert worker.loads.cancel()
         finally:
             go_on.set()
@@ -645,6 +683,21 @@ def test_a_load_that_gets_no_thread_leaves_all_as_it_was(
             with pytest.raises(RuntimeError):
                 worker.loads.begin(tiny)
         assert (worker.state, worker.loads.error, worker.loads.broadcast) == before
+        assert isinstance((await load(worker, tiny))[-1], Ready)
+
+    with_worker(body)
+
+
+def test_a_load_that_cannot_be_planned_leaves_the_way_free(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        with monkeypatch.context() as patch:
+            patch.setattr("rbee_worker.worker.loads.plan_local", no_memory)
+            with pytest.raises(MemoryError):
+                worker.loads.begin(tiny)
         assert isinstance((await load(worker, tiny))[-1], Ready)
 
     with_worker(body)
@@ -687,12 +740,17 @@ def test_running_and_waiting_are_told_with_the_events(tiny: str) -> None:
 def test_a_model_that_cannot_be_freed_keeps_nobody_waiting(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        job = worker.submit(request(max_tokens=100_000))
-        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
-        while not worker.changing:
-            await asyncio.sleep(0.001)
+        going_on = threading.Event()
         monkeypatch.setattr(worker.engine._engine, "unload", broken)
-        worker.engine.stop(10)
+        worker.engine._commands.put(lambda: going_on.wait(60))
+        try:
+            job = worker.submit(request(max_tokens=400))
+            unloading = unload(worker)
+            while not worker.changing:
+                await asyncio.sleep(0.001)
+            worker.engine._stopping.set()  # as a stop does, which waits for longer
+        finally:
+            going_on.set()
         with pytest.raises(InferenceError, match="has died"):
             await unloading
         assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
@@ -714,7 +772,7 @@ def test_an_unload_does_not_overtake_a_job(tiny: str, monkeypatch: pytest.Monkey
         worker.engine.cancel("nobody")  # wakes the thread
         await asyncio.to_thread(stepping.wait, 60)
         job = worker.submit(request())
-        unloading = asyncio.create_task(asyncio.to_thread(worker.loads.unload))
+        unloading = unload(worker)
         while not worker.changing:
             await asyncio.sleep(0.001)
         go_on.set()
