@@ -646,6 +646,8 @@ def test_a_load_has_the_claim_before_it_reads_headers(tiny: str, monkeypatch: py
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
+        before = worker.loads.broadcast
+        before.latest_counts = replace(before.latest_counts, vram_mb=7)  # as a larger model's would be
         monkeypatch.setattr("rbee_worker.worker.loads.plan_local", slow)
         begun = asyncio.create_task(asyncio.to_thread(worker.loads.begin, tiny))
         try:
