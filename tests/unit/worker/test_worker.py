@@ -532,20 +532,30 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
     with_worker(body)
 
 
-def test_draining_lets_jobs_finish_within_the_grace_and_ends_the_rest(tiny: str) -> None:
+def test_draining_lets_jobs_finish_within_the_grace(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        short, long = worker.submit(request()), worker.submit(request(max_tokens=100_000))
-        ends = asyncio.gather(events_of(short.events()), events_of(long.events()))
-        await worker.drain(0.15)
+        job = worker.submit(request())
+        await worker.drain(60)
         assert worker.state == "draining"
         with pytest.raises(Unavailable):
             worker.submit(request())
         with pytest.raises(Unavailable):
             worker.loads.begin(tiny)
-        first, second = await ends
-        assert end_of(first).stop_reason == "max_tokens"
-        assert end_of(second).stop_reason == "cancelled"
+        assert end_of(await events_of(job.events())).stop_reason == "max_tokens"
+
+    with_worker(body)
+
+
+def test_draining_ends_the_jobs_that_the_grace_was_too_short_for(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        cancelled, cancel = threading.Event(), worker.engine.cancel
+        monkeypatch.setattr(worker.engine, "cancel", lambda job_id: (cancel(job_id), cancelled.set()))
+        worker.engine._commands.put(lambda: cancelled.wait(60))  # so that the job cannot have ended before
+        job = worker.submit(request(max_tokens=400))
+        await worker.drain(0.01)
+        assert end_of(await events_of(job.events())).stop_reason == "cancelled"
 
     with_worker(body)
 
