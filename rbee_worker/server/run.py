@@ -40,8 +40,6 @@ _OVERTIME_SECONDS = 10.0
 _OTHER_FILES = SPARE_CONNECTIONS + 128
 """Files open beside the connections: those turned away, the model's, logs, libraries."""
 
-_POLL_SECONDS = 0.02
-
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +84,7 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         worker,
         server,
         streams=app.state.streams,
-        first_load=functools.partial(worker.load, model) if load else None,
+        first_load=functools.partial(worker.loads.begin, model) if load else None,
         reloads={
             **({"API keys": keys.reload} if keys.file else {}),
             **({"certificate": cert.reload} if cert else {}),
@@ -200,15 +198,25 @@ class Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, begin: Callable[[], object]) -> None:
-        """The first load, and the end of the process when it fails and that was asked for."""
-        begin()
+        """The first load, and the end of the process when it cannot begin, or fails and that was asked for."""
+        try:
+            begin()
+        except Exception as error:
+            if not self._signalled:
+                unexpected = not isinstance(error, RbeeError)
+                log.error("the first load cannot begin: %s", error, exc_info=unexpected)  # noqa: TRY400
+                await self._give_up(error, "the first load cannot begin")
+            return
         last = None
         async for event in self._worker.loads.progress():
             last = event
         if isinstance(last, LoadFailed) and self._limits.exit_on_load_error:
-            error = self._worker.loads.error
-            self.exit_code = error.exit_code if error is not None else 1
-            await self._drain(0.0, "--exit-on-load-error")
+            await self._give_up(self._worker.loads.error, "--exit-on-load-error")
+
+    async def _give_up(self, error: Exception | None, reason: str) -> None:
+        """End the process with the exit code of ``error``."""
+        self.exit_code = error.exit_code if isinstance(error, RbeeError) else RbeeError.exit_code
+        await self._drain(0.0, reason)
 
     async def _drain(self, grace: float, reason: str) -> None:
         """End the worker's jobs, let their last frames out, then stop."""
@@ -223,12 +231,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def _flushed(self) -> None:
-        await _until(lambda: not self.server_state.tasks)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the state of threads and of uvicorn: nothing sets an event
-        await asyncio.sleep(_POLL_SECONDS)
+        while tasks := self.server_state.tasks:
+            await asyncio.wait(set(tasks))
 
 
 async def _within(seconds: float, work: Awaitable[None]) -> None:

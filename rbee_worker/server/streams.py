@@ -34,7 +34,7 @@ class Streams:
         self.open: set[EventStream] = set()
         self._worker = worker
         self._config = config
-        self._held = 0
+        self._held: set[asyncio.Future[None]] = set()
 
     def of(self, frames: Frames, failure: Failure, on_close: Callable[[], object] | None = None) -> EventStream:
         """A stream of ``frames``. The arguments are those of :class:`~rbee_worker.server.sse.EventStream`."""
@@ -63,30 +63,41 @@ class Streams:
             RbeeError: what ``submit()`` raises. If the request is held, its stream carries the error instead.
         """
         if self._config.hold_requests and self._worker.changing:
-            if self._held >= self._config.max_queue:
-                raise QueueFull(f"The queue is full: {self._held} of {self._config.max_queue}.", retry_after=1)
-            return self.of(self._held_frames(size, submit, frames), failure)
-        jobs = await off_loop(size, submit)
+            if len(self._held) >= self._config.max_queue:
+                raise QueueFull(f"The queue is full: {len(self._held)} of {self._config.max_queue}.", retry_after=1)
+            settled = asyncio.ensure_future(self._worker.settled())
+            self._held.add(settled)
+            settled.add_done_callback(self._held.discard)
+            return self.of(_held_frames(settled, size, submit, frames), failure, settled.cancel)
+        jobs = await submitted(size, submit)
         return self.of(frames(jobs), failure, jobs.cancel)
 
-    async def _held_frames(self, size: int, submit: Callable[[], J], frames: Callable[[J], Frames]) -> Frames:
-        self._held += 1
-        try:
-            await self._worker.settled()
-        finally:
-            self._held -= 1
-        submission = asyncio.ensure_future(off_loop(size, submit))
-        try:
-            # Shielded: if the client leaves now, the submission still ends, and its jobs can be cancelled.
-            jobs = await asyncio.shield(submission)
-        except asyncio.CancelledError:
-            submission.add_done_callback(_cancel_unwanted)
-            raise
-        async with aclosing(frames(jobs)) as source:
-            async for one in source:
-                yield one
+
+async def submitted(size: int, submit: Callable[[], J]) -> J:
+    """The jobs that ``submit()`` gives. If the caller is cancelled meanwhile, the jobs are cancelled too.
+
+    Args:
+        size: of the request; see :func:`~rbee_worker.server.http.envelope.off_loop`.
+        submit: submits the jobs. If it runs in a thread, nothing can stop it.
+    """
+    submission = asyncio.ensure_future(off_loop(size, submit))
+    try:
+        # Shielded: if the client leaves now, the submission still ends, and its jobs can be cancelled.
+        return await asyncio.shield(submission)
+    except asyncio.CancelledError:
+        submission.add_done_callback(_cancel_unwanted)
+        raise
 
 
 def _cancel_unwanted(submission: "asyncio.Future[J]") -> None:
     if not submission.cancelled() and submission.exception() is None:
         submission.result().cancel()
+
+
+async def _held_frames(
+    settled: asyncio.Future[None], size: int, submit: Callable[[], J], frames: Callable[[J], Frames]
+) -> Frames:
+    await settled
+    async with aclosing(frames(await submitted(size, submit))) as source:
+        async for one in source:
+            yield one

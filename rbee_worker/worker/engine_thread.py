@@ -5,13 +5,15 @@ import functools
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
-from rbee_worker.errors import Cancelled, InferenceError
+from rbee_worker.errors import Cancelled, InferenceError, Unavailable
+from rbee_worker.events import InferenceFailed
 from rbee_worker.runtime.engine.engine import Engine, JobEvents
 from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.engine.stats import EngineStats
@@ -27,31 +29,28 @@ class EngineThread:
 
     Args:
         config: of the engine.
-        deliver: takes the events of each step; called on this thread.
+        emit: takes the events of each step, and how many sequences have a place in the batch after it; called on any
+            thread.
         changed: called, on any thread, when ``exclusive`` or ``alive`` has changed.
         died: called on this thread when something broke that the engine does not recover from.
-
-    Attributes:
-        exclusive: an action waits for, or has, the engine without jobs; no new jobs should come.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
-        deliver: Callable[[JobEvents], None],
+        emit: Callable[[JobEvents, int], None],
         changed: Callable[[], None],
         died: Callable[[], None],
     ) -> None:
-        self.exclusive = False
         self._engine = Engine(config)
-        self._deliver = deliver
+        self._emit = emit
         self._changed = changed
         self._died = died
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._between_jobs: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._awaited: set[Future[Any]] = set()
+        self._turns: dict[Future[Any], Callable[[], Any]] = {}
+        self._due: deque[Future[Any]] = deque()
         self._ended = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -72,9 +71,10 @@ class EngineThread:
         return self._engine.stats
 
     @property
-    def running(self) -> int:
-        """Sequences with a place in the batch; any thread may ask."""
-        return self._engine.running
+    def exclusive(self) -> bool:
+        """Whether an action waits for, or has, the engine without jobs; no new jobs should come."""
+        with self._lock:
+            return any(not turn.done() for turn in self._turns)
 
     def start(self) -> None:
         """Start the thread."""
@@ -86,20 +86,24 @@ class EngineThread:
         self._commands.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join(seconds)
+            self._end()  # a step may hang for ever
 
-    def add(
-        self, sequences: list[Sequence], model: LoadedModel | None, refused: Callable[[list[Sequence]], None]
-    ) -> None:
-        """Have sequences run that were prepared for ``model``; ``refused`` is called when another serves by then."""
+    def add(self, sequences: list[Sequence], model: LoadedModel | None) -> None:
+        """Have sequences run that were prepared for ``model``; they fail when another serves by then, or none."""
 
         def command() -> None:
-            if model is not self._engine.model:
-                refused(sequences)
-                return
-            for sequence in sequences:
-                self._engine.add(sequence)
+            if model is self._engine.model:
+                for sequence in sequences:
+                    self._engine.add(sequence)
+            else:
+                self._refuse(sequences, Unavailable.code, "The model was replaced; ask again.", self._engine.running)
 
-        self._commands.put(command)
+        with self._lock:
+            ended = self._ended
+            if not ended:
+                self._commands.put(command)
+        if ended:
+            self._refuse(sequences, InferenceError.code, "The engine died.", 0)
 
     def cancel(self, job_id: str) -> None:
         """Have a job ended; in turn, so that this cannot overtake the job."""
@@ -118,65 +122,77 @@ class EngineThread:
         """
         self._alone(functools.partial(self._engine.install, model), cancel)
 
+    def _refuse(self, sequences: list[Sequence], code: str, message: str, running: int) -> None:
+        failure = InferenceFailed(code=code, message=message)
+        self._emit([(sequence.job_id, failure) for sequence in sequences], running)
+
     def _alone(self, action: Callable[[], T], cancel: Cancellation | None) -> T:
         """Have the thread run ``action`` between two steps, once no job is left, and wait for its result."""
-        result: Future[T] = Future()
-
-        def act() -> None:
-            if not result.set_running_or_notify_cancel():
-                return
-            try:
-                result.set_result(action())
-            except BaseException as error:  # noqa: BLE001  (whoever waits for the result gets it)
-                result.set_exception(error)
-
+        turn: Future[T] = Future()
+        turn.add_done_callback(self._turn_over)
         with self._lock:
             if self._ended:
                 raise _dead()
-            self._awaited.add(result)
+            self._turns[turn] = action
+        self._changed()
         if cancel is not None:
-            cancel.on_set(result.cancel)
-        self._set_exclusive(exclusive=True)
+            cancel.on_set(turn.cancel)
+        # As a command, so that it cannot overtake a job that was added before.
+        self._commands.put(functools.partial(self._due.append, turn))
         try:
-            self._commands.put(functools.partial(self._between_jobs.append, act))
-            return result.result()
+            return turn.result()
         except concurrent.futures.CancelledError:
-            raise Cancelled("The load was cancelled.") from None
-        finally:
-            with self._lock:
-                self._awaited.discard(result)
-            self._set_exclusive(exclusive=False)
+            cancelled = cancel is not None and cancel.is_set()
+            raise (Cancelled("The load was cancelled.") if cancelled else _dead()) from None
 
-    def _set_exclusive(self, *, exclusive: bool) -> None:
-        self.exclusive = exclusive
+    def _turn_over(self, turn: Future[Any]) -> None:
+        """Forget an action, and with it the model it may hold; on the thread that ran or cancelled it."""
+        with self._lock:
+            self._turns.pop(turn, None)
         self._changed()
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
-                self._run_commands(wait=not self._engine.has_work)
-                # Twice, so that `started` does not wait for a long prompt's first pass.
-                for part in (self._engine.admit, self._engine.step):
-                    if events := part():
-                        self._deliver(events)
-                while self._between_jobs and not self._engine.has_work:
-                    self._between_jobs.pop(0)()
+            self._step_until_stopped()
+            self._engine.unload()
         except BaseException:
             logger.exception("the engine died")
             self._end()
             self._died()
         else:
-            self._engine.unload()
             self._end()
+
+    def _step_until_stopped(self) -> None:
+        told = 0
+        while not self._stopping.is_set():
+            self._run_commands(wait=not self._engine.has_work)
+            # Twice, so that `started` does not wait for a long prompt's first pass.
+            for part in (self._engine.admit, self._engine.step):
+                events, running = part(), self._engine.running
+                if events or running != told:
+                    self._emit(events, running)
+                    told = running
+            while self._due and not self._engine.has_work:
+                self._take(self._due.popleft())
+
+    def _take(self, turn: Future[Any]) -> None:
+        """Run an action, unless it has been cancelled."""
+        with self._lock:
+            action = self._turns.get(turn)
+        if action is None or not turn.set_running_or_notify_cancel():
+            return
+        try:
+            turn.set_result(action())
+        except BaseException as error:  # noqa: BLE001  (whoever waits for the result gets it)
+            turn.set_exception(error)
 
     def _end(self) -> None:
         """Nothing runs any more: let nobody wait."""
         with self._lock:
             self._ended = True
-            left = [result for result in self._awaited if not result.done()]
-        for result in left:
-            if result.set_running_or_notify_cancel():
-                result.set_exception(_dead())
+            left = list(self._turns)
+        for turn in left:
+            turn.cancel()
         self._changed()
 
     def _run_commands(self, *, wait: bool) -> None:

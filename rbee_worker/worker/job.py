@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Protocol, Self
 
@@ -49,7 +49,7 @@ class Job:
         if self.ended is None:  # else its id may be another's by now
             self._cancel(self.id)
 
-    def deliver(self, event: InferenceEvent, now: float) -> None:
+    def put(self, event: InferenceEvent, now: float) -> None:
         """Add an event that came at ``now``; on the event loop's thread."""
         if isinstance(event, Token):
             self.texts += 1
@@ -100,35 +100,3 @@ def note_submitted(jobs: Iterable[Job]) -> None:
     noted = submitted_jobs.get()
     if noted is not None:
         noted.extend(jobs)
-
-
-def deliver(
-    events: Iterable[tuple[str, InferenceEvent]], jobs: Mapping[str, Job], observers: Collection[JobObserver]
-) -> list[str]:
-    """Give the events of one step to their jobs, and tell the observers, once for the step and once for each job.
-
-    Returns:
-        The ids of the jobs that have ended.
-    """
-    now = time.monotonic()
-    gaps: list[float] = []
-    ended: list[str] = []
-    for job_id, event in events:
-        job = jobs.get(job_id)
-        if job is None:
-            continue
-        # Several tokens of one step arrive together: that is one gap.
-        if isinstance(event, Token) and job.last_at and job.last_at != now:
-            gaps.append(now - job.last_at)
-        job.deliver(event, now)
-        if isinstance(event, Started):
-            for observer in observers:
-                observer.started(job)
-        elif event.terminal:
-            ended.append(job_id)
-            for observer in observers:
-                observer.ended(job)
-    if gaps:
-        for observer in observers:
-            observer.stepped(gaps)
-    return ended

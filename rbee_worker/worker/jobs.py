@@ -3,36 +3,32 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 from rbee_worker.errors import Conflict, FieldError, InferenceError, InvalidRequest, QueueFull
-from rbee_worker.events import InferenceEvent, InferenceFailed
-from rbee_worker.worker.job import Job, JobObserver, deliver
+from rbee_worker.events import InferenceEvent, InferenceFailed, Started, Token
+from rbee_worker.worker.job import Job, JobObserver
 from rbee_worker.worker.pace import Pace
 
 
 class Jobs:
     """The register of jobs: filled from any thread, emptied on the event loop.
 
-    Args:
-        places: jobs that run at a time at most.
-        max_queue: jobs that wait at most.
-        placed: how many have a place in the batch now.
-
     Attributes:
-        observers: told of the jobs as their events arrive.
         capacity: jobs that can run and wait at a time.
+        observers: told of the jobs as their events arrive.
+        running: jobs with a place in the batch, as the engine said with the latest events.
     """
 
-    def __init__(self, places: int, max_queue: int, placed: Callable[[], int]) -> None:
-        self._max_queue = max_queue
-        self._placed = placed
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.running = 0
         self._ended = asyncio.Event()
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
         self._pace = Pace()
         self.observers: list[JobObserver] = [self._pace]
-        self.capacity = places + max_queue
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -45,14 +41,9 @@ class Jobs:
         return iter(list(self._jobs))
 
     @property
-    def running(self) -> int:
-        """Jobs with a place in the batch. One may have ended whose end is still on its way here."""
-        return min(self._placed(), len(self._jobs))
-
-    @property
     def queued(self) -> int:
-        """Jobs waiting for one."""
-        return len(self._jobs) - self.running
+        """Jobs waiting for one, also those that the engine has not seen yet."""
+        return max(len(self._jobs) - self.running, 0)
 
     def check_room(self, count: int) -> None:
         """Refuse ``count`` more jobs that find no room.
@@ -66,7 +57,8 @@ class Jobs:
             raise InvalidRequest(problem, fields=[FieldError("n", f"at most {self.capacity} jobs", problem)])
         if len(self._jobs) + count > self.capacity:
             seconds = self._pace.seconds_to_room()
-            raise QueueFull(f"The queue is full: {self.queued} of {self._max_queue}.", retry_after=seconds)
+            problem = f"The queue is full: {self.running} running, {self.queued} waiting, {self.capacity} at most."
+            raise QueueFull(problem, retry_after=seconds)
 
     def register(self, jobs: list[Job]) -> None:
         """Take jobs in, all of them or none.
@@ -84,18 +76,26 @@ class Jobs:
             self.check_room(len(jobs))
             self._jobs.update(new)
 
-    def deliver(self, events: Iterable[tuple[str, InferenceEvent]]) -> None:
-        """Give the events of one step to their jobs; on the event loop."""
-        for job_id in deliver(events, self._jobs, self.observers):
-            with self._lock:
+    def deliver(self, events: Iterable[tuple[str, InferenceEvent]], running: int) -> None:
+        """Give the events of one step to their jobs, and tell the observers; on the event loop.
+
+        Args:
+            events: each with the id of its job; those of jobs that are not here are dropped.
+            running: jobs that have a place in the batch after it.
+        """
+        ended = self._hand_out(events)
+        with self._lock:
+            self.running = running
+            for job_id in ended:
                 del self._jobs[job_id]
-            ended, self._ended = self._ended, asyncio.Event()
-            ended.set()
+        if ended:
+            waited_for, self._ended = self._ended, asyncio.Event()
+            waited_for.set()
 
     def fail_all(self, message: str) -> None:
         """End every job with an error; on the event loop."""
         failure = InferenceFailed(code=InferenceError.code, message=message)
-        self.deliver([(job_id, failure) for job_id in self])
+        self.deliver([(job_id, failure) for job_id in self], 0)
 
     async def wait_until_none(self, seconds: float) -> None:
         """Return when every job has ended, or after ``seconds``."""
@@ -103,3 +103,28 @@ class Jobs:
             async with asyncio.timeout(seconds):
                 while self._jobs:
                     await self._ended.wait()
+
+    def _hand_out(self, events: Iterable[tuple[str, InferenceEvent]]) -> list[str]:
+        """Put each event into its job, and tell the observers; returns the ids of the jobs that have ended."""
+        now = time.monotonic()
+        gaps: list[float] = []
+        ended: list[str] = []
+        for job_id, event in events:
+            job = self._jobs.get(job_id)
+            if job is None:
+                continue
+            # Several tokens of one step arrive together: that is one gap.
+            if isinstance(event, Token) and job.last_at and job.last_at != now:
+                gaps.append(now - job.last_at)
+            job.put(event, now)
+            if isinstance(event, Started):
+                for observer in self.observers:
+                    observer.started(job)
+            elif event.terminal:
+                ended.append(job_id)
+                for observer in self.observers:
+                    observer.ended(job)
+        if gaps:
+            for observer in self.observers:
+                observer.stepped(gaps)
+        return ended

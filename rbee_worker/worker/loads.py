@@ -7,14 +7,16 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import Literal
+from dataclasses import replace
+from typing import cast
 
-from rbee_worker.cancellation import Cancellation
-from rbee_worker.config import DEFAULT_MODEL, EngineConfig
-from rbee_worker.errors import Conflict, RbeeError, Unavailable
+from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig, Quantization
+from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
-from rbee_worker.runtime.loading.load import LoadPlan, failure_message, load_model, release_memory
+from rbee_worker.runtime.loading.load import failure_message, has_room, load_model, plan_local, release_memory
+from rbee_worker.runtime.machine.devices import MIB
 from rbee_worker.worker.broadcast import LoadingBroadcast
+from rbee_worker.worker.claim import Claim
 from rbee_worker.worker.engine_thread import EngineThread
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ class Loads:
     """Runs loads and unloads, and keeps what is known of the latest load.
 
     Args:
+        config: of the worker; a load may change parts of it for itself.
         engine: takes the models.
         on_loop: runs what touches the broadcast.
         changed: called, on any thread, when a load or unload has begun or ended.
@@ -38,22 +41,22 @@ class Loads:
         outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
     """
 
-    def __init__(self, engine: EngineThread, on_loop: OnLoop, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, engine: EngineThread, on_loop: OnLoop, changed: Callable[[], None]
+    ) -> None:
         self.broadcast: LoadingBroadcast | None = None
         self.error: RbeeError | None = None
         self.outcomes: Counter[str] = Counter()
+        self._config = config
         self._engine = engine
         self._on_loop = on_loop
-        self._changed = changed
-        self._cancel = Cancellation()
+        self._claim = Claim(changed)
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._busy_with: Literal["load", "unload"] | None = None
 
     @property
     def running(self) -> bool:
         """Whether a load is under way."""
-        return self._busy_with == "load"
+        return self._claim.holder == "load"
 
     @property
     def latest(self) -> LoadingEvent | None:
@@ -70,80 +73,84 @@ class Loads:
             raise Unavailable("No model was asked for, so nothing is loading.", retry_after=5)
         return self.broadcast.subscribe()
 
-    def begin(self, model: str | None, config: EngineConfig, plan: LoadPlan | None, *, unload_first: bool) -> None:
-        """Start a load.
+    def begin(
+        self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+    ) -> bool:
+        """Begin to load a model; any thread may call this, and pays for reading headers when a model is resident.
 
-        Args:
-            model: what MODEL means on the command line.
-            config: where and how it is to run.
-            plan: of it, where there is one already.
-            unload_first: have the resident model unloaded before the new one takes memory.
+        What is None is as the worker was configured.
+
+        Returns:
+            True when a resident model goes on serving until the new one is ready, or has failed to load. False when
+            there is none, or when the two fit only one by one: it is then unloaded first, once its jobs have ended.
 
         Raises:
             Conflict: another load, or an unload, is under way.
+            Unavailable: the worker is shutting down.
         """
-        cancel, broadcast = Cancellation(), LoadingBroadcast()
-        self._claim("load", cancel)
+        config = replace(
+            self._config,
+            device=device or self._config.device,
+            dtype=cast("DTypeName", dtype or self._config.dtype),
+            quantize=cast("Quantization", quantize or self._config.quantize),
+        )
+        cancel = self._claim.take("load")  # first, so that what is resident stays as it is found now
+        before = self.broadcast, self.error
         try:
-            self.error = None
-            logger.info("loading %s", model or DEFAULT_MODEL)
-            make_room = functools.partial(self._engine.unload, cancel) if unload_first else None
+            resident = self._engine.model
+            plan = plan_local(model, config) if resident is not None else None
+            beside = plan is None or has_room(plan, config)
+            # A model that would not even fit in the resident one's place is no reason to give that up: its load fails.
+            swaps = plan is not None and not beside and has_room(plan, config, resident)
+            keeps = resident is not None and not swaps
+            make_room = functools.partial(self._engine.unload, cancel) if swaps else None
             install = functools.partial(self._engine.install, cancel=cancel)
             loading = load_model(model, config, cancel, install, plan=plan, make_room=make_room)
+            logger.info("loading %s", model or DEFAULT_MODEL)
+            self.error = None
+            self.broadcast = broadcast = LoadingBroadcast()
             # The context carries the request's correlation id into the load's log lines.
             run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
             thread = threading.Thread(target=run, name="loader", daemon=True)
-            before, self.broadcast = self.broadcast, broadcast
-            try:
-                thread.start()
-            except BaseException:
-                self.broadcast = before
-                raise
+            thread.start()
             self._thread = thread
-        except BaseException:  # the system has no thread to give
-            self._release()
+        except BaseException:  # memory has run out, or the system has no thread to give
+            self.broadcast, self.error = before
+            self._claim.release()
             raise
+        return keeps
 
     def cancel(self) -> bool:
         """Ask the running load to end with ``cancelled``; False when there is none."""
-        running = self.running
-        self._cancel.set()
-        return running
+        return self._claim.cancel_load()
 
     def unload(self) -> int:
-        """Free the model once its jobs have ended, and forget its load; returns the bytes of weights freed.
+        """Free the model once its running jobs have ended, and forget its load; returns the bytes of weights freed.
+
+        Any thread but the event loop's may call this, and waits for the jobs.
 
         Raises:
             Conflict: a load, or another unload, is under way.
             InferenceError: the engine has died.
+            Unavailable: the worker is shutting down.
         """
-        self._claim("unload")
+        self._claim.take("unload")
         try:
             freed = self._engine.unload()
             self.broadcast = self.error = None
-            return freed
         finally:
-            self._release()
+            self._claim.release()
+        logger.info("unloaded: %d MiB of weights freed", freed // MIB)
+        return freed
+
+    def close(self) -> None:
+        """Begin no load any more, and cancel the running one."""
+        self._claim.close()
 
     def join(self, seconds: float) -> None:
         """Wait for the running load's thread, for a while."""
         if self._thread is not None:
             self._thread.join(seconds)
-
-    def _claim(self, operation: Literal["load", "unload"], cancel: Cancellation | None = None) -> None:
-        """Take the one place there is for a load or an unload; ``cancel`` is what :meth:`cancel` sets from then on."""
-        with self._lock:
-            if self._busy_with == "load":
-                raise Conflict("A load is running.", hint="Wait for it, or cancel it.")
-            if self._busy_with is not None:
-                raise Conflict("The model is being unloaded.", hint="Ask again in a moment.")
-            self._busy_with = operation
-            self._cancel = cancel or self._cancel
-        self._changed()
-
-    def _release(self) -> None:
-        self._busy_with = None
-        self._changed()
 
     def _run(self, loading: Loading, broadcast: LoadingBroadcast) -> None:
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
@@ -158,7 +165,7 @@ class Loads:
         self.outcomes[end.stage] += 1
         if not isinstance(end, LoadFailed):
             logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
-        self._release()
+        self._claim.release()
         self._on_loop(broadcast.publish, end)
 
     def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:

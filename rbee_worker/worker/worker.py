@@ -8,28 +8,23 @@ the finished one takes over between two steps, when the jobs of the model before
 
 import asyncio
 import contextlib
-import logging
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
-from rbee_worker.config import DTypeName, EngineConfig, GenerationRequest, Quantization
+from rbee_worker.config import EngineConfig, GenerationRequest
 from rbee_worker.errors import ModelNotLoaded, Unavailable
-from rbee_worker.events import InferenceFailed, LoadingToVram
+from rbee_worker.events import LoadingToVram
+from rbee_worker.runtime.engine.engine import JobEvents
 from rbee_worker.runtime.engine.prepare import prepare
-from rbee_worker.runtime.engine.sequence import Sequence
-from rbee_worker.runtime.loading.load import LoadedModel, has_room, plan_local
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo, device_info, host_info
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 from rbee_worker.worker.engine_thread import EngineThread
 from rbee_worker.worker.job import Job, note_submitted
 from rbee_worker.worker.jobs import Jobs
 from rbee_worker.worker.loads import Loads
-
-logger = logging.getLogger(__name__)
 
 State = Literal["no_model", "loading", "ready", "draining", "failed"]
 STATES: tuple[State, ...] = get_args(State)
@@ -56,15 +51,9 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._draining = False
-        changed = lambda: self._on_loop(self._note_change)  # noqa: E731  (a name for what three parts are given)
-        self.engine = EngineThread(
-            config,
-            deliver=lambda events: self._on_loop(self.jobs.deliver, events),
-            changed=changed,
-            died=lambda: self._on_loop(self.jobs.fail_all, "The engine died."),
-        )
-        self.jobs = Jobs(config.max_batch_size, max_queue, lambda: self.engine.running)
-        self.loads = Loads(self.engine, self._on_loop, changed)
+        self.jobs = Jobs(config.max_batch_size + max_queue)
+        self.engine = EngineThread(config, emit=self._emit, changed=self._note_change, died=self._fail_jobs)
+        self.loads = Loads(config, self.engine, self._on_loop, self._note_change)
 
     # -- life
 
@@ -76,8 +65,8 @@ class Worker:
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new work, cancel a load, let running jobs finish within the grace, then cancel them."""
         self._draining = True
-        self._note_change()
-        self.loads.cancel()
+        self._wake()
+        self.loads.close()
         await self.jobs.wait_until_none(grace_seconds)
         for job_id in self.jobs:
             self.cancel(job_id)
@@ -86,73 +75,11 @@ class Worker:
     async def close(self) -> None:
         """Stop the engine's thread, which frees the model; jobs that still run end with an error."""
         self._draining = True
-        self._note_change()
-        self.loads.cancel()
+        self._wake()
+        self.loads.close()
         await asyncio.to_thread(self.loads.join, _CANCEL_SECONDS)
         await asyncio.to_thread(self.engine.stop, _CANCEL_SECONDS)
         self.jobs.fail_all("The worker was closed.")
-
-    # -- the model
-
-    def load(
-        self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
-    ) -> bool:
-        """Begin to load a model; any thread may call this, and pays for reading headers when a model is resident.
-
-        What is None is as the worker was configured.
-
-        Returns:
-            True when a resident model goes on serving until the new one is ready, or has failed to load. False when
-            there is none, or when the two fit only one by one: it is then unloaded first, once its jobs have ended.
-
-        Raises:
-            Conflict: another load, or an unload, is under way.
-            Unavailable: the worker is draining.
-        """
-        self._refuse_when_draining()
-        config = replace(
-            self._config,
-            device=device or self._config.device,
-            dtype=cast("DTypeName", dtype or self._config.dtype),
-            quantize=cast("Quantization", quantize or self._config.quantize),
-        )
-        resident = self.engine.model
-        plan = plan_local(model, config) if resident is not None else None
-        beside = plan is None or has_room(plan, config)
-        # A model that would not even fit in the resident one's place is no reason to give that up: its load will fail.
-        swaps = plan is not None and not beside and has_room(plan, config, resident)
-        self.loads.begin(model, config, plan, unload_first=swaps)
-        return resident is not None and not swaps
-
-    async def unload(self) -> int:
-        """Free the model once its running jobs have ended, and forget its load; returns the bytes of weights freed.
-
-        Raises:
-            Conflict: a load, or another unload, is under way.
-            InferenceError: the engine has died.
-            Unavailable: the worker is draining.
-        """
-        self._refuse_when_draining()
-        freed = await asyncio.to_thread(self.loads.unload)
-        logger.info("unloaded: %d MiB of weights freed", freed // MIB)
-        return freed
-
-    @property
-    def model(self) -> LoadedModel | None:
-        """The model that serves."""
-        return self.engine.model
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model that serves.
-
-        Raises:
-            ModelNotLoaded, Unavailable: there is none.
-        """
-        self._refuse_when_not_serving()
-        model = self.engine.model
-        if model is None:
-            raise ModelNotLoaded("Model not loaded")
-        return model.tokenizer
 
     # -- jobs
 
@@ -178,9 +105,7 @@ class Worker:
         jobs = [Job(job.job_id, self.cancel, asked) for job, asked in zip(sequences, requests, strict=True)]
         self.jobs.register(jobs)
         note_submitted(jobs)
-        self.engine.add(sequences, model, self._replaced)
-        if not self.engine.alive:  # it died while this tokenized: what it left behind has been told already
-            self._on_loop(self.jobs.fail_all, "The engine died.")
+        self.engine.add(sequences, model)
         return jobs
 
     def cancel(self, job_id: str) -> None:
@@ -188,12 +113,19 @@ class Worker:
         if job_id in self.jobs:
             self.engine.cancel(job_id)
 
-    def _replaced(self, sequences: list[Sequence]) -> None:
-        """Another model serves than the one that these were prepared for; on the engine's thread."""
-        failure = InferenceFailed(code=Unavailable.code, message="The model was replaced; ask again.")
-        self._on_loop(self.jobs.deliver, [(sequence.job_id, failure) for sequence in sequences])
-
     # -- state
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model that serves.
+
+        Raises:
+            ModelNotLoaded, Unavailable: there is none.
+        """
+        self._refuse_when_not_serving()
+        model = self.engine.model
+        if model is None:
+            raise ModelNotLoaded("Model not loaded")
+        return model.tokenizer
 
     @property
     def state(self) -> State:
@@ -229,7 +161,9 @@ class Worker:
         """Bytes of weights on the devices: the resident model's and those of one being loaded."""
         resident, broadcast = self.engine.model, self.loads.broadcast
         total = resident.nbytes if resident is not None else 0
-        counts = broadcast.latest_counts if broadcast is not None and self.loads.running else None
+        # While a load reads headers, the broadcast is that of the load before.
+        told = self.loads.running and broadcast is not None and not broadcast.ended
+        counts = broadcast.latest_counts if broadcast is not None and told else None
         return total + (counts.vram_mb * MIB if counts is not None else 0)
 
     @property
@@ -248,13 +182,10 @@ class Worker:
         eta = event.eta_seconds if isinstance(event, LoadingToVram) else None
         return min(max(math.ceil(eta or 1), 1), _LONGEST_RETRY_AFTER)
 
-    def _refuse_when_draining(self) -> None:
-        if self._draining:
-            raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
-
     def _refuse_when_not_serving(self) -> None:
-        self._refuse_when_draining()
         state, error = self.state, self.loads.error
+        if state == "draining":
+            raise Unavailable("The worker is shutting down.", retry_after=_LONGEST_RETRY_AFTER)
         if state == "loading" or self.engine.exclusive:
             what = "is loading" if self.loads.running else "is being unloaded"
             raise Unavailable(f"The model {what}.", retry_after=self.retry_after())
@@ -266,7 +197,7 @@ class Worker:
         if state == "no_model":
             raise ModelNotLoaded("Model not loaded", retry_after=_LONGEST_RETRY_AFTER)
 
-    # -- the event loop
+    # -- from other threads to the event loop
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         """Run a function on the event loop; a loop that has been closed has nobody left to tell."""
@@ -274,7 +205,18 @@ class Worker:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, *arguments)
 
+    def _emit(self, events: JobEvents, running: int) -> None:
+        """Give the events of a step to their jobs."""
+        self._on_loop(self.jobs.deliver, events, running)
+
+    def _fail_jobs(self) -> None:
+        """End every job: the engine has died."""
+        self._on_loop(self.jobs.fail_all, "The engine died.")
+
     def _note_change(self) -> None:
         """Wake those who wait for another state."""
+        self._on_loop(self._wake)
+
+    def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -102,7 +102,7 @@ def test_a_load_whose_thread_cannot_start_claims_nothing(tiny: str, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", raising(RuntimeError))
             with pytest.raises(RuntimeError):
-                worker.load(tiny)
+                worker.loads.begin(tiny)
         try:
             assert isinstance((await load(worker, tiny))[-1], Ready)
         except Conflict:
@@ -114,7 +114,7 @@ def test_a_load_whose_thread_cannot_start_claims_nothing(tiny: str, monkeypatch:
 def test_a_panic_in_a_step_fails_its_jobs_and_the_engine_goes_on(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        model = worker.model
+        model = worker.engine.model
         assert model is not None
         with monkeypatch.context() as patch:
             patch.setattr(type(model.transformer), "forward", panic)

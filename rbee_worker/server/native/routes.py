@@ -256,7 +256,7 @@ class Native:
         body = LoadingBody.parse(await read_object(request))
         model = self._models.choose(body.model)
         begin = functools.partial(
-            self._worker.load, model, device=body.device, dtype=body.dtype, quantize=body.quantize
+            self._worker.loads.begin, model, device=body.device, dtype=body.dtype, quantize=body.quantize
         )
         keeps = await anyio.to_thread.run_sync(begin)  # reads headers
         answer: LoadAccepted = {
@@ -279,7 +279,8 @@ class Native:
 
         Running jobs end first. No body is needed.
         """
-        return Json({"vram_bytes_freed": await self._worker.unload()})
+        freed = await anyio.to_thread.run_sync(self._worker.loads.unload)  # waits for the jobs
+        return Json({"vram_bytes_freed": freed})
 
     # -- the worker
 
@@ -347,8 +348,8 @@ class Native:
     @Operation("GET", "/v1/worker", tag="worker")
     async def describe(self, _request: Request) -> Json[WorkerDescription]:
         """The worker, its model and devices."""
-        worker, model = self._worker, self._worker.model
         devices = await anyio.to_thread.run_sync(list_devices)  # asks drivers
+        worker, model = self._worker, self._worker.engine.model
         answer: WorkerDescription = {
             "id": worker.id,
             "version": __version__,

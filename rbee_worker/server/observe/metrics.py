@@ -51,7 +51,7 @@ class WorkerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All figures. The Prometheus client calls this."""
-        worker, loads, model = self._worker, self._worker.loads, self._worker.model
+        worker, loads, model = self._worker, self._worker.loads, self._worker.engine.model
         name = model.name if model is not None else ""
         yield InfoMetricFamily("rbee_worker", "The worker.", {"id": worker.id, "version": __version__, "model": name})
         state = GaugeMetricFamily("rbee_state", "1 for the worker's state, 0 for the others.", labels=["state"])

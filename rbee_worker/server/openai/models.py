@@ -98,11 +98,11 @@ class Models:
 
     def _served(self) -> str | None:
         """The model's own name; None: no model serves."""
-        model = self._worker.model
+        model = self._worker.engine.model
         return model.name if model is not None else None
 
     def _model(self, name: str, status: Status) -> Model:
-        model = self._worker.model
+        model = self._worker.engine.model
         return {
             "id": name,
             "object": "model",

@@ -41,7 +41,7 @@ from rbee_worker.server.openai.responses.object import ResponseObject
 from rbee_worker.server.openai.responses.responses import begin_response
 from rbee_worker.server.openai.responses.responses import to_conversation as to_response_conversation
 from rbee_worker.server.sse import EventStream, Frames
-from rbee_worker.server.streams import Streams
+from rbee_worker.server.streams import Streams, submitted
 from rbee_worker.worker.worker import Worker
 
 _ERRORS: Final[Errors] = (ModelNotFound, *ERRORS_OF_JOBS, Cancelled, InferenceError, OutOfMemory, DeadlineExceeded)
@@ -107,7 +107,7 @@ class OpenAI:
 
         if body.stream:
             return await self._stream(request, size, submit, frames, failed_chunk)
-        choices = await off_loop(size, submit)
+        choices = await submitted(size, submit)
         return Json(await unless_left(request, whole_completion(choices, body, self._models.name)))
 
     @Operation(
@@ -139,7 +139,7 @@ class OpenAI:
 
         if body.stream:
             return await self._stream(request, size, submit, frames, failed_chunk)
-        choices = await off_loop(size, submit)
+        choices = await submitted(size, submit)
         return Json(await unless_left(request, whole_chat(choices, body, response_id, self._models.name)))
 
     @Operation("POST", "/v1/responses", tag="openai", body=ResponsesBody, frames=RESPONSE_EVENTS, errors=_ERRORS)
@@ -166,7 +166,7 @@ class OpenAI:
 
         if body.stream:
             return await self._stream(request, size, submit, frames, writer.failed)
-        choices = await off_loop(size, submit)
+        choices = await submitted(size, submit)
         return Json(await unless_left(request, writer.whole(choices, self._models.name)))
 
     async def _stream(

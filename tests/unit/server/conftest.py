@@ -80,10 +80,18 @@ class StandInLoads:
         self.running = running
         self.error = self.latest = self.broadcast = None
         self.outcomes = Counter()
+        self.asked = []
         self.watchers = 0
         self.cancelled = asyncio.Event()
         self._play = play
         self._script = progress
+
+    def begin(self, model, *, device=None, dtype=None, quantize=None):
+        self.asked.append((model, device, dtype, quantize))
+        return False
+
+    def unload(self):
+        return 5
 
     def cancel(self):
         self.cancelled.set()
@@ -118,18 +126,16 @@ class StandInWorker:
         self.state = state
         self.vram_bytes = 0
         self.uptime_seconds = 1.0
-        self.model = SimpleNamespace(name="m", context_length=64)
-        self.engine = SimpleNamespace(alive=True, stats=EngineStats())
+        model = SimpleNamespace(name="m", context_length=64)
+        self.engine = SimpleNamespace(alive=True, model=model, stats=EngineStats())
         self.jobs = StandInJobs()
         self.loads = StandInLoads(self._play, progress, running=state == "loading")
         self.script = list(script)
         self.refusal = None  # raised by submit()
         self.requests = []
-        self.asked_to_load = []
         self.cancelled = []
         self.calls = Counter()
         self.closed_sources = 0
-        self.resident_keeps = False
         self.the_tokenizer = StandInTokenizer()
         self._cancellations = {}
         self.thread = None
@@ -150,13 +156,6 @@ class StandInWorker:
             await asyncio.sleep(0.01)
         for job_id in list(self._cancellations):
             self.cancel(job_id)
-
-    def load(self, model, *, device=None, dtype=None, quantize=None):
-        self.asked_to_load.append((model, device, dtype, quantize))
-        return self.resident_keeps
-
-    async def unload(self):
-        return 5
 
     def submit(self, request):
         self.requests.append(request)

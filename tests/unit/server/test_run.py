@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rbee_worker.config import EngineConfig, ServerConfig
-from rbee_worker.errors import InvalidRequest, OutOfMemory
+from rbee_worker.errors import DeviceUnavailable, InvalidRequest, OutOfMemory, Unavailable
 from rbee_worker.events import LoadFailed, Resolving
 from rbee_worker.server import run
 
@@ -109,6 +109,37 @@ def test_without_it_the_server_stays_after_a_failed_load(start, stand_in):
     server.wait(lambda: not server.server._tasks)  # the one that would end the process
     assert server.ask("GET", "/livez").status == 200
     assert server.server.exit_code == 0
+
+
+@pytest.mark.parametrize("error", [DeviceUnavailable("no such device"), RuntimeError("can't start new thread")])
+def test_a_first_load_that_cannot_begin_ends_the_process(start, error, caplog):
+    def refuse():
+        raise error
+
+    server = start(first_load=refuse, shutdown_grace_seconds=30)
+    join(server)
+    assert server.server.exit_code == getattr(error, "exit_code", 1)
+    assert f"the first load cannot begin: {error}" in caplog.text
+    assert server.worker.calls == {"start": 1, "drain": 1, "close": 1}
+
+
+def test_a_signal_before_the_first_load_ends_the_process_as_any_signal(start, monkeypatch, caplog):
+    def refuse():
+        server.handle_exit(signal.SIGTERM, None)
+        raise Unavailable("The worker is shutting down.")
+
+    def first(self, *arguments, **options):
+        nonlocal server
+        server = self
+        init(self, *arguments, **options)
+
+    server, init = None, run.Server.__init__
+    monkeypatch.setattr(run.Server, "__init__", first)
+    running = start(first_load=refuse, shutdown_grace_seconds=30)
+    join(running)
+    assert running.server.exit_code == 0
+    assert "cannot begin" not in caplog.text
+    assert running.worker.calls == {"start": 1, "drain": 1, "close": 1}
 
 
 def test_the_load_begins_only_when_requests_are_answered(start, stand_in):

@@ -1,5 +1,6 @@
 """Streams over a real socket: the bytes, the keep-alive, and who leaves when."""
 
+import asyncio
 import itertools
 import socket
 import struct
@@ -7,8 +8,12 @@ import time
 
 import pytest
 
-from rbee_worker.errors import InferenceError
+from rbee_worker.config import ServerConfig
+from rbee_worker.errors import InferenceError, QueueFull
 from rbee_worker.events import LoadingToVram, Ready, Resolving, to_json
+from rbee_worker.server.http.envelope import inference_failed
+from rbee_worker.server.native.frames import inference_frames
+from rbee_worker.server.streams import Streams
 
 REQUEST = {"prompt": "p"}
 PROGRESS = "/v1/loading/progress"
@@ -208,3 +213,26 @@ def test_no_load_to_speak_of_is_503(start, stand_in):
     assert reply.status == 503
     assert reply.json["error"]["type"] == "unavailable_error"
     assert 1 <= int(reply.headers["retry-after"]) <= 60
+
+
+def test_a_request_is_held_from_the_moment_it_is_taken(stand_in):
+    """Two that come at once are two, though neither stream has begun; one that is left gives its place back."""
+
+    async def scenario():
+        worker = stand_in.Worker()
+        worker.changing, worker.settled = True, asyncio.Event().wait
+        streams = Streams(worker, ServerConfig(hold_requests=True, max_queue=1))
+
+        def hold():
+            return streams.of_jobs(0, lambda: worker.submit(None), inference_frames, inference_failed)
+
+        first = await hold()
+        with pytest.raises(QueueFull):
+            await hold()
+        await first.aclose()
+        for _ in range(5):  # the loop hears of it
+            await asyncio.sleep(0)
+        await (await hold()).aclose()
+        assert worker.requests == []
+
+    asyncio.run(scenario())

@@ -7,7 +7,7 @@ import pytest
 from rbee_worker.config import GenerationRequest
 from rbee_worker.errors import Conflict
 from rbee_worker.events import InferenceFailed, Token
-from rbee_worker.worker.job import Job, deliver, note_submitted, submitted_jobs
+from rbee_worker.worker.job import Job, note_submitted, submitted_jobs
 from rbee_worker.worker.jobs import Jobs
 from tests.unit.samples import JOB
 
@@ -34,6 +34,13 @@ def job(name="a"):
     return Job(name, lambda _: None, GenerationRequest(prompt="p"))
 
 
+def register(*taken):
+    """These jobs and no room for more."""
+    jobs = Jobs(len(taken))
+    jobs.register(list(taken))
+    return jobs
+
+
 def text(i):
     return Token(t="x", i=i)
 
@@ -43,7 +50,7 @@ def test_a_job_knows_when_what_happened():
     assert (one.started, one.ended, one.first_at, one.texts) == (None, None, 0.0, 0)
     submitted = one.submitted_at
     for now, event in enumerate([STARTED, text(0), text(1), END], start=1):
-        one.deliver(event, submitted + now)
+        one.put(event, submitted + now)
     assert (one.started, one.ended) == (STARTED, END)
     times = [one.started_at, one.first_at, one.last_at, one.ended_at]
     assert [round(at - submitted) for at in times] == [1, 2, 3, 4]
@@ -53,33 +60,37 @@ def test_a_job_knows_when_what_happened():
 def test_a_failure_is_an_end():
     one = job()
     failure = InferenceFailed(code="INFERENCE_FAILED", message="m")
-    assert deliver([("a", failure)], {"a": one}, ()) == ["a"]
+    jobs = register(one)
+    jobs.deliver([("a", failure)], 0)
     assert one.ended is failure
+    assert len(jobs) == 0
 
 
 def test_observers_are_told_once_for_a_step_and_once_for_a_job():
-    told, jobs = Told(), {"a": job("a"), "b": job("b")}
-    both = [(name, event) for name in jobs for event in (STARTED, text(0), text(1))]
-    assert deliver(both, jobs, [told]) == []
+    told, jobs = Told(), register(job("a"), job("b"))
+    jobs.observers.append(told)
+    jobs.deliver([(name, event) for name in jobs for event in (STARTED, text(0), text(1))], 2)
+    assert list(jobs) == ["a", "b"]
     assert told.calls == [("started", "a"), ("started", "b")]
     told.calls.clear()
     # Two tokens of one step arrive together: one gap for each job.
     step = [("a", text(2)), ("a", text(3)), ("b", text(2)), ("a", END), ("gone", text(9))]
-    assert deliver(step, jobs, [told]) == ["a"]
+    jobs.deliver(step, 1)
+    assert list(jobs) == ["b"]
     assert told.calls == [("ended", "a"), ("stepped", 2)]
 
 
 def test_leaving_a_job_that_has_ended_cancels_no_other_of_its_name():
     cancelled = []
     one = Job("a", cancelled.append, GenerationRequest(prompt="p"))
-    deliver([("a", STARTED), ("a", END)], {"a": one}, ())
+    register(one).deliver([("a", STARTED), ("a", END)], 0)
     one.cancel()
     asyncio.run(one.aclose())
     assert cancelled == []
 
 
 def test_two_jobs_of_one_name_are_refused_together():
-    jobs = Jobs(4, 4, lambda: 0)
+    jobs = Jobs(8)
     with pytest.raises(Conflict, match="Job a is running already"):
         jobs.register([job("a"), job("a")])
     assert len(jobs) == 0
@@ -88,7 +99,7 @@ def test_two_jobs_of_one_name_are_refused_together():
 def test_events_still_reach_the_consumer():
     async def consume():
         one = job()
-        deliver([("a", event) for event in JOB], {"a": one}, ())
+        register(one).deliver([("a", event) for event in JOB], 0)
         return [event async for event in one]
 
     assert asyncio.run(consume()) == list(JOB)

@@ -3,14 +3,17 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.errors import (
     Conflict,
@@ -34,12 +37,15 @@ from rbee_worker.events import (
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.loading import load as load_module
-from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan
+from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan, plan_local
 from rbee_worker.runtime.source import ModelSource
+from rbee_worker.worker.engine_thread import EngineThread
 from rbee_worker.worker.worker import Job, Worker
 from tests.tiny import CONFIG, write_tiny_model
 
 Body = Callable[[Worker], Awaitable[None]]
+
+BYTES_OF_224_TOKENS = 224 * CONFIG["num_hidden_layers"] * 2 * CONFIG["num_key_value_heads"] * 16 * 4
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +74,38 @@ def request(job_id: str | None = None, **sampling: object) -> GenerationRequest:
 
 
 async def load(worker: Worker, model: str) -> list[LoadingEvent]:
-    worker.load(model)
+    worker.loads.begin(model)
     return [event async for event in worker.loads.progress()]
+
+
+def unload(worker: Worker) -> asyncio.Future[int]:
+    """Unload on a thread of its own, which keeps no test that fails from ending."""
+    freed: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            freed.set_result(worker.loads.unload())
+        except InferenceError as error:
+            freed.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(freed)
 
 
 async def events_of(stream: AsyncIterator[InferenceEvent]) -> list[InferenceEvent]:
     return [event async for event in stream]
+
+
+def broken() -> int:
+    raise RuntimeError
+
+
+def wait_on_the_loop_until(condition: Callable[[], bool]) -> None:
+    """Keep the event loop from hearing anything meanwhile."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def end_of(events: list[InferenceEvent]) -> End:
@@ -90,7 +122,7 @@ def test_a_load_is_followed_and_then_served(tiny: str) -> None:
             worker.submit(request())
         events = await load(worker, tiny)
         assert isinstance(events[-1], Ready)
-        assert (worker.state, worker.model.context_length) == ("ready", 512)
+        assert (worker.state, worker.engine.model.context_length) == ("ready", 512)
         assert worker.vram_bytes > 0
         job = worker.submit(request("mine"))
         assert job.id == "mine"
@@ -152,50 +184,67 @@ def test_running_and_waiting_are_what_the_engine_says(tiny: str) -> None:
         while not isinstance(await anext(first), Token):
             pass
         assert (worker.jobs.running, worker.jobs.queued) == (1, 1)
-        assert worker.engine.running == 1
         for job in jobs:
             await job.aclose()
 
-    bytes_of_one = 224 * CONFIG["num_hidden_layers"] * 2 * CONFIG["num_key_value_heads"] * 16 * 4
-    with_worker(body, kv_cache_memory=bytes_of_one, max_context=224)
+    with_worker(body, kv_cache_memory=BYTES_OF_224_TOKENS, max_context=224)
 
 
-def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself(
+def test_a_job_that_runs_again_after_its_preemption_counts_as_running_at_once(tiny: str) -> None:
+    """Its second start emits nothing, and its next token may take long."""
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        emit, told = worker.engine._emit, []
+        worker.engine._emit = lambda events, running: (told.append((len(events), running)), emit(events, running))[1]
+        jobs = [worker.submit(replace(request(max_tokens=100), prompt=str(i) * 100)) for i in range(2)]
+        await asyncio.gather(*(events_of(job.events()) for job in jobs))
+        assert worker.engine.stats.preemptions
+        assert (0, 1) in told
+
+    with_worker(body, kv_cache_memory=BYTES_OF_224_TOKENS, max_context=224)
+
+
+def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself_and_keeps_nobody_waiting(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unloaded_by = []
+    freed_by = []
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         engine, going_on = worker.engine._engine, threading.Event()
-        unload = engine.unload
-        monkeypatch.setattr(
-            engine, "unload", lambda: (unloaded_by.append(threading.current_thread().name), unload())[1]
-        )
-        worker.engine._commands.put(lambda: going_on.wait(10))
-        worker.engine.stop(0.01)
-        assert not unloaded_by  # not beside a step, on this thread
-        going_on.set()
+        free = engine.unload
+        monkeypatch.setattr(engine, "unload", lambda: (freed_by.append(threading.current_thread().name), free())[1])
+        worker.engine._commands.put(lambda: going_on.wait(60))  # stands in for a step that takes long
+        try:
+            unloading = unload(worker)
+            while not worker.changing:
+                await asyncio.sleep(0.001)
+            worker.engine.stop(0.01)
+            with pytest.raises(InferenceError, match="has died"):
+                await unloading
+            assert not freed_by  # not beside a step, on this thread
+        finally:
+            going_on.set()
 
     with_worker(body)
-    assert unloaded_by == ["engine"]
+    assert freed_by == ["engine"]
 
 
 def test_waiting_for_a_swap_ends_with_the_engine(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(worker.unload())
+        unloading = unload(worker)
         while not worker.changing:
             await asyncio.sleep(0.001)
         settled = asyncio.create_task(worker.settled())
 
-        def broken() -> None:
-            raise RuntimeError
-
         worker.engine._commands.put(broken)
         with pytest.raises(InferenceError, match="has died"):
             await unloading
+        with pytest.raises(InferenceError, match="has died"):  # no Conflict: the one before is over
+            worker.loads.unload()
         await settled
         assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
 
@@ -244,9 +293,9 @@ def test_a_cancelled_load_ends_with_cancelled_and_only_one_runs_at_a_time(tmp_pa
 
     async def body(worker: Worker) -> None:
         assert not worker.loads.cancel()
-        assert worker.load(str(path)) is False
+        assert worker.loads.begin(str(path)) is False
         with pytest.raises(Conflict):
-            worker.load(str(path))
+            worker.loads.begin(str(path))
         with pytest.raises(Unavailable):
             worker.submit(request())
         stream = worker.loads.progress()
@@ -265,11 +314,11 @@ def test_a_new_model_takes_over_when_the_jobs_of_the_old_have_ended(tiny: str, t
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=200))
-        assert worker.load(other) is True
+        assert worker.loads.begin(other) is True
         loading = asyncio.create_task(load_to_end(worker))
         assert end_of(await events_of(job.events())).tokens_out == 200
         assert isinstance((await loading)[-1], Ready)
-        assert (worker.model.name, worker.model.context_length) == ("other", 128)
+        assert (worker.engine.model.name, worker.engine.model.context_length) == ("other", 128)
 
     with_worker(body)
 
@@ -282,7 +331,7 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         monkeypatch.setattr(
-            "rbee_worker.worker.worker.has_room", lambda _plan, _config, resident=None: resident is not None
+            "rbee_worker.worker.loads.has_room", lambda _plan, _config, resident=None: resident is not None
         )
         unload, unloads = worker.engine._engine.unload, []
 
@@ -292,14 +341,14 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
 
         monkeypatch.setattr(worker.engine._engine, "unload", spy)
         job = worker.submit(request(max_tokens=200))
-        assert worker.load(other) is False
+        assert worker.loads.begin(other) is False
         loading = asyncio.create_task(load_to_end(worker))
         assert end_of(await events_of(job.events())).tokens_out == 200
         events = await loading
         assert unloads == [False]
         assert events[0].stage == "resolving"
         assert isinstance(events[-1], Ready)
-        assert worker.model.name == "other"
+        assert worker.engine.model.name == "other"
 
     with_worker(body)
 
@@ -315,7 +364,7 @@ def test_a_model_that_fits_nowhere_does_not_cost_the_resident_one(
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         monkeypatch.setattr(load_module, "check_room", no_room)
-        assert worker.load(other) is True
+        assert worker.loads.begin(other) is True
         assert isinstance((await load_to_end(worker))[-1], LoadFailed)
         assert worker.state == "ready"
         assert isinstance((await events_of(worker.submit(request()).events()))[-1], End)
@@ -327,17 +376,15 @@ def test_a_job_that_comes_when_the_engine_has_died_ends(tiny: str, monkeypatch: 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
 
-        def broken() -> None:
-            raise RuntimeError
-
         def dies_meanwhile(*arguments: Any) -> Sequence:
             worker.engine._commands.put(broken)
             worker.engine._thread.join()
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)  # the loop has heard of it
             return prepare(*arguments)
 
+        loop = asyncio.get_running_loop()
         monkeypatch.setattr("rbee_worker.worker.worker.prepare", dies_meanwhile)
-        job = worker.submit(request())
-        await asyncio.sleep(0)
+        job = await asyncio.to_thread(worker.submit, request())
         assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
 
     with_worker(body)
@@ -366,7 +413,7 @@ def test_a_job_prepared_on_one_model_never_runs_on_another(tiny: str) -> None:
         late = threading.Event()
         worker.engine._commands.put(lambda: late.wait(10))
         job = worker.submit(request())
-        worker.engine._engine.model = replace(worker.model, name="swapped")  # as a swap in between would
+        worker.engine._engine.model = replace(worker.engine.model, name="swapped")  # as a swap in between would
         late.set()
         (event,) = await events_of(job.events())
         assert isinstance(event, InferenceFailed)
@@ -381,7 +428,7 @@ def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: s
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=500))
-        assert worker.load(other) is True
+        assert worker.loads.begin(other) is True
         loading = asyncio.create_task(load_to_end(worker))
         while not worker.changing:
             await asyncio.sleep(0.001)
@@ -389,13 +436,13 @@ def test_a_swap_that_waits_for_jobs_is_no_readiness_and_can_be_cancelled(tiny: s
         with pytest.raises(Unavailable):
             worker.submit(request())
         with pytest.raises(Conflict):
-            worker.load(other)
+            worker.loads.begin(other)
         with pytest.raises(Conflict):
-            await worker.unload()
+            worker.loads.unload()
         assert worker.loads.cancel()
         assert isinstance((await loading)[-1], LoadCancelled)
         assert worker.serves
-        assert worker.model.name == Path(tiny).name
+        assert worker.engine.model.name == Path(tiny).name
         job.cancel()
         await events_of(job.events())
 
@@ -406,11 +453,11 @@ def test_a_load_during_an_unload_is_refused_and_spoils_nothing(tiny: str) -> Non
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         job = worker.submit(request(max_tokens=400))
-        unloading = asyncio.create_task(worker.unload())
+        unloading = unload(worker)
         while not worker.changing:
             await asyncio.sleep(0.001)
         with pytest.raises(Conflict):
-            worker.load(tiny)
+            worker.loads.begin(tiny)
         job.cancel()
         assert await unloading > 0
         events = await load(worker, tiny)
@@ -474,7 +521,7 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
         await load(worker, tiny)
         size = worker.vram_bytes
         job = worker.submit(request(max_tokens=100))
-        freed, events = await asyncio.gather(worker.unload(), events_of(job.events()))
+        freed, events = await asyncio.gather(unload(worker), events_of(job.events()))
         assert end_of(events).tokens_out == 100
         assert freed == size
         assert (worker.state, worker.vram_bytes) == ("no_model", 0)
@@ -486,20 +533,30 @@ def test_unloading_waits_for_jobs_and_frees_the_model(tiny: str) -> None:
     with_worker(body)
 
 
-def test_draining_lets_jobs_finish_within_the_grace_and_ends_the_rest(tiny: str) -> None:
+def test_draining_lets_jobs_finish_within_the_grace(tiny: str) -> None:
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        short, long = worker.submit(request()), worker.submit(request(max_tokens=100_000))
-        ends = asyncio.gather(events_of(short.events()), events_of(long.events()))
-        await worker.drain(0.15)
+        job = worker.submit(request())
+        await worker.drain(60)
         assert worker.state == "draining"
         with pytest.raises(Unavailable):
             worker.submit(request())
         with pytest.raises(Unavailable):
-            worker.load(tiny)
-        first, second = await ends
-        assert end_of(first).stop_reason == "max_tokens"
-        assert end_of(second).stop_reason == "cancelled"
+            worker.loads.begin(tiny)
+        assert end_of(await events_of(job.events())).stop_reason == "max_tokens"
+
+    with_worker(body)
+
+
+def test_draining_ends_the_jobs_that_the_grace_was_too_short_for(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        cancelled, cancel = threading.Event(), worker.engine.cancel
+        monkeypatch.setattr(worker.engine, "cancel", lambda job_id: (cancel(job_id), cancelled.set()))
+        worker.engine._commands.put(lambda: cancelled.wait(60))  # so that the job cannot have ended before
+        job = worker.submit(request(max_tokens=400))
+        await worker.drain(0.01)
+        assert end_of(await events_of(job.events())).stop_reason == "cancelled"
 
     with_worker(body)
 
@@ -554,7 +611,185 @@ def test_the_model_is_built_on_one_thread_and_run_on_another(tiny: str, monkeypa
         monkeypatch.setattr(Transformer, "forward", spy)
         await asyncio.gather(*(events_of(worker.submit(request()).events()) for _ in range(4)))
         assert threads == {"engine"}
-        assert isinstance(worker.model, LoadedModel)
+        assert isinstance(worker.engine.model, LoadedModel)
 
     monkeypatch.setattr(Transformer, "forward", spy)
+    with_worker(body)
+
+
+def test_a_cancelled_swap_frees_its_model_at_once(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = str(write_tiny_model(tmp_path / "other"))
+    built: list[weakref.ref[object]] = []
+    install = EngineThread.install
+
+    def noted(self: EngineThread, model: LoadedModel, cancel: Cancellation) -> None:
+        built.append(weakref.ref(model.transformer))
+        install(self, model, cancel)
+
+    monkeypatch.setattr(EngineThread, "install", noted)
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        step_ends = threading.Event()
+        worker.engine._commands.put(lambda: step_ends.wait(60))
+        assert worker.loads.begin(other) is True
+        loading = asyncio.create_task(load_to_end(worker))
+        try:
+            while not worker.changing:
+                await asyncio.sleep(0.001)
+            worker.loads.cancel()
+            assert isinstance((await loading)[-1], LoadCancelled)
+            gc.collect()
+            assert built[1]() is None
+        finally:
+            step_ends.set()
+
+    with_worker(body)
+
+
+def test_a_load_has_the_claim_before_it_reads_headers(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: object) -> object:
+        reading.set()
+        assert go_on.wait(10)
+        return plan_local(*arguments)
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        before = worker.loads.broadcast
+        before.latest_counts = replace(before.latest_counts, vram_mb=7)  # as a larger model's would be
+        monkeypatch.setattr("rbee_worker.worker.loads.plan_local", slow)
+        begun = asyncio.create_task(asyncio.to_thread(worker.loads.begin, tiny))
+        try:
+            await asyncio.to_thread(reading.wait, 10)
+            with pytest.raises(Conflict, match="A load is running"):
+                worker.loads.begin(tiny)
+            with pytest.raises(Conflict, match="A load is running"):
+                worker.loads.unload()
+            assert worker.serves
+            assert worker.vram_bytes == worker.engine.model.nbytes  # no figure of the load before is added
+            assert worker.loads.cancel()
+        finally:
+            go_on.set()
+        assert await begun is True
+        assert isinstance((await load_to_end(worker))[-1], LoadCancelled)
+
+    with_worker(body)
+
+
+def test_a_load_that_gets_no_thread_leaves_all_as_it_was(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "loader":
+            raise RuntimeError
+        start(thread)
+
+    async def body(worker: Worker) -> None:
+        await load(worker, str(tmp_path / "nothing-here"))
+        before = worker.state, worker.loads.error, worker.loads.broadcast
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError):
+                worker.loads.begin(tiny)
+        assert (worker.state, worker.loads.error, worker.loads.broadcast) == before
+        assert isinstance((await load(worker, tiny))[-1], Ready)
+
+    with_worker(body)
+
+
+def test_a_load_that_cannot_be_planned_leaves_the_way_free(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        with monkeypatch.context() as patch:
+            patch.setattr("rbee_worker.worker.loads.plan_local", no_memory)
+            with pytest.raises(MemoryError):
+                worker.loads.begin(tiny)
+        assert isinstance((await load(worker, tiny))[-1], Ready)
+
+    with_worker(body)
+
+
+def test_no_load_begins_once_the_worker_drains(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+
+        def drained(*arguments: object) -> object:
+            asyncio.run_coroutine_threadsafe(worker.drain(0), loop).result(10)
+            return plan_local(*arguments)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr("rbee_worker.worker.loads.plan_local", drained)
+        await asyncio.to_thread(worker.loads.begin, tiny)
+        assert isinstance((await load_to_end(worker))[-1], LoadCancelled)
+
+    with_worker(body)
+
+
+def test_running_and_waiting_are_told_with_the_events(tiny: str) -> None:
+    """A job that has ended in the engine runs, not waits, until the loop hears of its end."""
+
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        short, long = worker.submit(request(max_tokens=5)), worker.submit(request(max_tokens=100_000))
+        assert (worker.jobs.running, worker.jobs.queued) == (0, 2)  # the engine has not seen them
+        await anext(short)
+        await anext(long)
+        wait_on_the_loop_until(lambda: worker.engine._engine.running < 2)
+        assert (worker.jobs.running, worker.jobs.queued) == (2, 0)
+        await events_of(short.events())
+        assert (worker.jobs.running, worker.jobs.queued) == (len(worker.jobs), 0)
+        await long.aclose()
+
+    with_worker(body)
+
+
+def test_a_model_that_cannot_be_freed_keeps_nobody_waiting(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        going_on = threading.Event()
+        monkeypatch.setattr(worker.engine._engine, "unload", broken)
+        worker.engine._commands.put(lambda: going_on.wait(60))
+        try:
+            job = worker.submit(request(max_tokens=400))
+            unloading = unload(worker)
+            while not worker.changing:
+                await asyncio.sleep(0.001)
+            worker.engine._stopping.set()  # as a stop does, which waits for longer
+        finally:
+            going_on.set()
+        with pytest.raises(InferenceError, match="has died"):
+            await unloading
+        assert isinstance((await events_of(job.events()))[-1], InferenceFailed)
+
+    with_worker(body)
+
+
+def test_an_unload_does_not_overtake_a_job(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await load(worker, tiny)
+        stepping, go_on, step = threading.Event(), threading.Event(), worker.engine._engine.step
+
+        def slow() -> object:
+            stepping.set()
+            assert go_on.wait(60)
+            return step()
+
+        monkeypatch.setattr(worker.engine._engine, "step", slow)
+        worker.engine.cancel("nobody")  # wakes the thread
+        await asyncio.to_thread(stepping.wait, 60)
+        job = worker.submit(request())
+        unloading = unload(worker)
+        while not worker.changing:
+            await asyncio.sleep(0.001)
+        go_on.set()
+        assert end_of(await events_of(job.events())).tokens_out == 10
+        assert await unloading > 0
+
     with_worker(body)

@@ -30,7 +30,7 @@ def real(start, model):
 
     def begin(**config):
         worker = Worker(EngineConfig(device="cpu"))
-        server = start(worker, first_load=lambda: worker.load(model), **config)
+        server = start(worker, first_load=lambda: worker.loads.begin(model), **config)
         server.wait(lambda: worker.serves)
         return server
 

@@ -24,7 +24,7 @@ def test_a_job_that_is_closed_early_is_cancelled_and_one_that_has_ended_is_not(s
         cancelled = []
         job = Job("a", cancelled.append, None)
         for event in events:
-            job.deliver(event, 1.0)
+            job.put(event, 1.0)
         source = inference_frames(job)
         read = [await anext(source) for _ in events]
         await source.aclose()
@@ -38,7 +38,7 @@ def test_a_job_that_is_closed_early_is_cancelled_and_one_that_has_ended_is_not(s
 def test_what_is_no_json_fails():
     async def scenario():
         job = Job("a", lambda _id: None, None)
-        job.deliver(Token(t=b"bytes", i=0), 1.0)
+        job.put(Token(t=b"bytes", i=0), 1.0)
         await anext(inference_frames(job))
 
     with pytest.raises(TypeError):

@@ -300,7 +300,7 @@ def test_loading_takes_only_the_models_that_were_allowed(start):
     assert server.ask("POST", "/v1/loading", {}).json["model"] == "given"
     refused = server.ask("POST", "/v1/loading", {"model": "/etc/passwd"})
     assert (refused.status, refused.json["error"]["type"]) == (403, "permission_error")
-    assert server.worker.asked_to_load == [
+    assert server.worker.loads.asked == [
         ("other", "cuda:1", "float16", "int8"),
         ("given", None, None, None),
         ("given", None, None, None),
@@ -311,7 +311,7 @@ def test_loading_the_embedded_default_by_its_name_or_by_none(start):
     server = start()
     for body in ({}, {"model": "SmolLM2-135M-Instruct"}):
         assert server.ask("POST", "/v1/loading", body).json["model"] == "SmolLM2-135M-Instruct"
-    assert server.worker.asked_to_load == [(None, None, None, None)] * 2
+    assert server.worker.loads.asked == [(None, None, None, None)] * 2
 
 
 def test_a_worker_started_without_a_model_asks_for_one(start):

@@ -12,7 +12,8 @@ from rbee_worker.runtime.engine.stats import EngineStats
 from rbee_worker.server.observe.figures import OUTCOMES, Histogram, JobFigures
 from rbee_worker.server.observe.metrics import WorkerMetrics
 from rbee_worker.worker.broadcast import LoadingBroadcast
-from rbee_worker.worker.job import Job, deliver
+from rbee_worker.worker.job import Job
+from rbee_worker.worker.jobs import Jobs
 from tests.unit.samples import LOAD
 
 
@@ -27,7 +28,7 @@ def run(figures, *events, client="", at=()):
     job = Job("j", lambda _: None, GenerationRequest(prompt="p", client=client))
     job.submitted_at = 100.0
     for event, seconds in zip(events, at, strict=True):
-        job.deliver(event, 100.0 + seconds)
+        job.put(event, 100.0 + seconds)
         if event is events[0] and event.event == "started":
             figures.started(job)
     figures.ended(job)
@@ -120,11 +121,11 @@ def test_every_end_is_an_outcome(page):
 
 
 def test_gaps_are_counted_as_they_come(page):
-    job = Job("j", lambda _: None, GenerationRequest(prompt="p"))
+    jobs = Jobs(1)
+    jobs.register([Job("j", lambda _: None, GenerationRequest(prompt="p"))])
+    jobs.observers += page.worker.jobs.observers
     for i in range(3):
-        deliver(
-            [("j", Token(t="x", i=2 * i)), ("j", Token(t="x", i=2 * i + 1))], {"j": job}, page.worker.jobs.observers
-        )
+        jobs.deliver([("j", Token(t="x", i=2 * i)), ("j", Token(t="x", i=2 * i + 1))], 1)
     assert page.read()["rbee_inter_token_latency_seconds_count"] == 2
 
 

@@ -41,7 +41,7 @@ def test_a_request_is_a_span_of_the_callers_trace(start, collected, tmp_path):
     exporter, provider = collected
     worker = Worker(EngineConfig(device="cpu"))
     model = str(write_tiny_model(tmp_path / "tiny"))
-    server = start(worker, first_load=lambda: worker.load(model), app_options={"tracer_provider": provider})
+    server = start(worker, first_load=lambda: worker.loads.begin(model), app_options={"tracer_provider": provider})
     server.wait(lambda: worker.serves)
     body = {"prompt": "SECRET", "max_tokens": 3, "ignore_eos": True, "temperature": 0.5, "seed": 2**64 - 1}
     reply = server.ask("POST", INFERENCE, {**body, "job_id": "j"}, {"traceparent": f"00-{TRACE}-{PARENT}-01"})

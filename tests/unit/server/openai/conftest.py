@@ -63,7 +63,7 @@ class ScriptedWorker:
         for index, job in enumerate(jobs):
             for event in self.scripts[index % len(self.scripts)]:
                 untold = isinstance(event, Token) and job.request.sampling.logprobs is None
-                job.deliver(replace(event, logprobs=None) if untold else event, time.monotonic())
+                job.put(replace(event, logprobs=None) if untold else event, time.monotonic())
             job.ended = None  # to its reader the end is still to come
         return jobs
 
@@ -101,7 +101,7 @@ def worker_of(stand_in):
         async def play(self, job, script):
             self.jobs.running += 1
             async for event in self._play(script, self._cancellations[job.id], end("cancelled")):
-                job.deliver(event, time.monotonic())
+                job.put(event, time.monotonic())
             self.jobs.running -= 1
 
     return LiveWorker

@@ -14,7 +14,7 @@ SERVED = SimpleNamespace(name="m", context_length=9)
 def worker(asked=None, model=None, **state):
     broadcast = SimpleNamespace(model=asked) if asked is not None else None
     loads = {"running": False, "error": None, "latest": None} | state
-    return SimpleNamespace(model=model, loads=SimpleNamespace(broadcast=broadcast, **loads))
+    return SimpleNamespace(engine=SimpleNamespace(model=model), loads=SimpleNamespace(broadcast=broadcast, **loads))
 
 
 def test_none_was_asked_for():

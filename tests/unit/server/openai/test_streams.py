@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from starlette.requests import Request
@@ -11,6 +12,8 @@ from rbee_worker.errors import QueueFull, Unavailable
 from rbee_worker.events import InferenceFailed
 from rbee_worker.server.openai import OpenAI
 from rbee_worker.server.streams import Streams
+from rbee_worker.worker.job import Job
+from tests.unit.server.conftest import SECONDS
 
 from .conftest import started, texts
 
@@ -113,17 +116,24 @@ def test_a_choice_that_fails_ends_the_others(start, worker_of, stand_in, path, s
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_handler_that_is_cancelled_just_after_its_jobs_were_submitted_leaves_none(worker_of, stand_in, stream):
+@pytest.mark.parametrize("prompt", ["p", "p" * 20_000], ids=["on the loop", "in a thread"])
+def test_a_handler_that_is_cancelled_while_it_submits_leaves_no_job(worker_of, stream, prompt):
     async def scenario():
-        worker = worker_of([started(), stand_in.HANG])
+        worker, loop, left = worker_of(), asyncio.get_running_loop(), threading.Event()
+        loops_thread = threading.current_thread()
 
         def submit_all(requests):
-            """As a shutdown may do it: nothing has read the jobs by then."""
-            asyncio.current_task().cancel()
-            return type(worker).submit_all(worker, requests)
+            """As a shutdown may do it, at the worst moment."""
+            if threading.current_thread() is loops_thread:
+                handler.cancel()
+            else:
+                loop.call_soon_threadsafe(handler.cancel)
+                assert left.wait(SECONDS)
+            worker.requests += requests
+            return [Job(request.job_id, worker.cancel, request) for request in requests]
 
         worker.submit_all = submit_all
-        content = json.dumps(body(COMPLETIONS, stream=stream)).encode()
+        content = json.dumps(body(COMPLETIONS, stream=stream, prompt=prompt)).encode()
         sent = iter([{"type": "http.request", "body": content}])
 
         async def receive():
@@ -131,10 +141,13 @@ def test_a_handler_that_is_cancelled_just_after_its_jobs_were_submitted_leaves_n
 
         handlers = OpenAI(worker, ServerConfig(), Streams(worker, ServerConfig()))
         scope = {"type": "http", "headers": [], "path": COMPLETIONS, "client": None}
+        handler = asyncio.create_task(handlers.complete(Request(scope, receive)))
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.create_task(handlers.complete(Request(scope, receive)))
-        assert worker.cancelled == [request.job_id for request in worker.requests]
-        assert worker.requests
+            await handler
+        left.set()
+        async with asyncio.timeout(SECONDS):
+            while not worker.requests or worker.cancelled != [request.job_id for request in worker.requests]:
+                await asyncio.sleep(0.001)
 
     asyncio.run(scenario())
 
@@ -210,7 +223,7 @@ def test_models_by_all_their_names(start, worker_of):
 def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     worker = worker_of(texts("a"))
     worker.changing = True
-    served, worker.model = worker.model, None
+    served, worker.engine.model = worker.engine.model, None
 
     async def settled():
         while worker.changing:
@@ -222,7 +235,7 @@ def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     held.read_until(b": keep-alive\n\n")
     full = server.ask("POST", CHAT, body(CHAT, stream=True))
     assert (full.status, worker.requests) == (429, [])
-    worker.model = served
+    worker.engine.model = served
     worker.changing = False
     assert b'"content":"a"' in held.finish().body
     assert len(worker.requests) == 1

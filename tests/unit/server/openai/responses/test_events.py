@@ -302,7 +302,7 @@ def test_a_client_that_leaves_ends_its_job(start, stand_in, worker_of, stream):
 
 def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     worker = worker_of(texts("a"))
-    worker.changing, served, worker.model = True, worker.model, None
+    worker.changing, served, worker.engine.model = True, worker.engine.model, None
 
     async def settled():
         while worker.changing:
@@ -312,7 +312,7 @@ def test_held_requests_begin_when_the_load_has_ended(start, worker_of):
     server = start(worker, hold_requests=True, keep_alive_seconds=0.1)
     held = server.open("POST", PATH, {"input": "hi", "stream": True})
     held.read_until(b": keep-alive\n\n")
-    worker.changing, worker.model = False, served
+    worker.changing, worker.engine.model = False, served
     frames = held.finish().frames
     completed = json.loads(frames[-2].split(b"\ndata: ")[1])
     assert (completed["type"], completed["response"]["model"]) == ("response.completed", "m")
