@@ -211,11 +211,12 @@ def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself_and_keeps_n
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        engine, going_on = worker.engine._engine, threading.Event()
+        engine, stuck, going_on = worker.engine._engine, threading.Event(), threading.Event()
         free = engine.unload
         monkeypatch.setattr(engine, "unload", lambda: (freed_by.append(threading.current_thread().name), free())[1])
-        worker.engine._commands.put(lambda: going_on.wait(60))  # stands in for a step that takes long
+        worker.engine._commands.put(lambda: (stuck.set(), going_on.wait(60)))  # stands in for a step that takes long
         try:
+            assert await asyncio.to_thread(stuck.wait, 60)
             unloading = unload(worker)
             while not worker.changing:
                 await asyncio.sleep(0.001)
