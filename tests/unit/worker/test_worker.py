@@ -212,11 +212,12 @@ def test_an_engine_that_does_not_stop_in_time_frees_its_model_itself_and_keeps_n
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        engine, going_on = worker.engine._engine, threading.Event()
+        engine, stuck, going_on = worker.engine._engine, threading.Event(), threading.Event()
         free = engine.unload
         monkeypatch.setattr(engine, "unload", lambda: (freed_by.append(threading.current_thread().name), free())[1])
-        worker.engine._commands.put(lambda: going_on.wait(60))  # stands in for a step that takes long
+        worker.engine._commands.put(lambda: (stuck.set(), going_on.wait(60)))  # stands in for a step that takes long
         try:
+            assert await asyncio.to_thread(stuck.wait, 60)
             unloading = unload(worker)
             while not worker.changing:
                 await asyncio.sleep(0.001)
@@ -732,17 +733,31 @@ def test_no_load_begins_once_the_worker_drains(tiny: str, monkeypatch: pytest.Mo
     with_worker(body)
 
 
-def test_running_and_waiting_are_told_with_the_events(tiny: str) -> None:
+def test_running_and_waiting_are_told_with_the_events(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that has ended in the engine runs, not waits, until the loop hears of its end."""
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        short, long = worker.submit(request(max_tokens=5)), worker.submit(request(max_tokens=100_000))
-        assert (worker.jobs.running, worker.jobs.queued) == (0, 2)  # the engine has not seen them
-        await anext(short)
-        await anext(long)
-        wait_on_the_loop_until(lambda: worker.engine._engine.running < 2)
-        assert (worker.jobs.running, worker.jobs.queued) == (2, 0)
+        submitted, go_on, step = threading.Event(), threading.Event(), worker.engine._engine.step
+
+        def slow() -> object:
+            assert go_on.wait(60)
+            return step()
+
+        monkeypatch.setattr(worker.engine._engine, "step", slow)
+        worker.engine._commands.put(lambda: submitted.wait(60))
+        try:
+            short, long = worker.submit(request(max_tokens=5)), worker.submit(request(max_tokens=400))
+            assert (worker.jobs.running, worker.jobs.queued) == (0, 2)  # the engine has not seen them
+            submitted.set()
+            await anext(short)
+            await anext(long)
+            go_on.set()
+            wait_on_the_loop_until(lambda: worker.engine._engine.running < 2)
+            assert (worker.jobs.running, worker.jobs.queued) == (2, 0)
+        finally:
+            submitted.set()
+            go_on.set()
         await events_of(short.events())
         assert (worker.jobs.running, worker.jobs.queued) == (len(worker.jobs), 0)
         await long.aclose()
