@@ -1,14 +1,21 @@
 """Streams over a real socket: the bytes, the keep-alive, and who leaves when."""
 
+import asyncio
 import itertools
 import socket
 import struct
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from rbee_worker.config import ServerConfig
 from rbee_worker.errors import InferenceError
 from rbee_worker.events import LoadingToVram, Ready, Resolving, to_json
+from rbee_worker.server.http.envelope import inference_failed
+from rbee_worker.server.streams import Streams
+from tests.unit.server.test_sse import HTTP, Client
 
 REQUEST = {"prompt": "p"}
 PROGRESS = "/v1/loading/progress"
@@ -208,3 +215,37 @@ def test_no_load_to_speak_of_is_503(start, stand_in):
     assert reply.status == 503
     assert reply.json["error"]["type"] == "unavailable_error"
     assert 1 <= int(reply.headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_held_job_whose_client_leaves_while_it_is_submitted_is_cancelled(refused):
+    submitting, go_on, submitted, cancelled = (threading.Event() for _ in range(4))
+
+    def submit():
+        submitting.set()
+        assert go_on.wait(60)
+        submitted.set()
+        if refused:
+            raise InferenceError("refused")
+        return SimpleNamespace(cancel=cancelled.set)
+
+    def never(_):
+        raise AssertionError("nobody reads its frames")
+
+    async def settled():
+        """A load that has just ended."""
+
+    async def leave():
+        streams = Streams(SimpleNamespace(changing=True, settled=settled), ServerConfig(hold_requests=True))
+        stream = await streams.of_jobs(10**6, submit, never, inference_failed)
+        client = Client()
+        response = asyncio.create_task(stream(HTTP, client.receive, client.send))
+        assert await asyncio.to_thread(submitting.wait, 60)
+        client.leave()
+        await response
+        go_on.set()
+        assert await asyncio.to_thread(submitted.wait, 60)
+        assert refused or await asyncio.to_thread(cancelled.wait, 60)
+
+    asyncio.run(leave())
+    assert cancelled.is_set() is not refused

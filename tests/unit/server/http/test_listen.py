@@ -6,7 +6,7 @@ import pytest
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import InvalidRequest, RbeeError
-from rbee_worker.server.http.listen import listen, url
+from rbee_worker.server.http.listen import Address, listen, url
 
 
 def closing(sockets):
@@ -47,6 +47,18 @@ def test_a_port_that_is_taken():
     assert "--addr" in raised.value.hint
     closing(first)
     closing(listen(ServerConfig(port=port)))  # and it is free again at once
+
+
+def test_where_one_of_several_addresses_is_taken_none_is_kept(monkeypatch):
+    taken = listen(ServerConfig(host="127.0.0.2", port=0))
+    port = taken[0].getsockname()[1]
+    both = [Address(socket.AF_INET, ip, (ip, port)) for ip in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr("rbee_worker.server.http.listen._resolve", lambda *_: both)
+    with pytest.raises(RbeeError, match=rf"127\.0\.0\.2:{port} is taken"):
+        listen(ServerConfig(host="localhost", port=port))
+    monkeypatch.undo()
+    closing(listen(ServerConfig(port=port)))  # the other one is free
+    closing(taken)
 
 
 def test_a_name_that_no_one_knows():
