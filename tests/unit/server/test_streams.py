@@ -218,7 +218,7 @@ def test_no_load_to_speak_of_is_503(start, stand_in):
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_a_held_job_whose_client_leaves_while_it_is_submitted_is_cancelled(refused):
+def test_a_held_job_whose_client_leaves_while_it_is_submitted_is_cancelled(refused, caplog):
     submitting, go_on, submitted, cancelled = (threading.Event() for _ in range(4))
 
     def submit():
@@ -246,6 +246,8 @@ def test_a_held_job_whose_client_leaves_while_it_is_submitted_is_cancelled(refus
         go_on.set()
         assert await asyncio.to_thread(submitted.wait, 60)
         assert refused or await asyncio.to_thread(cancelled.wait, 60)
+        await asyncio.sleep(0)
 
     asyncio.run(leave())
     assert cancelled.is_set() is not refused
+    assert caplog.text == ""
