@@ -168,8 +168,9 @@ def test_a_safetensors_model_is_copied_byte_for_byte(
 
 
 def test_several_templates_are_kept(model_folder: Folder, tmp_path: Path) -> None:
-    named = [{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}]
-    folder = model_folder(**{"tokenizer_config.json": json.dumps({"chat_template": named}).encode()})
+    folder = model_folder(**{"chat_template.jinja": b"D"})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
     list(convert(resolve(str(folder)), tmp_path / "out"))
     assert resolve(str(tmp_path / "out")).chat_templates == {"default": "D", "rag": "R"}
 
