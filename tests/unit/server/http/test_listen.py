@@ -38,6 +38,27 @@ def test_port_0_takes_a_free_port_and_accepts_at_once(host):
     closing(sockets)
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(("host", "both"), [("::", True), ("::1", False)])
+def test_one_ipv6_address_for_all_takes_ipv4_too(host, both):
+    sockets = listen(ServerConfig(host=host, port=0, allow_unauthenticated=True))
+    port = sockets[0].getsockname()[1]
+    assert url(sockets) == f"http://[{host}]:{port}"
+    socket.create_connection(("::1", port), timeout=5).close()
+    if both:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    closing(sockets)
+
+
 def test_a_port_that_is_taken():
     first = listen(ServerConfig(port=0))
     port = first[0].getsockname()[1]
