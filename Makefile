@@ -2,6 +2,7 @@
 # make test     install the project's tools too, and run everything that CI runs
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
+# make coverage run the tests of make test once and list the lines and branches that none of them reached
 # make docs     regenerate completions/, docs/cli.md, docs/files.md and tables of docs/models.md, http-api.md and openai.md
 # make snapshots  write tests/snapshots anew: what users rely on
 # make clean    remove the environment and the prepared model
@@ -17,7 +18,9 @@ PROMPT ?= What is the capital of France?
 
 # Two test processes, one torch thread each: more threads than cores only slow each other down. Each takes half of the
 # tests in their order and then some of what the other has left, so that most fixtures of a module are made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations 20
+SPREAD := -n 2 --dist worksteal --durations 20
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
+COVERAGE := $(BIN)/coverage
 
 # Where the tests marked cpu_forms stand: the second run does not collect the others.
 CPU_FORMS := tests/reference tests/unit/runtime/model
@@ -26,7 +29,7 @@ CPU_FORMS := tests/reference tests/unit/runtime/model
 # the linear layers too.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-all test-avx2 lint docs snapshots clean
+.PHONY: demo test test-all test-avx2 coverage lint docs snapshots clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
@@ -42,6 +45,12 @@ test-all: lint
 
 test-avx2: lint
 	$(AVX2) $(PYTEST) -m "not slow"
+
+coverage: $(READY)
+	$(COVERAGE) erase
+	OMP_NUM_THREADS=1 $(COVERAGE) run -m pytest $(SPREAD) -m "not slow"
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -59,8 +59,9 @@ class _Faults:
     always_cut: int | None = None
     statuses: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
     head_cuts: int = 0
+    head_refusal: tuple[int, dict[str, str]] | None = None
     hold: tuple[int, threading.Event] | None = None
-    wrong: bool = False
+    instead: bytes | None = None
 
 
 class HubServer:
@@ -72,6 +73,7 @@ class HubServer:
         rate: bytes a second that each connection gets; None: as fast as it goes.
         ranges: whether ranges are honoured.
         bare: the listing gives names alone, as some mirrors do.
+        etags: ``hub``: digests, as the hub's own; ``other``: of a mirror's own making; ``none``.
     """
 
     def __init__(self) -> None:
@@ -80,6 +82,7 @@ class HubServer:
         self.rate: float | None = None
         self.ranges = True
         self.bare = False
+        self.etags = "hub"
         self._faults: dict[str, _Faults] = {}
         self._closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -121,6 +124,10 @@ class HubServer:
         """Answer HEAD requests by closing the connection."""
         self.faults(name).head_cuts = times
 
+    def refuse_heads(self, name: str, status: int, **headers: str) -> None:
+        """Answer HEAD requests with a status, each time."""
+        self.faults(name).head_refusal = status, {key.replace("_", "-"): value for key, value in headers.items()}
+
     def refuse(self, name: str, status: int, times: int = 1, **headers: str) -> None:
         """Answer GET requests with a status."""
         named = {key.replace("_", "-"): value for key, value in headers.items()}
@@ -132,9 +139,9 @@ class HubServer:
         self.faults(name).hold = (after, event)
         return event
 
-    def spoil(self, name: str) -> None:
+    def send(self, name: str, data: bytes) -> None:
         """Send other bytes than the listing says."""
-        self.faults(name).wrong = True
+        self.faults(name).instead = data
 
     def mend(self) -> None:
         """Nothing goes wrong any more."""
@@ -203,14 +210,21 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "ETag": '"cdn"'}
         else:
             headers |= {"ETag": f'"{git_sha1(data)}"'}
-        if faults.wrong:
-            data = bytes(len(data))
+        if self.hub.etags != "hub":
+            headers = {key: value for key, value in headers.items() if not key.startswith(("ETag", "X-Linked"))}
+        if self.hub.etags == "other":
+            headers["ETag"] = f'"v1_{sha256(data)[:8]}"'
+        if faults.instead is not None:
+            data = faults.instead
         self._give(data, headers, faults)
 
     def _give(self, data: bytes, headers: dict[str, str], faults: _Faults) -> None:
         if self.command == "HEAD" and faults.head_cuts:
             faults.head_cuts -= 1
             self._hang_up()
+            return
+        if self.command == "HEAD" and faults.head_refusal is not None:
+            self._refuse(*faults.head_refusal)
             return
         if self.command == "GET" and faults.statuses:
             self._refuse(*faults.statuses.popleft())

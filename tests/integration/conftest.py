@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,10 @@ def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> 
             served.events()
         yield served
     finally:
+        if "COVERAGE_PROCESS_CONFIG" in os.environ:  # a process that is killed does not write down what it ran
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         process.kill()
         process.wait()
         assert process.stdout is not None

@@ -86,3 +86,14 @@ def test_ctrl_c_while_generating(model_dir: Path) -> None:
     drawn, code = child.end()
     assert code == 130
     assert "Traceback" not in drawn
+
+
+def test_converting_draws_a_bar(tiny: Path, tmp_path: Path) -> None:
+    drawn, code = OnTerminal("convert", str(tiny), str(tmp_path / "out")).end()
+    plain = ANSI.sub("", drawn)
+    assert code == 0
+    assert BAR in plain
+    counts = re.findall(r"(\d+)/(\d+) tensors", plain)
+    assert counts
+    assert counts[-1][0] == counts[-1][1]
+    assert "\x1b[?25h" in drawn, "the cursor is shown again"

@@ -1,10 +1,13 @@
 """The client against a server on a real socket that answers from a script."""
 
 import json
+import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -94,6 +97,28 @@ def test_a_path_in_the_url_is_kept(worker: FakeWorker):
     worker.answers["DELETE /rbee/v1/loading"] = answer(202, {})
     with WorkerClient(f"http://{worker.addr}/rbee/") as client:
         assert client.cancel_load()
+
+
+def test_cancel_load_that_is_refused(worker: FakeWorker, client: WorkerClient):
+    worker.answers["DELETE /v1/loading"] = refused(401, "UNAUTHORIZED", "No key.")
+    with pytest.raises(Unauthorized, match=r"No key\."):
+        client.cancel_load()
+
+
+def test_a_connection_that_is_reset_is_lost(worker: FakeWorker, client: WorkerClient):
+    def reset(handler: BaseHTTPRequestHandler) -> None:
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(handler.connection.detach())
+        handler.close_connection = True
+
+    worker.answers["DELETE /v1/loading"] = reset
+    with pytest.raises(WorkerUnreachable, match=rf"^The worker at http://{worker.addr} was lost \(ReadError"):
+        client.cancel_load()
+
+
+def test_any_json_object_is_asked_for_as_a_schema():
+    request = GenerationRequest(prompt="p", sampling=SamplingParams(grammar=GrammarSpec("json_object")))
+    assert inference_body(request, "j")["json_schema"] == {"type": "object"}
 
 
 def test_cancel_load_when_nothing_loads(worker: FakeWorker, client: WorkerClient):

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbee_worker.config import (
+    LOGIT_BIAS_RANGE,
+    MAX_LOGIT_BIAS,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
     RANGES,
@@ -54,6 +56,20 @@ def test_every_bad_field_is_listed():
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(temperature=3, top_p=2, seed=2**64, stop=("",) * (MAX_STOP_SEQUENCES + 1))
     assert [field.field for field in caught.value.fields] == ["temperature", "top_p", "seed", "stop", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "constraint"),
+    [
+        (tuple((i, 1.0) for i in range(MAX_LOGIT_BIAS + 1)), f"at most {MAX_LOGIT_BIAS} entries"),
+        (((1, 100.5),), f"biases {LOGIT_BIAS_RANGE}"),
+        (((1, 0.0), (2, float("nan"))), f"biases {LOGIT_BIAS_RANGE}"),
+    ],
+)
+def test_biases_are_bounded(bias: tuple[tuple[int, float], ...], constraint: str):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(logit_bias=bias)
+    assert [(field.field, field.constraint) for field in caught.value.fields] == [("logit_bias", constraint)]
 
 
 @pytest.mark.parametrize("seed", [SEED_MIN, 0, SEED_MAX])

@@ -1,6 +1,7 @@
 """What is drawn, written and printed for the same events."""
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -235,6 +236,14 @@ def test_the_report_follows_ready():
     assert lines[-1] == "  peak host memory: 1,234 MiB"
     assert "  memory on cuda:1: 100 MiB" in lines
     assert "\x1b" not in out.getvalue()
+
+
+def test_what_quantizing_saves_is_told():
+    rows = report_rows(replace(REPORT, quantize="int8", kernel="int8", saved_mb=1200, stored_as=""))
+    assert rows["weights"] == "int8 (int8), embedding float16"
+    assert rows["saved"] == "1,200 MiB against 16 bits"
+    assert "stored as" not in rows
+    assert "saved" not in report_rows(REPORT)
 
 
 # -- JSON

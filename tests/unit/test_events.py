@@ -5,11 +5,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rbee_worker import events
 from rbee_worker.events import Event, InferenceEvent, LoadingEvent, LoadingToVram, Token, from_dict, to_dict, to_json
+from tests.unit.samples import READY
 
 EVENT_TYPES = [
     kind
@@ -61,6 +62,10 @@ def event_of(kind: type[Event]) -> st.SearchStrategy[Event]:
     return st.builds(kind, **{f.name: by_type[f.type] for f in dataclasses.fields(kind)})
 
 
+def told(token: str, logprob: float | None, *top: events.TokenLogprob) -> events.TokenLogprob:
+    return events.TokenLogprob(id=1, token=token, bytes=tuple(token.encode()), logprob=logprob, top=top)
+
+
 any_event = st.one_of([event_of(kind) for kind in EVENT_TYPES])
 
 
@@ -68,6 +73,9 @@ def test_every_event_is_covered():
     assert len(EVENT_TYPES) == 14
 
 
+@example(Token(t="a", i=0, logprobs=(told("a", -0.5, told("b", -1.5)),)))
+@example(events.PromptLogprobs(logprobs=(told("a", None), told("b", -0.5))))
+@example(READY)
 @given(any_event)
 def test_json_round_trip(event: Event):
     line = to_json(event)

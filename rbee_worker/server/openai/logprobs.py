@@ -81,10 +81,6 @@ class LogprobsWriter:
         self._characters = len(text) - sum(_begun(token.bytes) for token in tokens)
         return self.tokens(tokens)
 
-    def skip(self, text: str) -> None:
-        """Count a text whose tokens are not listed."""
-        self._characters += len(text)
-
     def tokens(self, tokens: Iterable[TokenLogprob]) -> CompletionLogprobs:
         """The piece for the next tokens."""
         out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -1,5 +1,6 @@
 """An environment of its own for each command; a stand-in for the engine, and one for a worker."""
 
+import importlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Script:
             assert job_id == script.requests[-1].job_id
             script.cancelled.set()
 
+    # What is imported for the first time while the stand-in is there would be without the rest of the real module.
+    importlib.import_module("rbee_worker.server.run")
     module = ModuleType("rbee_worker.runtime.engine.engine")
     module.Engine = Engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rbee_worker.runtime.engine.engine", module)

@@ -41,6 +41,12 @@ def test_convert_says_what_it_did(tmp_path: Path):
     assert json.loads(again.stdout)["already_converted"] is True
 
 
+def test_convert_says_nothing_when_told_to(tmp_path: Path):
+    result = run("convert", str(write_gguf(tmp_path / "tiny.gguf")), str(tmp_path / "out"), "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_convert_lines_are_one_a_second():
     from rbee_worker.runtime.convert import ConvertProgress
 

@@ -14,6 +14,7 @@ from rbee_worker.cancellation import Cancellation
 from rbee_worker.cli.failures import interrupts
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import (
+    InferenceError,
     ModelMalformed,
     ModelNotFound,
     ModelUnsupported,
@@ -21,7 +22,7 @@ from rbee_worker.errors import (
     RbeeError,
     Remedy,
 )
-from rbee_worker.events import Event, LoadCancelled, LoadFailed, LoadingEvent, Token, to_json
+from rbee_worker.events import Event, InferenceFailed, LoadCancelled, LoadFailed, LoadingEvent, Token, to_json
 from tests.unit.cli.harness import ROOT, Script, run
 from tests.unit.samples import JOB, LOAD, TEXT, layers
 
@@ -224,6 +225,32 @@ def test_no_prompt_on_stdin(engine: Script, stdin: bytes):
 def test_system_text_makes_messages(engine: Script):
     run("generate", "-p", "hi", "--system", "be brief")
     assert [message["role"] for message in engine.requests[0].messages or ()] == ["system", "user"]
+
+
+def test_a_job_that_fails_is_an_error_after_its_text(engine: Script):
+    engine.generating = lambda: iter([*JOB[:2], InferenceFailed(code="INFERENCE_FAILED", message="Sampling failed.")])
+    result = run("generate", "--prompt", "hi", "--quiet")
+    assert (result.exit_code, result.stdout) == (InferenceError.exit_code, f"{JOB[1].t}\n")
+    assert result.stderr == "error: Sampling failed.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("2GB", 2 * 10**9), ("1k", 1024)]
+)
+def test_sizes(engine: Script, text: str, size: int):
+    assert run("load", "m", "--kv-cache-memory", text).exit_code == 0
+    assert engine.configs == [EngineConfig(kv_cache_memory=size)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("much", "is no size"), ("-1GiB", "is no size"), ("0", "must be positive"), ("1TBs", "no size")],
+)
+def test_what_is_no_size(engine: Script, text: str, message: str):
+    result = run("load", "m", "--kv-cache-memory", text)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert engine.models == []
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

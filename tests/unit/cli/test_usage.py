@@ -1,5 +1,7 @@
 """The program itself: version, help, options, usage errors."""
 
+import re
+import runpy
 import subprocess
 import sys
 
@@ -92,3 +94,21 @@ def test_keys_that_will_not_do_exit_2(args: list[str]):
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: --api-key")
+
+
+def test_devices_are_a_table():
+    result = run("devices", env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    lines = ["".join(char if char.isascii() else " " for char in line) for line in result.stdout.splitlines()]
+    head, cpu = (next(line for line in lines if word in line) for word in ("description", "cpu"))
+    assert head.split() == ["device", "description", "used", "free", "total"]
+    assert cpu.split()[0] == "cpu"
+    assert len(re.findall(r"[\d,.]+ [MG]iB", cpu)) == 3
+
+
+def test_python_m(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["rbee_worker", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("rbee_worker", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rbee-worker {__version__}\n"

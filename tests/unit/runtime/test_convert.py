@@ -167,6 +167,14 @@ def test_a_safetensors_model_is_copied_byte_for_byte(
     assert (after.folder / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+def test_several_templates_are_kept(model_folder: Folder, tmp_path: Path) -> None:
+    folder = model_folder(**{"chat_template.jinja": b"D"})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    list(convert(resolve(str(folder)), tmp_path / "out"))
+    assert resolve(str(tmp_path / "out")).chat_templates == {"default": "D", "rag": "R"}
+
+
 def test_a_tensor_of_many_chunks(tmp_path: Path, model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_module, "_CHUNK_ELEMENTS", 10)
     folder = model_folder()

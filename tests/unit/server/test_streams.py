@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import socket
 import struct
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ from rbee_worker.events import LoadingToVram, Ready, Resolving, to_json
 from rbee_worker.server.http.envelope import inference_failed
 from rbee_worker.server.native.frames import inference_frames
 from rbee_worker.server.streams import Streams
+from tests.unit.server.test_sse import HTTP, Client
 
 REQUEST = {"prompt": "p"}
 PROGRESS = "/v1/loading/progress"
@@ -236,3 +239,39 @@ def test_a_request_is_held_from_the_moment_it_is_taken(stand_in):
         assert worker.requests == []
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_held_job_whose_client_leaves_while_it_is_submitted_is_cancelled(refused, caplog):
+    submitting, go_on, submitted, cancelled = (threading.Event() for _ in range(4))
+
+    def submit():
+        submitting.set()
+        assert go_on.wait(60)
+        submitted.set()
+        if refused:
+            raise InferenceError("refused")
+        return SimpleNamespace(cancel=cancelled.set)
+
+    def never(_):
+        raise AssertionError("nobody reads its frames")
+
+    async def settled():
+        """A load that has just ended."""
+
+    async def leave():
+        streams = Streams(SimpleNamespace(changing=True, settled=settled), ServerConfig(hold_requests=True))
+        stream = await streams.of_jobs(10**6, submit, never, inference_failed)
+        client = Client()
+        response = asyncio.create_task(stream(HTTP, client.receive, client.send))
+        assert await asyncio.to_thread(submitting.wait, 60)
+        client.leave()
+        await response
+        go_on.set()
+        assert await asyncio.to_thread(submitted.wait, 60)
+        assert refused or await asyncio.to_thread(cancelled.wait, 60)
+        await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    assert cancelled.is_set() is not refused
+    assert caplog.text == ""

@@ -59,10 +59,10 @@ class QuantizationReader(ConfigReader):
             ModelMalformed: a value is not a list of strings.
         """
         found: list[Any] = []
-        for key in keys:
-            found += self.items(key) if self.has(key) else []
-        if not all(isinstance(name, str) for name in found):
-            raise ModelMalformed(f"{self.file}: {self.where}.{keys[0]} is not a list of names.")
+        for key in filter(self.has, keys):
+            found += self.items(key)
+            if not all(isinstance(name, str) for name in found):
+                raise ModelMalformed(f"{self.file}: {self.where}.{key} is not a list of names.")
         return tuple(found)
 
     def inside(self, key: str) -> "QuantizationReader | None":

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,8 @@ def test_prompts_that_cannot_run_are_refused_at_the_call(tiny: Path) -> None:
         engine.generate(request("x" * 32))
     with pytest.raises(InvalidRequest, match="empty"):
         engine.generate(request(""))
+    with pytest.raises(InvalidRequest, match=r"^The prompt has no tokens\.$"):
+        engine.generate(GenerationRequest(prompt_ids=()))
     with pytest.raises(InvalidRequest, match="either"):
         engine.generate(GenerationRequest())
     for ids, wrong in (((1, -2, 3), -2), ((1, 320), 320)):
@@ -368,6 +371,31 @@ def test_one_failing_sampler_loses_nobody_else_an_event(engine: Engine, monkeypa
     streams = run(engine)
     assert_whole_stream(streams["good"])
     assert isinstance(streams["bad"][-1], InferenceFailed)
+
+
+def test_one_whose_text_fails_loses_nobody_else_an_event(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.submit(request(job_id="first", max_tokens=3, ignore_eos=True))
+    bad = engine.submit(request(job_id="bad", ignore_eos=True))
+    engine.submit(request(job_id="last", max_tokens=3, ignore_eos=True))
+    monkeypatch.setattr(bad, "_detokenizer", None)
+    streams = run(engine)
+    for job in ("first", "last"):
+        assert assert_whole_stream(streams[job]).tokens_out == 3
+    failed = streams["bad"][-1]
+    assert isinstance(failed, InferenceFailed)
+    assert failed.code == "INFERENCE_FAILED"
+    assert failed.message.startswith("Sampling failed: ")
+
+
+def test_a_stop_string_in_the_last_piece_of_text_counts(engine: Engine) -> None:
+    stop, half = "\N{REPLACEMENT CHARACTER}", byte_tokenizer().encode("é").ids[0]
+    always_half = request(max_tokens=1, logit_bias=((half, 100.0),), temperature=0)
+    assert text(list(engine.generate(always_half))) == stop  # what the end makes of half a character
+    stopped = replace(always_half, sampling=replace(always_half.sampling, stop=(stop,)))
+    events = list(engine.generate(stopped))
+    end = assert_whole_stream(events)
+    assert text(events) == ""
+    assert (end.stop_reason, end.stop_sequence_matched) == ("stop_sequence", stop)
 
 
 def test_unloading_ends_what_still_runs(engine: Engine) -> None:

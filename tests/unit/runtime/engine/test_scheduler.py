@@ -7,7 +7,7 @@ import pytest
 
 from rbee_worker.config import GenerationRequest, SamplingParams
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, BlockPool
-from rbee_worker.runtime.cache.kv_cache import SequenceCache
+from rbee_worker.runtime.cache.kv_cache import Rotation, SequenceCache
 from rbee_worker.runtime.engine import scheduler
 from rbee_worker.runtime.engine.scheduler import Scheduler
 from rbee_worker.runtime.engine.sequence import Sequence
@@ -127,6 +127,26 @@ def test_guesses_cost_nobody_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first, "draft", lambda: (1,) * 16)
     assert loop.step() == {first: 1, second: 1}
     assert loop.scheduler.preemptions == 0
+
+
+def test_guesses_do_not_go_beyond_the_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(8)
+    only = loop.add(8)
+    cache = SequenceCache(loop.pool, rotation=Rotation(tokens=12))
+    monkeypatch.setattr(only, "draft", lambda: (1, 1))
+    [(admitted, _)] = loop.scheduler.admit(lambda _: cache)
+    list(admitted.admit("model", cache))
+    cache.advance(only.tokens, 8)
+    drafts = []
+    while True:
+        only.tokens.append(1)
+        shares = loop.scheduler.schedule()
+        if not shares:
+            break
+        drafts.append(len(shares[0].drafts))
+        cache.advance(only.tokens, cache.length + 1)
+    assert drafts == [2, 2, 0, 0]  # a share and its drafts fit below 12 tokens
+    assert list(loop.scheduler.waiting) == [only]  # to be computed again with another rotation
 
 
 @pytest.mark.parametrize("busy", [1, 3])

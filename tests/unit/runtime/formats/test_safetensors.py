@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,3 +386,8 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_safetensors(tmp_path)
     with pytest.raises(ModelNotFound, match="gone: no such file or folder"):
         read_safetensors(tmp_path / "gone")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelMalformed, match=rf"^{re.escape(str(tmp_path))}: cannot be read: Is a directory\.$"):
+        read_header(tmp_path)

@@ -196,6 +196,8 @@ def test_a_grammar_of_tokens_that_the_model_lacks():
 IMPOSSIBLE = {
     "not JSON": ("json_schema", '{"a":', "not JSON"),
     "no object": ("json_schema", "[]", "object"),
+    "a number that JSON lacks": ("json_schema", '{"minimum":NaN}', "NaN is no number in JSON"),
+    "options that are none": ("json_schema", '{"x-guidance":1}', "x-guidance must be an object"),
     "false": ("json_schema", "false", "nothing"),
     "minimum above maximum": ("json_schema", '{"type":"integer","minimum":5,"maximum":3}', "Unsatisfiable"),
     "required but impossible": (
@@ -219,6 +221,22 @@ IMPOSSIBLE = {
 def test_what_cannot_be_followed_is_refused_with_the_reason(compiler: GrammarCompiler, case: str):
     kind, text, reason = IMPOSSIBLE[case]
     assert reason in refused(compiler, kind, text).message
+
+
+def test_true_is_any_json(compiler: GrammarCompiler):
+    assert matches(compiler.compile(GrammarSpec("json_schema", "true")), "[1, null]")
+
+
+def test_verdicts_are_kept_for_the_latest_grammars(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    tried: list[str] = []
+    real = compiler._trial.refusal
+    monkeypatch.setattr(compiler._trial, "refusal", lambda text: tried.append(text) or real(text))
+    monkeypatch.setattr("rbee_worker.runtime.grammar.compiler._VERDICTS", 2)
+    compiler._verdicts.clear()
+    for letter in "xyxzxy":
+        compiler.compile(GrammarSpec("regex", letter))
+    assert len(compiler._verdicts) == 2
+    assert len(tried) == 4  # x, y, z, and y again: x was asked for between
 
 
 def test_size_is_checked_before_anything_else():

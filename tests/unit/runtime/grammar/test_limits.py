@@ -157,3 +157,27 @@ def test_a_trial_that_does_not_begin_is_an_error():
     trial.start("no tokenizer", 10, [0])
     with pytest.raises(InferenceError, match="status 1"):
         trial.refusal("{}")
+
+
+def test_a_trial_that_cannot_be_started_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    trial = Trial()
+    with pytest.raises(InferenceError, match=r"tries grammars out cannot be started: .*No such file"):
+        trial.start("", 10, [0])
+    assert not trial.running
+    trial.close()
+    with pytest.raises(InferenceError, match="was not started"):
+        trial.refusal("{}")
+
+
+def test_a_trial_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    own = GrammarCompiler(BYTES, VOCAB)
+    own.compile(GrammarSpec("regex", "a"))
+    process = own._trial._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr("rbee_worker.runtime.grammar.trial._ANSWER_SECONDS", 0.05)
+    assert "takes more than" in refused(own, "regex", "b").message
+    assert process.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert matches(own.compile(GrammarSpec("regex", "c")), "c")

@@ -270,6 +270,19 @@ def test_something_that_is_no_hub(hub: HubServer) -> None:
         fetch()
 
 
+def test_a_mirror_without_etags(hub: HubServer) -> None:
+    hub.bare, hub.etags = True, "none"
+    with pytest.raises(ModelNotFound, match=r"is no hub: it gives no size or no ETag for .* HF_ENDPOINT"):
+        fetch()
+    assert hub.fetched() == set()
+
+
+def test_a_commit_is_noted_as_no_revision(hub: HubServer) -> None:
+    commit = hub.repos["org/tiny"].commit
+    assert folder(f"org/tiny@{commit}").name == commit
+    assert not (Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "refs").exists()
+
+
 # -- refusals
 
 
@@ -288,6 +301,24 @@ def test_a_file_that_is_refused(hub: HubServer, status: int, hint: str) -> None:
     with pytest.raises(ModelNotFound, match=rf"refused a file: org/tiny/{WEIGHTS}: HTTP status {status}.*{hint}"):
         fetch()
     assert len(hub.gets(WEIGHTS)) == 1
+
+
+def test_a_repository_that_goes_away_meanwhile(hub: HubServer) -> None:
+    hub.refuse(WEIGHTS, 401, X_Error_Code="RepoNotFound")
+    with pytest.raises(ModelNotFound, match=r"^org/tiny: neither a path here nor a model on the hub\."):
+        fetch()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [(401, {}, "the hub refused"), (403, {"X_Error_Code": "GatedRepo"}, "the hub gives this model only to those")],
+)
+def test_a_file_that_is_refused_when_it_is_put_in_place(
+    hub: HubServer, status: int, headers: dict[str, str], message: str
+) -> None:
+    hub.refuse_heads(WEIGHTS, status, **headers)
+    with pytest.raises(ModelNotFound, match=f"^org/tiny: {message}"):
+        fetch()
 
 
 def test_a_listing_that_is_refused(hub: HubServer) -> None:

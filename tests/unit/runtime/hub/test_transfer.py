@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from rbee_worker.cancellation import Cancellation
 from rbee_worker.errors import DiskFull, ModelError, ModelMalformed, ModelNotFound, RbeeError
+from rbee_worker.runtime.formats.safetensors import INDEX_NAME
 from rbee_worker.runtime.hub import download as download_module
 from rbee_worker.runtime.hub import transfer
 from rbee_worker.runtime.hub.download import DownloadProgress, DownloadStalled, download
@@ -93,13 +94,49 @@ def test_partial_files_of_any_size(hub: HubServer, tmp_path: Path, extra: int) -
     assert len(hub.gets(WEIGHTS)) == extra  # a whole one needs no request, a longer one is no use
 
 
+def test_a_server_that_refuses_the_range_sends_the_file_from_its_beginning(hub: HubServer, tmp_path: Path) -> None:
+    data = hub.repos["org/tiny"].files[WEIGHTS]
+    partial_of(tmp_path, data).write_bytes(data[:1000])
+    hub.refuse(WEIGHTS, 416)
+    assert (folder() / WEIGHTS).read_bytes() == data
+    assert [asked.range for asked in hub.gets(WEIGHTS)] == ["bytes=1000-", None]
+
+
+def test_more_bytes_than_listed(hub: HubServer, tmp_path: Path) -> None:
+    data = hub.repos["org/tiny"].files[WEIGHTS]
+    hub.send(WEIGHTS, data + b"x")
+    message = rf"^org/tiny/{WEIGHTS}: the hub lists {len(data):,} bytes and sends more\. .*Load it again"
+    with pytest.raises(ModelMalformed, match=message):
+        fetch()
+    assert partials(tmp_path) == []
+    hub.mend()
+    assert (folder() / WEIGHTS).read_bytes() == data
+
+
+def test_a_server_that_sends_without_end_is_left(hub: HubServer, tmp_path: Path) -> None:
+    data = hub.repos["org/tiny"].files[WEIGHTS]
+    hub.send(WEIGHTS, data + bytes(2**20))
+    hub.hold(WEIGHTS, len(data) + 2**19)  # the end never comes
+    with pytest.raises(ModelMalformed, match="sends more"):
+        fetch()
+    assert partials(tmp_path) == []
+
+
+def test_fewer_bytes_than_listed(hub: HubServer, tmp_path: Path) -> None:
+    data = hub.repos["org/tiny"].files[WEIGHTS]
+    hub.send(WEIGHTS, data[:-1])
+    with pytest.raises(ModelNotFound, match=f"the connection ended after {len(data) - 1:,} of {len(data):,} bytes"):
+        fetch()
+    assert [path.stat().st_size for path in partials(tmp_path)] == [len(data) - 1]
+
+
 # -- digests
 
 
 @pytest.mark.parametrize(("name", "digest"), [(WEIGHTS, "SHA-256"), ("config.json", "Git SHA-1")])
 def test_other_bytes_than_listed(hub: HubServer, tmp_path: Path, name: str, digest: str) -> None:
-    hub.spoil(name)
     data = hub.repos["org/tiny"].files[name]
+    hub.send(name, bytes(len(data)))
     expected, got = (sha256, git_sha1)[name == "config.json"], bytes(len(data))
     message = rf"^org/tiny/{name}: what arrived .*: {digest} {expected(got)}, expected {expected(data)}\. .*removed"
     with pytest.raises(ModelMalformed, match=message):
@@ -114,6 +151,13 @@ def test_a_damaged_partial_file_is_found_out(hub: HubServer, tmp_path: Path) -> 
     with pytest.raises(ModelMalformed, match="SHA-256"):
         fetch()
     assert partials(tmp_path) == []
+
+
+def test_a_mirror_whose_etags_are_no_digests(hub: HubServer, tmp_path: Path) -> None:
+    hub.bare, hub.etags = True, "other"
+    data = hub.repos["org/tiny"].files[WEIGHTS]
+    assert (folder() / WEIGHTS).read_bytes() == data
+    assert (tmp_path / "cache" / "models--org--tiny" / "blobs" / f"v1_{sha256(data)[:8]}").exists()
 
 
 # -- the disk
@@ -147,6 +191,14 @@ def test_a_disk_that_fills_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch, t
         fetch()
     assert [path.stat().st_size for path in partials(tmp_path)] == [50_000]
     monkeypatch.undo()
+
+
+def test_a_file_that_cannot_be_put_in_place(hub: HubServer, tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / hub.repos["org/tiny"].commit
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(b"")
+    with pytest.raises(ModelError, match=r"cannot be stored in .*: (File exists|Not a directory)\. .*HF_HOME"):
+        fetch()
 
 
 def test_a_cache_that_cannot_be_written(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,6 +248,18 @@ def test_a_listing_that_does_not_come(hub: HubServer) -> None:
     with pytest.raises(StopIteration) as end:
         next(running)
     assert end.value.value is None
+
+
+def test_cancelling_while_the_index_is_fetched(hub: HubServer) -> None:
+    hub.hold(INDEX_NAME, 0)
+    cancel = Cancellation()
+    running = download(model_of("org/sharded"), stall_seconds=0.1, cancel=cancel)
+    step = next(running)
+    assert isinstance(step, DownloadStalled)
+    assert step.where == f"org/sharded/{INDEX_NAME}"
+    cancel.set()
+    assert list(running) == []
+    assert hub.fetched() == {INDEX_NAME}
 
 
 @pytest.mark.parametrize("silent", [False, True])

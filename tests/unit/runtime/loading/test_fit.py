@@ -123,6 +123,24 @@ def test_a_cache_that_is_too_small_names_sizes_that_work() -> None:
     assert limit_context(config, form, context=shorter, engine=replace(engine, max_context=shorter)) == shorter
 
 
+def test_a_cache_that_takes_too_much_names_the_largest_that_fits() -> None:
+    form, config = choose_format(CPU, "float16"), parse()
+    free = needs(config, form, 8192, ENGINE).total + 100 * MIB + 1
+    engine = replace(ENGINE, kv_cache_memory=2**40)
+
+    def check_with(kv_cache_memory: int) -> None:
+        where, wanted = device(free), replace(engine, kv_cache_memory=kv_cache_memory)
+        check_fit("big", config, form, context=8192, engine=wanted, device=where, alternatives=lambda: ())
+
+    with pytest.raises(OutOfMemory) as raised:
+        check_with(2**40)
+    [remedy] = raised.value.remedies
+    size = int(str(remedy.settings["kv_cache_memory"]).removesuffix("MiB")) * MIB
+    check_with(size)
+    with pytest.raises(OutOfMemory):
+        check_with(size + MIB)
+
+
 def test_the_real_refusal_names_ways_that_exist_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny_model(tmp_path, max_position_embeddings=100_000)
     small = DeviceInfo("cpu", "CPU", 300 * MIB, 70 * MIB, 230 * MIB)

@@ -8,7 +8,7 @@ import pytest
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.runtime.source import resolve
-from rbee_worker.runtime.tokenizer.files import find_tokenizer, load_tokenizer, read_templates
+from rbee_worker.runtime.tokenizer.files import find_tokenizer, load_tokenizer, read_bytes, read_templates
 from tests.tiny import byte_tokenizer
 from tests.unit.runtime.tokenizer.test_ranks import TOKENS, lines, tekken
 from tests.unit.runtime.tokenizer.test_sentencepiece_model import LETTERS, spec
@@ -103,6 +103,33 @@ def test_damaged_lists_of_tokens_are_refused(tmp_path: Path, config: dict[str, A
     write(tmp_path, **{"tokenizer.json": byte_tokenizer().to_str().encode()})
     with pytest.raises(ModelMalformed, match=message):
         load_tokenizer(tmp_path, {}, config)
+
+
+def test_a_listed_token_that_its_id_cannot_be_given_to_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, **{"tokenizer.json": byte_tokenizer().to_str().encode()})
+    decoder = {"256": {"content": "<a>"}, "257": {"content": "A"}}  # the vocabulary has "A" already
+    own = byte_tokenizer().token_to_id("A")
+    with pytest.raises(ModelMalformed, match=rf": the token 'A' is listed with id 257, but gets {own}\."):
+        load_tokenizer(tmp_path, {}, {"added_tokens_decoder": decoder})
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelMalformed, match=r": cannot be read: Is a directory\."):
+        read_bytes(tmp_path, limit=3, hint="")
+    write(tmp_path, **{"a.model": b"four"})
+    assert read_bytes(tmp_path / "a.model", limit=4, hint="") == b"four"
+    with pytest.raises(ModelMalformed, match=r"^a\.model is larger than 3 bytes, too large for what it should hold"):
+        read_bytes(tmp_path / "a.model", limit=3, hint="")
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_the_space_before_a_text_is_as_the_file_says(tmp_path: Path, legacy: bool | None) -> None:
+    write(tmp_path, **{"tokenizer.model": LETTERS + spec(model_type=2)})
+    config = {"tokenizer_class": "LlamaTokenizer"} | ({} if legacy is None else {"legacy": legacy})
+    backend = load_tokenizer(tmp_path, {}, config).backend
+    assert (backend.pre_tokenizer is None) is (legacy is True)
+    for unsaid in ({}, {"legacy": True}):
+        assert load_tokenizer(tmp_path, {}, unsaid).backend.pre_tokenizer is None
 
 
 @pytest.mark.parametrize(

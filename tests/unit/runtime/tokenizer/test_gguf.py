@@ -234,6 +234,36 @@ def test_refuses_an_inconsistent_vocabulary(files: SimpleNamespace, metadata: di
     assert caught.value.exit_code == 3
 
 
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "\N{LOWER ONE EIGHTH BLOCK}", "a"],
+    "tokenizer.ggml.token_type": [2, 1, 1],
+    "tokenizer.ggml.scores": [0.0, -1.0, -2.0],
+    "tokenizer.ggml.add_bos_token": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"scores": None}, "tokenizer.ggml.scores is not a score for each token."),
+        ({"scores": [0.0, 1.0]}, "tokenizer.ggml.scores is not a score for each token."),
+        ({"scores": [0.0, 1.0, "2"]}, "tokenizer.ggml.scores is not a score for each token."),
+        ({"token_type": [2, 1, 9]}, "tokenizer.ggml.token_type: 9 is not a valid PieceType."),
+        ({"token_type": [1, 1, 1]}, "tokenizer.ggml.unknown_token_id is -1, which is no token."),
+        ({"unknown_token_id": 3}, "tokenizer.ggml.unknown_token_id is 3, which is no token."),
+        ({"unknown_token_id": "0"}, "tokenizer.ggml.unknown_token_id is '0', which is no token."),
+    ],
+)
+def test_refuses_an_inconsistent_sentencepiece_vocabulary(metadata: dict[str, Any], message: str) -> None:
+    assert build_tokenizer(SENTENCEPIECE, file="x.gguf").encode("a?").ids == [1, 2, 0]
+    with pytest.raises(ModelMalformed) as caught:
+        build_tokenizer(
+            SENTENCEPIECE | {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}, file="x.gguf"
+        )
+    assert caught.value.message.startswith(f"x.gguf: {message}")
+
+
 def test_special_token(files: SimpleNamespace) -> None:
     assert special_token(fields(files, eos_token_id=259), "eos", file="x.gguf") == (259, "<|im_end|>")
     assert special_token(fields(files), "eos", file="x.gguf") is None

@@ -8,6 +8,7 @@ from tokenizers import AddedToken
 
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
+from rbee_worker.runtime.tokenizer.lookalikes import _LETTERS
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 from tests.tiny import byte_tokenizer
 
@@ -81,6 +82,21 @@ def test_a_template_that_gives_special_tokens_in_messages_a_meaning_is_not_follo
     with pytest.raises(InvalidRequest, match="a meaning of its own") as caught:
         tokenizer.encode_chat([{"role": "user", "content": "secret <|u|>"}])
     assert "secret" not in caught.value.message
+
+
+def test_a_template_that_refuses_the_marked_message_is_not_followed() -> None:
+    strict = "{% if messages[0].content != '<|u|>' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    with pytest.raises(InvalidRequest, match="a meaning of its own"):
+        special_ids(chat(strict), "<|u|>")
+
+
+def test_messages_that_leave_no_letter_free_are_refused() -> None:
+    tokenizer = chat("{{ messages[0].content }}")
+    letters = "".join(map(chr, _LETTERS))
+    assert special_ids(tokenizer, letters) == []
+    assert special_ids(tokenizer, EVIL + letters[9:]) == []
+    with pytest.raises(InvalidRequest, match="hold every letter of a script"):
+        special_ids(tokenizer, EVIL + letters[1:])
 
 
 def test_text_beside_a_look_alike_is_cut_as_always() -> None:

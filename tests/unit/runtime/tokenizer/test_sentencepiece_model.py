@@ -63,6 +63,20 @@ def test_reads_what_a_tokenizer_needs() -> None:
     assert tokenizer.decode(tokenizer.encode("abab ab").ids) == "abab ab"
 
 
+@pytest.mark.parametrize(("bos", "found"), [(1, 1), (2, 2), (-1, None), (3, None), (8, None)])
+def test_the_beginning_is_a_control_piece_or_none(bos: int, found: int | None) -> None:
+    assert read_sentencepiece(LETTERS + spec(model_type=2, bos=bos)).bos_id == found
+
+
+def test_blanks_that_are_not_escaped() -> None:
+    pieces = START + piece(" ", -1.0) + piece("a", -2.0) + piece(" a", -1.2)
+    unescaped = field(3, field(3, 1) + field(4, 0) + field(5, 0))
+    assert build_sentencepiece(read_sentencepiece(pieces + spec(model_type=2) + unescaped)).encode("a a").tokens == [
+        " a",
+        " a",
+    ]
+
+
 def test_defaults_are_those_of_the_schema() -> None:
     model = read_sentencepiece(LETTERS)
     assert (model.algorithm, model.byte_fallback, model.bos_id) == ("unigram", False, 1)

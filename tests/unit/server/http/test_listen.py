@@ -6,7 +6,7 @@ import pytest
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import InvalidRequest, RbeeError
-from rbee_worker.server.http.listen import listen, url
+from rbee_worker.server.http.listen import Address, listen, url
 
 
 def closing(sockets):
@@ -38,6 +38,27 @@ def test_port_0_takes_a_free_port_and_accepts_at_once(host):
     closing(sockets)
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(("host", "both"), [("::", True), ("::1", False)])
+def test_one_ipv6_address_for_all_takes_ipv4_too(host, both):
+    sockets = listen(ServerConfig(host=host, port=0, allow_unauthenticated=True))
+    port = sockets[0].getsockname()[1]
+    assert url(sockets) == f"http://[{host}]:{port}"
+    socket.create_connection(("::1", port), timeout=5).close()
+    if both:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    closing(sockets)
+
+
 def test_a_port_that_is_taken():
     first = listen(ServerConfig(port=0))
     port = first[0].getsockname()[1]
@@ -47,6 +68,18 @@ def test_a_port_that_is_taken():
     assert "--addr" in raised.value.hint
     closing(first)
     closing(listen(ServerConfig(port=port)))  # and it is free again at once
+
+
+def test_where_one_of_several_addresses_is_taken_none_is_kept(monkeypatch):
+    taken = listen(ServerConfig(host="127.0.0.2", port=0))
+    port = taken[0].getsockname()[1]
+    both = [Address(socket.AF_INET, ip, (ip, port)) for ip in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr("rbee_worker.server.http.listen._resolve", lambda *_: both)
+    with pytest.raises(RbeeError, match=rf"127\.0\.0\.2:{port} is taken"):
+        listen(ServerConfig(host="localhost", port=port))
+    monkeypatch.undo()
+    closing(listen(ServerConfig(port=port)))  # the other one is free
+    closing(taken)
 
 
 def test_a_name_that_no_one_knows():

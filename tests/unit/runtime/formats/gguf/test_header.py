@@ -1,5 +1,6 @@
 """Headers of GGUF files: what is read, and how each kind of damage is refused."""
 
+import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,3 +223,8 @@ def test_a_damaged_file_is_read_or_refused(
     path = scratch / "damaged.gguf"
     path.write_bytes(raw if cut is None else raw[:cut])
     consume(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelMalformed, match=rf"^{re.escape(str(tmp_path))}: cannot be read: Is a directory\.$"):
+        read_header(tmp_path)

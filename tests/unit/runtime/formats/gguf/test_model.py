@@ -1,5 +1,7 @@
 """GGUF files as Hugging Face models: header, names, config, rotary layout, decoding."""
 
+import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,6 +135,12 @@ def test_refuses_impossible_metadata(
     assert caught.value.exit_code == 3
 
 
+def test_a_figure_given_for_each_layer_is_one_where_they_agree(path: Path, files: SimpleNamespace) -> None:
+    one = read_gguf(files.write_gguf(path)).config()
+    each = {"llama.feed_forward_length": [96], "llama.attention.head_count_kv": [2]}
+    assert read_gguf(files.write_gguf(path, metadata=each)).config() == one
+
+
 @pytest.mark.parametrize(
     "key", ["block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length"]
 )
@@ -244,6 +252,24 @@ def test_other_frequency_tables_are_refused(path: Path, files: SimpleNamespace) 
         rope_file(path, files, close).config()
     with pytest.raises(ModelMalformed, match=r"rope_freqs\.weight is F32 of shape \(9,\); it must be F32 of \(8,\)"):
         rope_file(path, files, np.ones(9)).config()
+
+
+def test_a_frequency_table_that_is_no_numbers_or_not_there_is_refused(path: Path, files: SimpleNamespace) -> None:
+    with pytest.raises(
+        ModelMalformed, match=r"^tiny\.gguf: tensor 'rope_freqs\.weight' holds numbers that are not fin"
+    ):
+        rope_file(path, files, np.array([1.0] * 7 + [math.nan])).config()
+    model = rope_file(path, files, np.ones(8))
+    [table] = [tensor for tensor in model.header.tensors if tensor.name == "rope_freqs.weight"]
+    os.truncate(path, table.offset + 31)
+    with pytest.raises(ModelMalformed, match=r"^tiny\.gguf: the file ended while rope_freqs\.weight was read"):
+        model.config()
+
+
+def test_half_of_longrope_is_refused(path: Path, files: SimpleNamespace) -> None:
+    tensors = files.llama_tensors(260) | {"rope_factors_long.weight": np.ones(8, np.float32)}
+    with pytest.raises(ModelMalformed, match=r"^tiny\.gguf: there is no rope_factors_\w+\.weight beside the other"):
+        read_gguf(files.write_gguf(path, tensors=tensors)).config()
 
 
 # -- rows of q and k

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rbee_worker.errors import ModelError, ModelUnsupported
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from rbee_worker.runtime.formats.quantized.methods import present
-from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, names
+from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, is_idle_bias, names
 
 FILE = Path("model.safetensors")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -124,3 +124,53 @@ def test_a_method_that_is_not_known_is_named() -> None:
     with pytest.raises(ModelUnsupported, match=r"config\.json: the checkpoint is quantized \(spqr\), which") as caught:
         shown({"a.weight": ("F32", (2, 2))}, {"quant_method": "spqr"})
     assert "Read are fp8, " in str(caught.value)
+
+
+INT8_GROUP = {"targets": ["re:.*up_proj"], "weights": {"num_bits": 8, "strategy": "channel"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AWQ | {"backend": "llm-awq"}, r"backend.*'llm-awq'.*gemm layout is read"),
+        ({"quant_method": "fp8", "ignored_layers": [1]}, r"config\.ignored_layers is not a list of names"),
+        (COMPRESSED | {"config_groups": {}}, r"config_groups names no weights"),
+        (COMPRESSED | {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, r"names no weights"),
+        (
+            COMPRESSED | {"config_groups": {"a": {"targets": ["Linear"], "weights": PACKED | {"type": "float"}}}},
+            r"weights: float by group is not read packed",
+        ),
+        (
+            COMPRESSED | {"format": "int-quantized", "config_groups": {"a": INT8_GROUP}},
+            r"tensor 'm\.down_proj\.weight' is quantized, but no config group .* targets its module",
+        ),
+    ],
+)
+def test_what_a_config_says_wrong_is_named(config: dict[str, Any], message: str) -> None:
+    parts = {f"m.{name}.weight": ("I8", (16, 64)) for name in ("up_proj", "down_proj")}
+    parts |= {f"m.{name}.weight_scale": ("F32", (16, 1)) for name in ("up_proj", "down_proj")}
+    with pytest.raises(ModelError, match=message):
+        shown(parts, config)
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_scales_of_activations_are_left_out(method: str) -> None:
+    scale = {"fp8": "weight_scale_inv", "compressed-tensors": "weight_scale"}[method]
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    config: dict[str, Any] = {"quant_method": method}
+    if method != "fp8":
+        config |= {"format": "float-quantized", "config_groups": {"a": {"targets": ["Linear"], "weights": weights}}}
+    parts = {"m.weight": ("F8_E4M3", (16, 64)), f"m.{scale}": ("F32", ()), "m.input_scale": ("F32", ())}
+    found, _ = shown(parts, config)
+    assert set(found.tensors) == {"m.weight"}
+    assert isinstance(found.tensors["m.weight"], QuantizedTensor)
+
+
+def test_a_bias_that_cannot_be_looked_at_is_named() -> None:
+    packed = {"m.qweight": ("I32", (8, 96)), "m.qzeros": ("I32", (2, 12)), "m.scales": ("F16", (2, 96))}
+    found, _ = shown(packed | {"m.bias": ("F16", (96,))}, GPTQ)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: No such file"):
+        is_idle_bias(found, "m.bias")
+    huge, _ = shown(packed | {"m.bias": ("F16", (2**40,))}, GPTQ)
+    with pytest.raises(ModelError, match=r"tensor 'm\.bias' is 2199023255552 bytes, too many for what it should hold"):
+        is_idle_bias(huge, "m.bias")

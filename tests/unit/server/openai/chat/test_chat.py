@@ -342,3 +342,32 @@ def test_a_model_that_was_replaced_while_the_prompt_was_made_is_noticed():
     with pytest.raises(Unavailable, match="replaced"):
         whole(worker)
     assert worker.cancelled == ["chatcmpl-1"]
+
+
+LLAMA3 = "<|python_tag|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + PLAIN
+
+
+def test_a_response_format_beside_tools_whose_calls_look_like_it_is_refused():
+    with pytest.raises(InvalidRequest, match="calls look like an answer in JSON") as raised:
+        begin(ScriptedWorker(texts("{}"), template=LLAMA3), tools=[LOOK], response_format={"type": "json_object"})
+    assert [error.field for error in raised.value.fields] == ["tools"]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_tools_that_the_template_does_not_know_stand_in_the_system_message(system):
+    worker = ScriptedWorker(texts("a"), template=PLAIN)
+    whole(worker, messages=[*system, USER], tools=[LOOK])
+    first, *rest = worker.the_tokenizer.decode(list(worker.requests[0].prompt_ids)).split("user: hi")
+    assert first.startswith("system: Be brief.\n\n" if system else "system: ")
+    assert '"name": "look"' in first
+    assert rest == ["\nassistant:"]
+
+
+def test_a_worker_that_waits_for_these_jobs_to_change_its_model_serves_them():
+    class Changing(ScriptedWorker):
+        def tokenizer(self):
+            if self.requests:
+                raise Unavailable("A model is being loaded.")
+            return super().tokenizer()
+
+    assert whole(Changing(texts("a")))["choices"][0]["message"]["content"] == "a"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rbee_worker.events import PromptLogprobs, Token
+from rbee_worker.events import PromptLogprobs, PromptProgress, Token
 from rbee_worker.server.openai.completions.body import CompletionBody
 from rbee_worker.server.openai.completions.completions import begin_completion, completion_frames, whole_completion
 from tests.unit.server.openai.conftest import ScriptedWorker, end, logprob, objects, started, texts
@@ -114,3 +114,13 @@ def test_without_logprobs_none_are_asked_for(echo):
     both(worker, echo=echo)
     sampling = worker.requests[0].sampling
     assert (sampling.logprobs, sampling.prompt_logprobs) == (None, None)
+
+
+def test_prompt_progress_is_told_once_a_prompt():
+    progress = PromptProgress(total=9, cached=2, processed=5, elapsed_ms=3)
+    worker = ScriptedWorker(*([started(), progress, *texts(text)[1:]] for text in "ab"))
+    _, chunks = both(worker, n=2, return_progress=True, stream=True)
+    told = [chunk for chunk in chunks if "prompt_progress" in chunk]
+    assert [chunk["prompt_progress"] for chunk in told] == [{"total": 9, "cache": 2, "processed": 5, "time_ms": 3}]
+    assert told[0]["choices"][0]["text"] == ""
+    assert [streamed(chunks, index) for index in range(2)] == ["a", "b"]
