@@ -52,6 +52,11 @@ class Interrupts:
         signal.signal(signum, signal.SIG_DFL)
         raise Interrupted(signum)
 
+    @property
+    def came(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal has come."""
         if self._received is not None:

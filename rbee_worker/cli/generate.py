@@ -3,6 +3,7 @@
 import functools
 import sys
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -10,13 +11,13 @@ import typer
 
 from rbee_worker import log
 from rbee_worker.cli import options as opt
-from rbee_worker.cli.failures import interrupts
+from rbee_worker.cli.failures import Interrupts, interrupts
 from rbee_worker.cli.load import load_here, show
 from rbee_worker.cli.sampling import sampling_options
 from rbee_worker.cli.structured import Grammar, JsonSchema, Regex, read_grammar
 from rbee_worker.config import EngineConfig, GenerationRequest, SamplingParams
 from rbee_worker.errors import InferenceError, InvalidRequest
-from rbee_worker.events import InferenceFailed
+from rbee_worker.events import InferenceEvent, InferenceFailed
 
 if TYPE_CHECKING:
     from rbee_worker.display import EventSink
@@ -97,12 +98,23 @@ def _generate_here(
     job_id = str(uuid.uuid4())
     events = engine.generate(replace(request, job_id=job_id))
     # A signal ends the job with its `end` event, after the text so far.
-    with interrupts(functools.partial(engine.cancel, job_id)) as received:
+    cancel = functools.partial(engine.cancel, job_id)
+    with interrupts(cancel) as received:
         with _printer(out, json=json, quiet=quiet) as printer:
-            last = show(events, printer)
+            last = show(cancelled_by(received, events, cancel), printer)
         received.check()
     if isinstance(last, InferenceFailed):
         raise InferenceError(last.message)
+
+
+def cancelled_by(
+    received: Interrupts, events: Iterable[InferenceEvent], cancel: Callable[[], None]
+) -> Iterator[InferenceEvent]:
+    """The events of a job. A signal that came before the engine knew of the job cancels it at its first event."""
+    for event in events:
+        if received.came:
+            cancel()
+        yield event
 
 
 def _generate_there(request: GenerationRequest, addr: str, api_key: str | None, *, json: bool, quiet: bool) -> None:
