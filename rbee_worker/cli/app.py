@@ -5,7 +5,10 @@ from typing import Annotated
 import typer
 
 from rbee_worker import __version__
-from rbee_worker.cli import bench, convert, generate, inspect, load, serve
+from rbee_worker.cli import convert, generate, inspect, load, serve
+from rbee_worker.cli.bench import decode as bench_decode
+from rbee_worker.cli.bench import load as bench_load
+from rbee_worker.cli.bench import serve as bench_serve
 from rbee_worker.cli.failures import reported
 
 app = typer.Typer(
@@ -41,5 +44,7 @@ app.command()(reported(convert.convert))
 app.command()(reported(inspect.devices))
 
 benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
-benchmarks.command("load")(reported(bench.load))
+benchmarks.command("load")(reported(bench_load.load))
+benchmarks.command("decode")(reported(bench_decode.decode))
+benchmarks.command("serve")(reported(bench_serve.serve))
 app.add_typer(benchmarks, name="bench", help="Measure what this machine does.")

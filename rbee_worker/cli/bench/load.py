@@ -1,4 +1,4 @@
-"""``rbee-worker bench``: measurements that anyone can repeat.
+"""``rbee-worker bench load``: the time and the memory of a load.
 
 Each load runs in a process of its own (this module, run with ``-m``). The process waits before and after the load, so
 that its memory can be read from outside.
@@ -118,7 +118,7 @@ def measure(model: str | None, files: Sequence[Path], engine: EngineConfig) -> d
         ModelNotFound, InferenceError: the load failed. The process has written the reason to stderr.
     """
     read_seconds, copy_seconds = read(files), read(files, keep=True)
-    command = [sys.executable, "-m", "rbee_worker.cli.bench", jsonlib.dumps([model, asdict(engine)])]
+    command = [sys.executable, "-m", "rbee_worker.cli.bench.load", jsonlib.dumps([model, asdict(engine)])]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
     assert child.stdin is not None  # noqa: S101 - for mypy: both are pipes
     assert child.stdout is not None  # noqa: S101

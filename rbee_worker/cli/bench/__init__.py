@@ -1,0 +1,1 @@
+"""``rbee-worker bench``: measurements that anyone can repeat; ``result`` is what ``decode`` and ``serve`` share."""
