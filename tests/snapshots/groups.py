@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.snapshots import commands, errors, loading, openapi, served
+from tests.snapshots import bench, commands, errors, loading, openapi, served
 
 GROUPS: Mapping[str, Callable[[Path], dict[str, str]]] = {
+    "bench": bench.take,
     "commands": commands.take,
     "errors": errors.take,
     "loading": loading.take,

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 READ_BYTES = 2**30
 """Of memory that one pass reads: far more than a processor's caches hold."""
-_LEAST_BYTES = 2**26
 _FREE_SHARE = 4
 _PASSES = 3
 
@@ -36,7 +35,7 @@ def torch_machine() -> dict[str, str | int]:
     import torch  # noqa: PLC0415
 
     return machine() | {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
@@ -63,8 +62,7 @@ class ReadRate:
 
         from rbee_worker.runtime.machine.devices import device_info  # noqa: PLC0415
 
-        free = device_info(device).free_bytes // _FREE_SHARE
-        size = max(_LEAST_BYTES, min(READ_BYTES, free))
+        size = min(READ_BYTES, device_info(device).free_bytes // _FREE_SHARE)
         self._memory = torch.ones(size // 4, dtype=torch.float32, device=device)
 
     def measure(self) -> float:

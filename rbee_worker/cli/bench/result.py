@@ -78,6 +78,7 @@ class Result:
         rounds: the values of each round, by key.
         left_out: keys that were not measured, and why.
         also: further keys of the JSON.
+        notes: lines below the table.
     """
 
     bench: str
@@ -88,6 +89,12 @@ class Result:
     rounds: Sequence[Mapping[str, float]]
     left_out: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        """The model, how it runs, and how often it was measured."""
+        return f"{_named(self.model)}; {len(self.rounds)} round{'s' if len(self.rounds) != 1 else ''}"
 
     def values(self, key: str) -> list[float]:
         """A figure's value in each round that has it."""
@@ -122,6 +129,8 @@ class Former:
 
     file: str
     machine: Mapping[str, Any]
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
     spreads: Mapping[str, Spread]
 
     def ratios(self, now: Mapping[str, Spread]) -> dict[str, Spread]:
@@ -157,16 +166,16 @@ def read_former(path: Path, bench: str) -> Former:
         of = found.get("bench")
         what = f"a result of bench {of}" if of in ("decode", "serve") else "no result of a benchmark"
         raise InvalidRequest(f"--compare {path}: {what}, not of bench {bench}.", hint=hint)
-    machine, figures = found.get("machine"), found.get("figures")
-    if not isinstance(machine, dict) or not isinstance(figures, dict):
-        raise InvalidRequest(f"--compare {path}: machine or figures is missing.", hint=hint)
+    parts = {name: found.get(name) for name in ("machine", "model", "settings", "figures")}
+    if missing := [name for name, part in parts.items() if not isinstance(part, dict)]:
+        raise InvalidRequest(f"--compare {path}: {missing[0]} is missing.", hint=hint)
     spreads = {}
-    for key, figure in figures.items():
+    for key, figure in found["figures"].items():
         values = [figure.get(name) if isinstance(figure, dict) else None for name in ("median", "min", "max")]
         if not all(map(_is_measure, values)):
             raise InvalidRequest(f"--compare {path}: figure {key!r:.80} has no median, min and max.", hint=hint)
         spreads[key] = Spread(*map(float, values))  # type: ignore[arg-type]  # they are numbers
-    return Former(str(path), machine, spreads)
+    return Former(str(path), found["machine"], found["model"], found["settings"], spreads)
 
 
 def tell(result: Result, former: Former | None, *, as_json: bool) -> None:
@@ -199,14 +208,10 @@ def table(result: Result, former: Former | None, ratios: Mapping[str, Spread]) -
     from rich.table import Column, Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    runs = len(result.rounds)
-    words = [f"{result.model[key]}" for key in ("dtype", "kernel", "stored_as") if result.model.get(key)]
-    title = f"{result.model['name']}" + (f": {', '.join(words)}" if words else "")
-    title += f"; {runs} round{'s' if runs != 1 else ''}"
     columns = [Column(result.bench), Column("unit"), Column("median (min-max)", justify="right")]
     if former is not None:
         columns.append(Column("now / before", justify="right"))
-    rows = Table(*columns, title=Text(title), title_justify="left")
+    rows = Table(*columns, title=Text(result.title), title_justify="left")
     for key, spread in result.spreads.items():
         figure = result.figures[key]
         cells = [figure.label, figure.unit, str(spread)]
@@ -219,18 +224,26 @@ def table(result: Result, former: Former | None, ratios: Mapping[str, Spread]) -
 def remarks(result: Result, former: Former | None) -> Iterable[str]:
     """Lines below the table: the machine, what was left out and why, and what the ratios stand on."""
     yield describe(result.machine)
+    yield from result.notes
     for key, why in result.left_out.items():
         yield f"left out: {result.figures[key].label}: {why}"
     if former is None:
         return
-    yield f"before: {former.file}"
-    other = [
-        f"{key} {former.machine.get(key)}"
-        for key in ("cpu", "cores", "threads", "instructions", "system")
-        if key in result.machine and former.machine.get(key) != result.machine[key]
-    ]
-    if other:
-        yield f"before, the machine was another one: {', '.join(other)}"
+    yield f"before: {former.file}: {_named(former.model)}"
+    if machine := _other(former.machine, result.machine, ("cpu", "cores", "threads", "instructions", "system")):
+        yield f"before, the machine was another one: {machine}"
+    if settings := _other(former.settings, result.settings, sorted(result.settings.keys() - {"runs"})):
+        yield f"before, the settings were others: {settings}"
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    words = [f"{model[key]}" for key in ("dtype", "kernel", "stored_as") if model.get(key)]
+    return f"{model.get('name')}" + (f": {', '.join(words)}" if words else "")
+
+
+def _other(before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """What was otherwise before, in words; empty: nothing."""
+    return ", ".join(f"{key} {before.get(key)}" for key in keys if key in now and before.get(key) != now[key])
 
 
 def _is_measure(value: object) -> bool:

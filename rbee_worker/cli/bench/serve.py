@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
@@ -198,6 +199,7 @@ def measure(addr: str, api_key: str | None, load: Load, runs: int) -> Result:
         figures=FIGURES,
         rounds=[figures(answers) for answers in rounds],
         also={"failures": dict(sorted(failures.items()))},
+        notes=[f"failed with {code}: {count}" for code, count in sorted(failures.items())],
     )
 
 
@@ -207,9 +209,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, float]:
     values: dict[str, float] = {}
     times = {
         "first_token": [answer.tokens[0] - answer.due for answer in good if answer.tokens],
-        "between_tokens": [
-            after - before for answer in good for before, after in zip(answer.tokens, answer.tokens[1:], strict=False)
-        ],
+        "between_tokens": [after - before for answer in good for before, after in pairwise(answer.tokens)],
         "end_to_end": [answer.end - answer.due for answer in good],
     }
     for name, seconds in times.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee_worker.cli import bench
+from rbee_worker.cli.bench import load as bench
 from tests.tiny import write_tiny_model
 from tests.unit.cli.harness import run
 

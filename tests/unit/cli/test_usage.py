@@ -25,7 +25,10 @@ def test_version_and_help_import_nothing_heavy():
         assert done.stdout.startswith(f"rbee-worker {__version__}\n") == (option == "--version")
 
 
-@pytest.mark.parametrize("command", ["load", "generate", "serve", "inspect", "convert", "devices", "bench load"])
+@pytest.mark.parametrize(
+    "command",
+    ["load", "generate", "serve", "inspect", "convert", "devices", "bench load", "bench decode", "bench serve"],
+)
 def test_help_has_a_purpose_and_an_example(command: str):
     result = run(*command.split(), "--help", env={"TERMINAL_WIDTH": "100"})
     assert result.exit_code == 0
@@ -77,6 +80,12 @@ def test_options_of_the_contract():
         ["serve", "--max-queue", "0"],
         ["serve", "--keep-alive", "-1"],
         ["convert", "m"],
+        ["bench", "decode", "--tokens", "0"],
+        ["bench", "decode", "--compare", "no-such-file"],
+        ["bench", "serve"],
+        ["bench", "serve", "--addr", "::1:80"],
+        ["bench", "serve", "--addr", "h:1", "--rate", "0"],
+        ["bench", "serve", "--addr", "h:1", "--compare", "no-such-file"],
     ],
 )
 def test_usage_errors_exit_2(engine: Script, args: list[str]):
