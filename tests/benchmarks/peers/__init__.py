@@ -1,0 +1,1 @@
+"""rbee-worker beside other engines, on the same weights, the same machine and in the same run."""
