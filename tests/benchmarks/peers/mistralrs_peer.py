@@ -24,7 +24,7 @@ def measure(wanted: dict[str, Any]) -> dict[str, float]:
         which = Which.Plain(model_id=str(path), arch=Architecture.Llama)
     else:
         which = Which.GGUF(quantized_model_id=str(path.parent), quantized_filename=path.name)
-    runner = Runner(which=which, max_seqs=1, prefix_cache_n=0, token_source="none", seed=0)  # noqa: S106
+    runner = Runner(which=which, max_seqs=1, prefix_cache_n=0, token_source="none")  # noqa: S106
     figures = {"load_s": time.perf_counter() - began}
 
     def run(count: int, tokens: int) -> Any:

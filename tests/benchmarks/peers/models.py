@@ -63,7 +63,7 @@ def prepare(name: str, work: Path, quantizing_python: str | None) -> Model:
         quantizing_python: an interpreter that has llama-cpp-python; None: only the F16 twin.
     """
     default = work / DEFAULT
-    if not (default / "model.safetensors").is_file():
+    if name in (DEFAULT, RANDOM) and not (default / "model.safetensors").is_file():
         command = [sys.executable, "-m", "rbee_worker", "convert", DEFAULT, str(default), "--dtype", "float16"]
         subprocess.run(command, check=True)
     folder = {DEFAULT: default, RANDOM: work / RANDOM}.get(name, Path(name))
@@ -160,8 +160,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> 
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    # llama.cpp wants the list to be there, and a list of nothing cannot be written.
-    writer.add_token_merges(merges or [f"{tokens[0]} {tokens[1]}"])
+    writer.add_token_merges(merges)
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_bos_token_id(config.get("bos_token_id") or 0)
