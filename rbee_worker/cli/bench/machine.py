@@ -43,9 +43,9 @@ def torch_machine() -> dict[str, str | int]:
 
 def describe(facts: Mapping[str, object]) -> str:
     """One line about a machine."""
-    words = [f"{facts['cpu']}", f"{facts['cores']} cores"]
+    words = [f"{facts['cpu']}", _count(facts["cores"], "core")]
     if "torch" in facts:
-        words += [f"{facts['threads']} torch threads", f"{facts['instructions']}", f"torch {facts['torch']}"]
+        words += [_count(facts["threads"], "torch thread"), f"{facts['instructions']}", f"torch {facts['torch']}"]
     return ", ".join([*words, f"{facts['system']}", f"Python {facts['python']}"])
 
 
@@ -73,6 +73,10 @@ class ReadRate:
         began = time.perf_counter()
         self._memory.sum().item()  # the number is asked for: a GPU has then finished
         return self._memory.nbytes / (time.perf_counter() - began) / 1e9
+
+
+def _count(number: object, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _cpu() -> str:

@@ -40,6 +40,7 @@ FIGURES = {
     for name, label in TIMES.items()
     for percent in PERCENTILES
 } | {
+    "sent_late_p99_ms": Figure("sent after it was due, p99", "ms"),
     "output_tok_s": Figure("tokens made", "tok/s"),
     "prompt_tok_s": Figure("tokens of prompts", "tok/s"),
     "requests_per_s": Figure("requests answered", "1/s"),
@@ -163,9 +164,10 @@ class Load:
 
 @dataclass(slots=True)
 class Answer:
-    """How one request went: the moments of its tokens and of its end on the monotonic clock, and its counts."""
+    """How one request went: when it was due, was sent, got its tokens and ended, on the monotonic clock; its counts."""
 
     due: float
+    sent: float = 0.0
     tokens: list[float] = field(default_factory=list)
     end: float = 0.0
     made: int = 0
@@ -216,6 +218,8 @@ def figures(answers: Sequence[Answer]) -> dict[str, float]:
         for percent in PERCENTILES:
             if seconds:
                 values[f"{name}_p{percent}_ms"] = 1000 * percentile(seconds, percent)
+    # Where this is no small part of the times above, this machine was the slow one, not the worker.
+    values["sent_late_p99_ms"] = 1000 * percentile([answer.sent - answer.due for answer in answers], 99)
     lasted = max(answer.end for answer in answers) - min(answer.due for answer in answers)
     values["output_tok_s"] = sum(answer.made for answer in good) / lasted
     values["prompt_tok_s"] = sum(answer.prompt for answer in good) / lasted
@@ -287,6 +291,7 @@ def _round(clients: Clients, load: Load, number: int) -> list[Answer]:
 
 
 def _ask(clients: Clients, client: "WorkerClient", request: GenerationRequest, answer: Answer) -> None:
+    answer.sent = time.monotonic()
     try:
         for event in client.generate(request):
             now = time.monotonic()

@@ -45,7 +45,7 @@ def test_every_figure_is_taken_in_every_round(model: str, tmp_path: Path) -> Non
     for figure in decode.FIGURES.values():
         assert figure.label in again.stdout
     assert "now / before" in again.stdout
-    assert "torch threads" in again.stdout
+    assert "torch thread" in again.stdout
     assert "ready: tiny" in again.stderr
 
 

@@ -61,7 +61,7 @@ def test_the_table_has_the_machine_the_ratios_and_what_was_left_out(
     results.tell(NOW, results.read_former(path, "decode"), as_json=False)
     told = capsys.readouterr().out
     assert "tiny: float32, dense; 2 rounds" in told
-    assert "Z80, 1 cores, CP/M, Python 3.11" in told
+    assert "Z80, 1 core, CP/M, Python 3.11" in told
     fast = next(line for line in told.splitlines() if "how fast" in line)
     assert fast.split()[-6:-1] == ["36", "(32-40)", "│", "2.25", "(1.6-4)"]
     assert "left out: how far: too far" in told

@@ -56,18 +56,21 @@ def test_a_percentile_of_a_hundred_is_itself(percent: int, value: int) -> None:
 
 def test_times_begin_when_a_request_was_due() -> None:
     answers = [
-        Answer(due=10.0, tokens=[11.0, 11.5, 13.0], end=13.0, made=3, prompt=5),
-        Answer(due=12.0, tokens=[12.25], end=14.0, made=1, prompt=1),
-        Answer(due=13.0, end=20.0, failure="QUEUE_FULL"),
+        Answer(due=10.0, sent=10.0, tokens=[11.0, 11.5, 13.0], end=13.0, made=3, prompt=5),
+        Answer(due=12.0, sent=12.125, tokens=[12.25], end=14.0, made=1, prompt=1),
+        Answer(due=13.0, sent=13.0, end=20.0, failure="QUEUE_FULL"),
     ]
     told = serve.figures(answers)
     assert told == {
         "first_token_p50_ms": 250, "first_token_p90_ms": 1000, "first_token_p99_ms": 1000,
         "between_tokens_p50_ms": 500, "between_tokens_p90_ms": 1500, "between_tokens_p99_ms": 1500,
         "end_to_end_p50_ms": 2000, "end_to_end_p90_ms": 3000, "end_to_end_p99_ms": 3000,
+        "sent_late_p99_ms": 125,
         "output_tok_s": 0.4, "prompt_tok_s": 0.6, "requests_per_s": 0.2, "failed": 1,
     }  # fmt: skip
-    assert serve.figures(answers[2:]).keys() == {"output_tok_s", "prompt_tok_s", "requests_per_s", "failed"}
+    assert serve.figures(answers[2:]).keys() == {
+        "sent_late_p99_ms", "output_tok_s", "prompt_tok_s", "requests_per_s", "failed"
+    }  # fmt: skip
 
 
 def test_failures_are_counted_by_their_code(worker: FakeWorker) -> None:
