@@ -7,33 +7,33 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .conftest import Served, eventually, run, serving, start, wait_until_idle
+from .conftest import Served, eventually, run, start, wait_until_idle
 
 LOAD = ("--rate", "40", "--max-tokens", "6", "--prompt-words", "32")
 
 
-def test_a_running_worker_is_measured_and_compared(tiny: Path, tmp_path: Path) -> None:
-    with serving("--model", str(tiny), "--max-batch-size", "2", "--max-queue", "64") as served:
-        before = httpx.get(f"{served.url}/metrics").text
-        done = run("bench", "serve", "--addr", served.url, *LOAD, "--requests", "12", "--json")
-        assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)
-        assert told["failures"] == {}
-        assert told["model"] == {"name": "tiny"}
-        figures = {key: figure["median"] for key, figure in told["figures"].items()}
-        for name in ("first_token", "between_tokens", "end_to_end"):
-            assert 0 < figures[f"{name}_p50_ms"] <= figures[f"{name}_p90_ms"] <= figures[f"{name}_p99_ms"]
-        assert figures["first_token_p50_ms"] < figures["end_to_end_p50_ms"]
-        # The worker counts the same: twelve answers of six tokens, and one of one token before them.
-        after = httpx.get(f"{served.url}/metrics").text
-        assert made(after) - made(before) == 12 * 6 + 1
-        assert figures["output_tok_s"] / figures["requests_per_s"] == pytest.approx(6, rel=1e-3)
-        file = tmp_path / "before.json"
-        file.write_text(done.stdout)
-        again = run("bench", "serve", "--addr", served.url, *LOAD, "--requests", "4", "--compare", str(file))
-        assert again.returncode == 0, again.stderr
-        assert "now / before" in again.stdout
-        assert "before, the settings were others: requests 12" in again.stdout
+def test_a_running_worker_is_measured_and_compared(worker: Served, tmp_path: Path) -> None:
+    # It takes eight jobs, four of them waiting: none of these is refused.
+    before = httpx.get(f"{worker.url}/metrics").text
+    done = run("bench", "serve", "--addr", worker.url, *LOAD, "--requests", "7", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["failures"] == {}
+    assert told["model"] == {"name": "tiny-chat"}
+    figures = {key: figure["median"] for key, figure in told["figures"].items()}
+    for name in ("first_token", "between_tokens", "end_to_end"):
+        assert 0 < figures[f"{name}_p50_ms"] <= figures[f"{name}_p90_ms"] <= figures[f"{name}_p99_ms"]
+    assert figures["first_token_p50_ms"] < figures["end_to_end_p50_ms"]
+    # The worker counts the same: seven answers of six tokens, and one of one token before them.
+    after = httpx.get(f"{worker.url}/metrics").text
+    assert made(after) - made(before) == 7 * 6 + 1
+    assert figures["output_tok_s"] / figures["requests_per_s"] == pytest.approx(6, rel=1e-3)
+    file = tmp_path / "before.json"
+    file.write_text(done.stdout)
+    again = run("bench", "serve", "--addr", worker.url, *LOAD, "--requests", "4", "--compare", str(file))
+    assert again.returncode == 0, again.stderr
+    assert "now / before" in again.stdout
+    assert "before, the settings were others: requests 7" in again.stdout
 
 
 def test_what_a_full_worker_refuses_is_counted(served: Served) -> None:

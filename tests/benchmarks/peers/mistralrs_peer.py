@@ -3,7 +3,8 @@
     python mistralrs_peer.py JSON
 
 The JSON is that of ``llama_cpp_peer.py``; so are the figures, as far as it tells them: prefill and decode of one
-sequence. It takes text, not tokens, so a prompt is as many words, and it says itself how long it took.
+sequence. It takes text, not tokens, so a prompt is as many words, and it says itself how long it took. Prompts after
+which nothing is decoded are left out: it takes minutes for the longest.
 """
 
 import json
@@ -34,15 +35,14 @@ def measure(wanted: dict[str, Any]) -> dict[str, float]:
         return runner.send_completion_request(request).usage
 
     run(wanted["batch_prompt"], 4)
-    for count in wanted["prefills"]:
-        if count >= wanted["longest"]:
+    for count in wanted["contexts"]:
+        if count + wanted["tokens"] >= wanted["longest"]:
             continue
-        used = run(count, wanted["tokens"] + 1 if count in wanted["contexts"] else 1)
+        used = run(count, wanted["tokens"] + 1)
         if not count <= used.prompt_tokens <= count + 2:
             sys.exit(f"a prompt of {count} tokens became {used.prompt_tokens}")
         figures[f"prefill_{count}_tok_s"] = used.avg_prompt_tok_per_sec
-        if count in wanted["contexts"]:
-            figures[f"decode_{count}_tok_s"] = used.avg_compl_tok_per_sec
+        figures[f"decode_{count}_tok_s"] = used.avg_compl_tok_per_sec
     return figures
 
 
