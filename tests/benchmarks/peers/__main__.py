@@ -12,9 +12,9 @@ drifts does not favor one, and a ratio is taken within a round. The table has th
 Engines that are no part of the project are looked for in an environment in ``--work``, and then in this one. What is
 missing is left out, and the command that installs it is printed. Files are kept in ``--work``: 8 GB for the 1.1B.
 
-It writes ``MODEL.md``, ``MODEL.json``, ``MODEL-batches.svg``, and ``MODEL-quality.svg`` where the weights are trained:
-perplexity over a paragraph against the bytes of the weights in memory. Run it on an idle machine: the 1.1B takes some
-twenty minutes a round.
+It writes ``MODEL.md``, ``MODEL.json``, ``MODEL-batches.svg`` after each round, and at the end ``MODEL-quality.svg``
+where the weights are trained: perplexity over a paragraph against the bytes of the weights in memory. Run it on an idle
+machine: the 1.1B takes some twenty minutes a round.
 """
 
 import argparse
@@ -75,39 +75,45 @@ def measure(
     import torch
 
     rounds: Rounds = {way.name: [] for way in chosen}
-    failed: dict[str, str] = {}
     memory: list[float] = []
+    found: dict[str, Any] = {
+        "model": model.name,
+        "machine": torch_machine(),
+        "settings": {"runs": 0, "tokens": options.tokens},
+        "failed": {},
+        "quality": {},
+    }
     for number in range(options.runs):
         rate = ReadRate(torch.device("cpu"))
         memory.append(rate.measure())
         del rate  # a peer may need the room
         for way in chosen:
-            if way.name in failed:
+            if way.name not in rounds:
                 continue
             say(f"{model.name}, round {number + 1} of {options.runs}: {way.name}")
             try:
                 rounds[way.name].append(ways.speed(way, model, pythons[way.engine], options.tokens))
             except RuntimeError as error:
-                failed[way.name] = str(error)
+                found["failed"][way.name] = str(error)
                 del rounds[way.name]
                 say(f"{way.name} failed: {error}")
-    found: dict[str, Any] = {
-        "model": model.name,
-        "machine": torch_machine(),
-        "settings": {"runs": options.runs, "tokens": options.tokens},
-        "read_gb_s": Spread.of(memory).to_dict() | {"values": memory},
-        "ways": {name: figures(values) for name, values in rounds.items()},
-        "ratios": dict(ratios(chosen, rounds)),
-        "quality": quality(model, chosen, pythons, text, failed) if model.trained else {},
-        "failed": failed,
-    }
-    base = options.work / model.name
+        found["settings"]["runs"] = number + 1
+        found["read_gb_s"] = Spread.of(memory).to_dict() | {"values": memory}
+        found["ways"] = {name: figures(values) for name, values in rounds.items()}
+        found["ratios"] = dict(ratios(chosen, rounds))
+        write(options.work / model.name, found)  # a run that is ended early has told something
+    if model.trained:
+        found["quality"] = quality(model, [way for way in chosen if way.name in rounds], pythons, text)
+    write(options.work / model.name, found)
+    print("\n".join(markdown(found)), flush=True)
+
+
+def write(base: Path, found: Mapping[str, Any]) -> None:
+    """The files of a model."""
     base.with_name(f"{base.name}.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    page = "\n".join(markdown(found)) + "\n"
-    base.with_name(f"{base.name}.md").write_text(page, "utf-8")
+    base.with_name(f"{base.name}.md").write_text("\n".join(markdown(found)) + "\n", "utf-8")
     for name, plot in plots(found):
         base.with_name(f"{base.name}-{name}.svg").write_text(plot, "utf-8")
-    print(page, flush=True)
 
 
 def figures(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -132,14 +138,12 @@ def ratios(chosen: Sequence[Way], rounds: Rounds) -> Iterator[tuple[str, dict[st
 
 
 def quality(
-    model: Model, chosen: Sequence[Way], pythons: Mapping[ways.Engine, str], text: str, failed: dict[str, str]
+    model: Model, chosen: Sequence[Way], pythons: Mapping[ways.Engine, str], text: str
 ) -> dict[str, dict[str, float]]:
     """Perplexity of the same tokens in every way, and the bytes that its weights take."""
     ids = Tokenizer.from_file(str(model.folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     told = {}
     for way in chosen:
-        if way.name in failed:
-            continue
         say(f"{model.name}: perplexity of {way.name} over {len(ids)} tokens")
         try:
             if values := ways.perplexity(way, model, pythons[way.engine], ids):

@@ -82,11 +82,23 @@ def prepare(name: str, work: Path, quantizing_python: str | None) -> Model:
             if form == "F16":
                 write_gguf(folder, part)
             else:
-                subprocess.run([str(quantizing_python), str(QUANTIZER), twins["F16"], part, str(number)], check=True)
+                quantize(str(quantizing_python), twins["F16"], part, number)
             part.rename(path)
         twins[form] = path
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return Model(folder.name, folder, twins, config["max_position_embeddings"], trained=name != RANDOM)
+
+
+def quantize(python: str, source: Path, target: Path, number: int) -> None:
+    """Have llama.cpp quantize a file; it is quiet unless it fails.
+
+    Raises:
+        SystemExit: with what it said.
+    """
+    command = [python, str(QUANTIZER), str(source), str(target), str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def write_gguf(folder: Path, path: Path) -> None:
