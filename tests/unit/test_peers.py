@@ -62,9 +62,9 @@ def test_a_peer_that_is_not_there_is_left_out_by_its_name(tmp_path: Path) -> Non
     bare.chmod(0o755)
     pythons = ways.find_pythons([str(bare)])
     assert pythons == {"rbee-worker": sys.executable}
-    told = "\n".join(ways.missing(pythons, tmp_path))
-    assert f"llama.cpp is left out: {tmp_path}/bin/pip install llama-cpp-python==0.3.36" in told
-    assert "transformers is left out" in told
+    told = "\n".join(ways.missing(pythons, tmp_path / "pip"))
+    assert f"llama.cpp is left out: {tmp_path}/pip install llama-cpp-python==0.3.36" in told
+    assert [line.split()[0] for line in told.splitlines()] == list(ways.MODULES)
     assert ways.find_pythons([str(bare), sys.executable])["transformers"] == sys.executable
 
 

@@ -4,10 +4,11 @@
     python -m tests.benchmarks.peers random-1.1b --runs 5 --tokens 64
     python -m tests.benchmarks.peers SmolLM2-135M-Instruct --only rbee-worker llama.cpp
 
-It measures this worker, llama.cpp, transformers and mistral.rs on the same float16 weights, or on the very same GGUF
-file. The random model has TinyLlama's shape with a vocabulary of 49,152. llama.cpp's quantizer makes the GGUF files.
-Each figure comes from a process of its own. The engines take turns (A B C, A B C, …), so that a machine whose speed
-drifts does not favor one, and a ratio is taken within a round. The table has the median and the least and most of them.
+It measures rbee-worker, llama.cpp, transformers, mistral.rs and onnxruntime-genai on the same float16 weights, or the
+very same GGUF file. The random model has TinyLlama's shape with a vocabulary of 49,152. llama.cpp's quantizer makes the
+GGUF files. Each figure comes from a process of its own. The engines take turns (A B C, A B C, …), so that a machine
+whose speed drifts does not favor one, and a ratio is taken within a round. The table has the median, the least and the
+most of the rounds.
 
 Engines that are no part of the project are looked for in an environment in ``--work``, and then in this one. What is
 missing is left out, and the command that installs it is printed. Files are kept in ``--work``: 8 GB for the 1.1B.
@@ -47,19 +48,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="engines, or ways such as 'llama.cpp Q4_0'")
     parser.add_argument("--text", type=Path, help="what the perplexity is of; without it: a paragraph")
     parser.add_argument("--work", type=Path, default=Path("build/peers"), help="where models and results go")
-    parser.add_argument("--python", help="that has the other engines; without it: --work/env/bin/python")
+    parser.add_argument(
+        "--python", nargs="+", help="interpreters that have the other engines; without it: --work/env/bin/python"
+    )
     options = parser.parse_args()
     work: Path = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    environment = Path(options.python).parents[1] if options.python else work / "env"
-    pythons = ways.find_pythons([p for p in (str(environment / "bin/python"), sys.executable) if Path(p).exists()])
-    if not (environment / "bin/python").exists():
-        say(f"{environment} is not there: {sys.executable} -m venv {environment}")
-    for line in ways.missing(pythons, environment):
+    environment = work / "env"
+    given = options.python or [str(environment / "bin/python")]
+    if not Path(given[0]).exists():
+        say(f"{given[0]} is not there: {sys.executable} -m venv {environment}")
+    pythons = ways.find_pythons([python for python in (*given, sys.executable) if Path(python).exists()])
+    for line in ways.missing(pythons, Path(given[0]).parent / "pip"):
         say(line)
     text = options.text.read_text("utf-8") if options.text else PARAGRAPH
     for name in options.models:
-        model = prepare(name, work, pythons.get("llama.cpp"))
+        model = prepare(name, work, pythons.get("llama.cpp"), pythons.get("onnxruntime-genai"))
         chosen = [way for way in WAYS if is_chosen(way, options.only) and way.engine in pythons and way.path(model)]
         measure(model, chosen, pythons, options, text)
 

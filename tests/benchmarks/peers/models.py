@@ -42,7 +42,7 @@ class Model:
     Attributes:
         name: of it.
         folder: in Hugging Face layout, stored as float16.
-        twins: the GGUF files by form; none without llama.cpp's quantizer, but ``F16``.
+        twins: the GGUF files by form, and the ONNX folder; ``F16`` alone where the others' tools are not there.
         longest: tokens that its context holds.
         trained: whether its weights mean something, so that its perplexity does.
     """
@@ -54,13 +54,18 @@ class Model:
     trained: bool
 
 
-def prepare(name: str, work: Path, quantizing_python: str | None) -> Model:
+ONNX = "ONNX int4"
+"""The form that onnxruntime-genai's builder makes: blocks of 4-bit weights, beside the GGUF forms in ``twins``."""
+
+
+def prepare(name: str, work: Path, quantizing_python: str | None, building_python: str | None = None) -> Model:
     """Make what is not there yet: the default model, the random one, or the twins of any Llama folder.
 
     Args:
         name: ``DEFAULT``, ``RANDOM`` or a folder.
         work: where the files go, some gigabytes.
         quantizing_python: an interpreter that has llama-cpp-python; None: only the F16 twin.
+        building_python: one that has onnxruntime-genai and what its builder needs; None: no ONNX model.
     """
     default = work / DEFAULT
     if name in (DEFAULT, RANDOM) and not (default / "model.safetensors").is_file():
@@ -85,6 +90,8 @@ def prepare(name: str, work: Path, quantizing_python: str | None) -> Model:
                 quantize(str(quantizing_python), twins["F16"], part, number)
             part.rename(path)
         twins[form] = path
+    if building_python is not None and (built := build_onnx(building_python, folder, work)) is not None:
+        twins[ONNX] = built
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return Model(folder.name, folder, twins, config["max_position_embeddings"], trained=name != RANDOM)
 
@@ -99,6 +106,23 @@ def quantize(python: str, source: Path, target: Path, number: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
+
+
+def build_onnx(python: str, folder: Path, work: Path) -> Path | None:
+    """The folder that onnxruntime-genai's builder makes of a model; None: it failed, and what it said is told."""
+    built = work / f"{folder.name}-onnx-int4"
+    if not built.is_dir():
+        part = work / f"{folder.name}-onnx-int4.part"
+        shutil.rmtree(part, ignore_errors=True)
+        command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(part)]
+        options = ["-p", "int4", "-e", "cpu", "-c", str(work / "onnx-cache")]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            sys.stderr.write(f"onnxruntime-genai's builder failed: {''.join(last)}\n")
+            return None
+        part.rename(built)
+    return built
 
 
 def write_gguf(folder: Path, path: Path) -> None:

@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rbee_worker.cli.bench.decode import BATCH_PROMPT, BATCHES, CONTEXTS, PREFILLS
-from tests.benchmarks.peers.models import Model
+from tests.benchmarks.peers.models import ONNX, Model
 
 HERE = Path(__file__).parent
-Engine = Literal["rbee-worker", "llama.cpp", "transformers", "mistral.rs"]
+Engine = Literal["rbee-worker", "llama.cpp", "transformers", "mistral.rs", "onnxruntime-genai"]
 
-MODULES: Mapping[Engine, str] = {"llama.cpp": "llama_cpp", "transformers": "transformers", "mistral.rs": "mistralrs"}
+MODULES: Mapping[Engine, str] = {
+    "llama.cpp": "llama_cpp",
+    "transformers": "transformers",
+    "mistral.rs": "mistralrs",
+    "onnxruntime-genai": "onnxruntime_genai",
+}
 """Engine -> the module that an interpreter must have."""
 PACKAGES: Mapping[Engine, str] = {
     "llama.cpp": "llama-cpp-python==0.3.36",
     "transformers": "transformers torch",
     "mistral.rs": "mistralrs",
+    "onnxruntime-genai": "onnxruntime-genai onnx onnx-ir transformers torch",
 }
 SCRIPTS: Mapping[Engine, str] = {
     "rbee-worker": "rbee_peer.py",
     "llama.cpp": "llama_cpp_peer.py",
     "transformers": "transformers_peer.py",
     "mistral.rs": "mistralrs_peer.py",
+    "onnxruntime-genai": "onnx_peer.py",
 }
 
 
@@ -38,7 +45,7 @@ class Way:
         engine: that runs the model.
         form: of the weights: a GGUF form, or a dtype or quantization of the folder.
         against: the way of llama.cpp that it is compared with, by its form; empty: none.
-        stored: the form on disk: ``folder`` or a GGUF form.
+        stored: the form on disk: ``folder``, or one of the model's twins.
         options: for the engine: ``dtype`` and ``quantize``.
     """
 
@@ -72,6 +79,7 @@ WAYS = (
     Way("transformers", "float32", "F16", options={"dtype": "float32"}),
     Way("mistral.rs", "folder", "F16"),
     Way("mistral.rs", "Q8_0", "Q8_0", "Q8_0"),
+    Way("onnxruntime-genai", "int4", "Q4_0", ONNX),
 )
 
 
@@ -128,11 +136,11 @@ def perplexity(way: Way, model: Model, python: str, ids: Sequence[int]) -> dict[
     return found
 
 
-def missing(pythons: Mapping[Engine, str], environment: Path) -> Iterable[str]:
+def missing(pythons: Mapping[Engine, str], pip: Path) -> Iterable[str]:
     """What is left out, and how to have it."""
     for engine in MODULES:
         if engine not in pythons:
-            yield f"{engine} is left out: {environment}/bin/pip install {PACKAGES[engine]}"
+            yield f"{engine} is left out: {pip} install {PACKAGES[engine]}"
 
 
 def _last_line(command: Sequence[str]) -> Any:
