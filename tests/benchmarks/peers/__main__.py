@@ -164,8 +164,9 @@ def markdown(found: Mapping[str, Any]) -> Iterator[str]:
     """The tables."""
     settings, read = found["settings"], found["read_gb_s"]
     yield f"## {found['model']}\n"
-    yield f"{describe(found['machine'])}. {settings['runs']} rounds, {settings['tokens']} tokens for a figure: median "
-    yield f"(min-max), tokens a second. A plain pass reads {cell(read)} GB/s of memory.\n"
+    taken = f"{settings['runs']} rounds, {settings['tokens']} tokens for a figure"
+    yield f"{describe(found['machine'])}. {taken}: median (min-max), tokens a second."
+    yield f"A plain pass reads {cell(read)} GB/s of memory.\n"
     yield from _table("engine", found["ways"])
     if found["ratios"]:
         yield "\nRatios, each within a round:\n"

@@ -9,6 +9,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 230, 40, 50
 COLORS = ("#1b6ca8", "#c8452d", "#3a8f4d", "#8a4fb0", "#c88a1a", "#2aa5a0", "#a33a6a", "#5d6b7a", "#7a5c33", "#111111")
 Point = tuple[float, float]
 TICKS = 5
+CLOSE = 12
 
 
 def lines(title: str, across: str, up: str, series: Mapping[str, Sequence[Point]]) -> str:
@@ -45,21 +46,25 @@ def points(title: str, across: str, up: str, named: Mapping[str, Point]) -> str:
 
     ticks = [(f"{right * n / TICKS:,.4g}", _across(n / TICKS)) for n in range(TICKS + 1)]
     body = [_axes(title, across, up, ticks, _ticks(low, high))]
+    labels: dict[Point, list[int]] = {}
     for number, (name, (x, y)) in enumerate(named.items()):
         color = COLORS[number % len(COLORS)]
         cx, cy = _across(x / right), _up((y - low) / (high - low))
         body.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{color}"/>')
-        body.append(_text(cx + 6, cy - 5, str(number + 1)))
+        # Points that are close share a label.
+        place = next((at for at in labels if abs(at[0] - cx) < CLOSE and abs(at[1] - cy) < CLOSE), (cx, cy))
+        labels.setdefault(place, []).append(number + 1)
         at = TOP + 10 + 18 * number
         body.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{at}" r="4" fill="{color}"/>')
         body.append(_text(WIDTH - RIGHT + 32, at + 4, f"{number + 1}  {name}"))
+    body += [_text(x + 6, y - 5, ", ".join(map(str, numbers))) for (x, y), numbers in labels.items()]
     return _page(body)
 
 
 def nice(value: float) -> float:
-    """The least of 1, 2, 2.5, 5 and 10 times a power of ten that is not below ``value``."""
+    """The least round number that is not below ``value``."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value)
+    return next(step * power for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 
 def _across(share: float) -> float:
