@@ -164,7 +164,8 @@ def markdown(found: Mapping[str, Any]) -> Iterator[str]:
     """The tables."""
     settings, read = found["settings"], found["read_gb_s"]
     yield f"## {found['model']}\n"
-    taken = f"{settings['runs']} rounds, {settings['tokens']} tokens for a figure"
+    runs = settings["runs"]
+    taken = f"{runs} round{'s' if runs != 1 else ''}, {settings['tokens']} tokens for a figure"
     yield f"{describe(found['machine'])}. {taken}: median (min-max), tokens a second."
     yield f"A plain pass reads {cell(read)} GB/s of memory.\n"
     yield from _table("engine", found["ways"])
