@@ -37,7 +37,7 @@ def test_a_running_worker_is_measured_and_compared(worker: Served, tmp_path: Pat
 
 
 def test_what_a_full_worker_refuses_is_counted(served: Served) -> None:
-    done = run("bench", "serve", "--addr", served.url, "--rate", "1000", "--requests", "6", "--max-tokens", "300")
+    done = run("bench", "serve", "--addr", served.url, "--rate", "1000", "--requests", "6", "--max-tokens", "600")
     assert done.returncode == 0, done.stderr
     assert "failed with QUEUE_FULL: " in done.stdout
 
