@@ -1,0 +1,53 @@
+// The C interface of the kernels: what library.py calls with the addresses of tensors.
+//
+// No Python and no torch headers. A function takes a context, made by one thread; calls on one context must not
+// overlap. All sizes are in elements unless a name says bytes. Nothing here throws, and nothing here checks a pointer:
+// library.py does both.
+
+#pragma once
+
+#include <cstdint>
+
+#define RBEE_API extern "C" __attribute__((visibility("default")))
+
+// Changes with every change of this file, so that a stale library is noticed.
+constexpr int32_t kAbiVersion = 1;
+
+// How the weights of a matrix are stored. The numbers are library.py's too.
+enum Format : int32_t {
+  kF32 = 0,
+  kF16 = 1,
+  kBF16 = 2,
+  kQ8_0 = 3,
+  kQ4_0 = 4,
+  kQ4_1 = 5,
+  kQ4_K = 6,
+  kQ5_K = 7,
+  kQ6_K = 8,
+};
+
+// A weight matrix, outputs first, in the bytes of its file.
+struct Matrix {
+  const void* data;
+  int64_t rows;       // outputs
+  int64_t columns;    // inputs
+  int64_t row_bytes;  // from one row to the next
+  int32_t format;     // a Format
+  int32_t unused;
+};
+
+struct Context;
+
+RBEE_API int32_t rbee_abi_version();
+
+// A context with `threads` threads, the caller's included; null: there is no memory, or no thread.
+RBEE_API Context* rbee_create(int32_t threads);
+
+RBEE_API void rbee_destroy(Context* context);
+
+// y = x W^T + b for several matrices of one width, side by side in y.
+//   x: float32 [tokens, columns]; bias: float32 [rows of all matrices] or null; y: float32 [tokens, rows of all].
+// A token's result has the same bits whatever the other tokens are, and however many.
+// Returns 0; 1: there is no memory; 2: a format that is not known.
+RBEE_API int32_t rbee_linear(Context* context, const Matrix* matrices, int32_t count, const float* x, int64_t tokens,
+                             const float* bias, float* y);

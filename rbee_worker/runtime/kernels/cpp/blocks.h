@@ -1,0 +1,150 @@
+// Weights in blocks of 32, as GGUF files store them: each is unpacked into bytes, with a scale and an offset:
+//
+//   weight = scale * byte + offset
+//
+// The layouts are those of ggml's block_q8_0, block_q4_0, block_q4_1, block_q4_K, block_q5_K and block_q6_K. Eight blocks
+// are unpacked at once, into registers.
+
+#pragma once
+
+constexpr int kBlock = 32;
+constexpr int kGroup = 8;  // blocks
+constexpr int kGroupColumns = kBlock * kGroup;
+
+// Eight blocks. Where the halves of a block have scales and offsets of their own, these are the first halves'.
+struct Group {
+  __m256i bytes[kGroup];
+  __m256 scales, offsets;
+  __m256 second_scales, second_offsets;
+};
+
+inline float half(const uint8_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return _cvtsh_ss(bits);
+}
+
+inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+
+// The low nibbles of 16 bytes, then the high ones.
+inline __m256i nibbles(const uint8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return low_nibbles(_mm256_set_m128i(_mm_srli_epi16(v, 4), v));
+}
+
+// Eight float16 that lie `stride` bytes apart.
+template <int stride>
+inline __m256 halves(const uint8_t* p) {
+  uint16_t bits[kGroup];
+  for (int b = 0; b < kGroup; ++b) std::memcpy(bits + b, p + b * stride, 2);
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+}
+
+// Of every format: how large its bytes are, whether they are signed (such a one has no offsets), whether the halves of a
+// block have scales of their own, how many blocks are stored together and in how many bytes.
+
+struct Q8_0 {
+  static constexpr bool kSigned = !simd::kLargeProducts, kHalves = false;
+  static constexpr int kLargest = 255, kTogether = 1, kBytes = 34;
+  static void unpack(const uint8_t* p, Group& to) {
+    to.scales = halves<kBytes>(p);
+    if constexpr (!kSigned) to.offsets = _mm256_mul_ps(to.scales, _mm256_set1_ps(-128.0f));
+    for (int b = 0; b < kGroup; ++b) {
+      const __m256i v = load32(p + b * kBytes + 2);
+      to.bytes[b] = kSigned ? v : _mm256_xor_si256(v, _mm256_set1_epi8(-128));
+    }
+  }
+};
+
+struct Q4_0 {
+  static constexpr bool kSigned = false, kHalves = false;
+  static constexpr int kLargest = 15, kTogether = 1, kBytes = 18;
+  static void unpack(const uint8_t* p, Group& to) {
+    to.scales = halves<kBytes>(p);
+    to.offsets = _mm256_mul_ps(to.scales, _mm256_set1_ps(-8.0f));
+    for (int b = 0; b < kGroup; ++b) to.bytes[b] = nibbles(p + b * kBytes + 2);
+  }
+};
+
+struct Q4_1 {
+  static constexpr bool kSigned = false, kHalves = false;
+  static constexpr int kLargest = 15, kTogether = 1, kBytes = 20;
+  static void unpack(const uint8_t* p, Group& to) {
+    to.scales = halves<kBytes>(p);
+    to.offsets = halves<kBytes>(p + 2);
+    for (int b = 0; b < kGroup; ++b) to.bytes[b] = nibbles(p + b * kBytes + 4);
+  }
+};
+
+// The scales and minima of Q4_K and Q5_K: six bits each, eight and eight in twelve bytes.
+inline void unpack_k_scales(const uint8_t* p, Group& to) {
+  uint32_t words[3];
+  std::memcpy(words, p + 4, 12);
+  const __m128i six = _mm_set_epi32(static_cast<int>(((words[2] >> 4) & 0x0f0f0f0fu) | ((words[1] >> 2) & 0x30303030u)),
+                                    static_cast<int>(words[1] & 0x3f3f3f3fu),
+                                    static_cast<int>((words[2] & 0x0f0f0f0fu) | ((words[0] >> 2) & 0x30303030u)),
+                                    static_cast<int>(words[0] & 0x3f3f3f3fu));
+  const __m256 scales = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(six));
+  const __m256 minima = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(six, 8)));
+  to.scales = _mm256_mul_ps(scales, _mm256_set1_ps(half(p)));
+  to.offsets = _mm256_mul_ps(minima, _mm256_set1_ps(-half(p + 2)));
+}
+
+struct Q4_K {
+  static constexpr bool kSigned = false, kHalves = false;
+  static constexpr int kLargest = 15, kTogether = 8, kBytes = 144;
+  static void unpack(const uint8_t* p, Group& to) {
+    unpack_k_scales(p, to);
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m256i v = load32(p + 16 + pair * 32);
+      to.bytes[2 * pair] = low_nibbles(v);
+      to.bytes[2 * pair + 1] = high_nibbles(v);
+    }
+  }
+};
+
+struct Q5_K {
+  static constexpr bool kSigned = false, kHalves = false;
+  static constexpr int kLargest = 31, kTogether = 8, kBytes = 176;
+  static void unpack(const uint8_t* p, Group& to) {
+    unpack_k_scales(p, to);
+    const __m256i fifth = _mm256_set1_epi8(16), high = load32(p + 16);  // a bit of each block, the first the lowest
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m256i v = load32(p + 48 + pair * 32);
+      const auto bit = [&](int block) {
+        return _mm256_and_si256(block < 4 ? _mm256_slli_epi16(high, 4 - block) : _mm256_srli_epi16(high, block - 4), fifth);
+      };
+      to.bytes[2 * pair] = _mm256_or_si256(low_nibbles(v), bit(2 * pair));
+      to.bytes[2 * pair + 1] = _mm256_or_si256(high_nibbles(v), bit(2 * pair + 1));
+    }
+  }
+};
+
+struct Q6_K {
+  static constexpr bool kSigned = false, kHalves = true;
+  static constexpr int kLargest = 63, kTogether = 8, kBytes = 210;
+  static void unpack(const uint8_t* p, Group& to) {
+    const __m256i two_bits = _mm256_set1_epi8(0x30);
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 192));
+    // Scales of first halves are the even bytes, those of second halves the odd ones.
+    const __m128i order = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m128i sorted = _mm_shuffle_epi8(stored, order);
+    const __m256 scale = _mm256_set1_ps(half(p + 208));
+    to.scales = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sorted)), scale);
+    to.second_scales = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(sorted, 8))), scale);
+    to.offsets = _mm256_mul_ps(to.scales, _mm256_set1_ps(-32.0f));
+    to.second_offsets = _mm256_mul_ps(to.second_scales, _mm256_set1_ps(-32.0f));
+    for (int part = 0; part < 2; ++part) {
+      const __m256i first = load32(p + part * 64), second = load32(p + part * 64 + 32);
+      const __m256i high = load32(p + 128 + part * 32);
+      const auto six = [&](__m256i low, __m256i bits) {
+        return _mm256_or_si256(low, _mm256_and_si256(bits, two_bits));
+      };
+      to.bytes[part * 4] = six(low_nibbles(first), _mm256_slli_epi16(high, 4));
+      to.bytes[part * 4 + 1] = six(low_nibbles(second), _mm256_slli_epi16(high, 2));
+      to.bytes[part * 4 + 2] = six(high_nibbles(first), high);
+      to.bytes[part * 4 + 3] = six(high_nibbles(second), _mm256_srli_epi16(high, 2));
+    }
+  }
+};
