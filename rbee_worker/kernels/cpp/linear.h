@@ -196,9 +196,7 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
 template <class Format>
 void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, int64_t tokens, const float* bias,
                float* y, int64_t y_stride, char* scratch) {
-  constexpr int kGroupBytes = kGroup / Format::kTogether * Format::kBytes;
-  const int64_t whole = m.columns / kGroupColumns;
-  const int64_t rest = m.columns % kGroupColumns / kBlock * Format::kBytes;  // bytes of a last group that is not whole
+  constexpr int kBytes = kGroupBytes<Format>;
   float* acc = reinterpret_cast<float*>(scratch);
   for (int64_t token = 0; token < tokens; token += kByteTokens) {
     const int64_t count = std::min(kByteTokens, tokens - token);
@@ -211,16 +209,10 @@ void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, 
         const uint8_t* data = static_cast<const uint8_t*>(m.data) + row * m.row_bytes;
         for (int64_t g = first; g < last; ++g) {
           if (piece < x.groups)  // the processor follows a whole row by itself, but does not foresee the jump
-            for (int line = 0; line < kGroupBytes; line += 64)
-              _mm_prefetch(reinterpret_cast<const char*>(data + m.row_bytes + g * kGroupBytes + line), _MM_HINT_T0);
+            for (int line = 0; line < kBytes; line += 64)
+              _mm_prefetch(reinterpret_cast<const char*>(data + m.row_bytes + g * kBytes + line), _MM_HINT_T0);
           Group group;
-          if (g < whole) {
-            Format::unpack(data + g * kGroupBytes, group);
-          } else {
-            uint8_t filled[kGroupBytes] = {};
-            std::memcpy(filled, data + g * kGroupBytes, rest);
-            Format::unpack(filled, group);
-          }
+          unpack_some<Format>(data, g, m.columns - g * kGroupColumns, group);
           const int64_t place = g * x.tokens + token;
           byte_group<Format>(group, x.bytes + place * kGroupColumns, x.scales + place * kScales * kGroup, count,
                              acc + (row - begin) * count * kByteLanes);

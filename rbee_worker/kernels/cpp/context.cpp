@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
@@ -23,12 +24,14 @@ namespace {
 #endif
 #include "blocks.h"
 #include "linear.h"
+#include "rows.h"
 
 }  // namespace
 
 struct Context {
   explicit Context(int threads) : pool(threads), scratch(threads) {}
 
+  std::mutex mutex;  // one call at a time
   Pool pool;
   Scratch scratch;
 };
@@ -47,5 +50,11 @@ void rbee_destroy(Context* context) { delete context; }
 
 int32_t rbee_linear(Context* context, const Matrix* matrices, int32_t count, const float* x, int64_t tokens,
                     const float* bias, float* y) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
   return linear(context->pool, context->scratch, matrices, count, x, tokens, bias, y);
+}
+
+int32_t rbee_rows(Context* context, const Matrix* matrix, const int64_t* rows, int64_t count, float* y) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return rows_of(context->pool, *matrix, rows, count, y);
 }

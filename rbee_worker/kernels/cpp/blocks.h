@@ -148,3 +148,19 @@ struct Q6_K {
     }
   }
 };
+
+template <class Format>
+constexpr int kGroupBytes = kGroup / Format::kTogether * Format::kBytes;
+
+// The group of a row that begins at `row`, which has so many columns left from there on: zeros fill it up.
+template <class Format>
+inline void unpack_some(const uint8_t* row, int64_t group, int64_t columns, Group& to) {
+  const uint8_t* data = row + group * kGroupBytes<Format>;
+  if (columns >= kGroupColumns) {
+    Format::unpack(data, to);
+    return;
+  }
+  uint8_t filled[kGroupBytes<Format>] = {};
+  std::memcpy(filled, data, columns / kBlock * Format::kBytes);  // only formats of single blocks have such a rest
+  Format::unpack(filled, to);
+}

@@ -1,7 +1,7 @@
 // The C interface of the kernels: what library.py calls with the addresses of tensors.
 //
-// No Python and no torch headers. A function takes a context, made by one thread; calls on one context must not
-// overlap. All sizes are in elements unless a name says bytes. Nothing here throws, and nothing here checks a pointer:
+// No Python and no torch headers. Any thread may call; calls on one context wait for each other. All sizes are in
+// elements unless a name says bytes. Nothing here throws, and nothing here checks a pointer:
 // library.py does both.
 
 #pragma once
@@ -51,3 +51,7 @@ RBEE_API void rbee_destroy(Context* context);
 // Returns 0; 1: there is no memory; 2: a format that is not known.
 RBEE_API int32_t rbee_linear(Context* context, const Matrix* matrices, int32_t count, const float* x, int64_t tokens,
                              const float* bias, float* y);
+
+// Rows of a matrix as float32 [count, columns]: y[i] = W[rows[i]]. Each row must be in the matrix.
+// Returns 0; 2: a format that is not known.
+RBEE_API int32_t rbee_rows(Context* context, const Matrix* matrix, const int64_t* rows, int64_t count, float* y);

@@ -1,0 +1,104 @@
+"""How weights may be stored that the kernels multiply by as they are, and what the stored bytes are as numbers.
+
+Names are those of the files: safetensors' dtypes and GGUF's types. The layouts of the block formats are ggml's, of which
+the ``gguf`` package is the reference.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A form of weights in memory and in files.
+
+    Attributes:
+        name: as files have it: ``F16``, ``Q4_K``.
+        number: in ``cpp/abi.h``.
+        block: weights that are stored together, side by side in a row; ``block_bytes``: the bytes of a block.
+        dtype: of a tensor that holds them: the weights' own, or uint8 for blocks.
+    """
+
+    name: str
+    number: int
+    block: int
+    block_bytes: int
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights are quantized in blocks; activations are then rounded to blocks of bytes."""
+        return self.block > 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of so many weights.
+
+        Raises:
+            ValueError: they are no whole number of blocks.
+        """
+        blocks, rest = divmod(columns, self.block)
+        if rest:
+            raise ValueError(f"{columns} weights are no whole number of blocks of {self.block}")
+        return blocks * self.block_bytes
+
+    def decode(self, data: Tensor) -> Tensor:
+        """What stored rows are as numbers: the specification of the kernels.
+
+        Args:
+            data: as :class:`~rbee_worker.kernels.library.StoredMatrix` holds it.
+
+        Returns:
+            float32 [rows, columns].
+        """
+        if not self.in_blocks:
+            return data.float()
+        values = dequantize(data.numpy(), GGMLQuantizationType[self.name])
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        found.name: found
+        for found in (
+            Format("F32", 0, 1, 4, torch.float32),
+            Format("F16", 1, 1, 2, torch.float16),
+            Format("BF16", 2, 1, 2, torch.bfloat16),
+            Format("Q8_0", 3, 32, 34),
+            Format("Q4_0", 4, 32, 18),
+            Format("Q4_1", 5, 32, 20),
+            Format("Q4_K", 6, 256, 144),
+            Format("Q5_K", 7, 256, 176),
+            Format("Q6_K", 8, 256, 210),
+        )
+    }
+)
+"""By name."""
+
+FLOAT_FORMATS: Mapping[torch.dtype, Format] = MappingProxyType(
+    {found.dtype: found for found in FORMATS.values() if not found.in_blocks}
+)
+"""By the dtype of the weights."""
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """What the block formats make of activations: bytes in blocks of 32, with a scale each.
+
+    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32.
+
+    Args:
+        x: float32 [tokens, columns], columns a multiple of 32.
+
+    Returns:
+        The values that are multiplied by weights, float64 [tokens, columns].
+    """
+    blocks = x.reshape(x.shape[0], -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return ((blocks * inverse).round().double() * scale).view(x.shape)

@@ -1,0 +1,237 @@
+"""The C++ library: which variant this CPU runs, and its functions on tensors.
+
+A variant is the same C++ compiled for other instructions: ``avx2`` (with FMA and F16C) or ``avx512`` (with VNNI). Each is a
+file of its own, and one is loaded. ``RBEE_KERNELS`` forces ``avx2``, ``avx512``, or ``torch``: none.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rbee_worker.errors import DeviceUnavailable
+from rbee_worker.kernels.formats import Format
+
+ABI_VERSION = 1
+"""Of ``cpp/abi.h``."""
+
+Variant = Literal["avx2", "avx512"]
+
+_NEEDED: dict[Variant, tuple[str, ...]] = {
+    "avx512": ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni"),
+    "avx2": ("avx2", "fma3", "f16c"),
+}
+"""What a CPU must have, by torch's names. The best variant comes first."""
+
+_NO_MEMORY = 1
+
+
+class _Matrix(ctypes.Structure):
+    """``Matrix`` of ``cpp/abi.h``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Weights as they are stored.
+
+    Attributes:
+        data: on the CPU, contiguous; of a block format uint8 [rows, bytes of a row], else [rows, columns] in its dtype.
+        format: of the bytes.
+        rows: outputs; ``columns``: inputs.
+    """
+
+    data: Tensor
+    format: Format
+    rows: int
+    columns: int
+
+
+class StoredWeights:
+    """Matrices of one width that are multiplied together, their outputs side by side.
+
+    Attributes:
+        matrices: the parts, in the order of their outputs.
+        outputs, inputs: of all of them.
+    """
+
+    __slots__ = ("address", "count", "inputs", "matrices", "outputs", "_array")
+
+    def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
+        self.matrices = tuple(matrices)
+        self.count = len(self.matrices)
+        self.inputs = self.matrices[0].columns
+        self.outputs = sum(matrix.rows for matrix in self.matrices)
+        self._array = (_Matrix * self.count)(*map(_described, self.matrices))
+        self.address = ctypes.addressof(self._array)
+
+
+class Kernels:
+    """A loaded variant with its threads. Any thread may call; calls wait for each other.
+
+    Attributes:
+        variant: which.
+        threads: how many work at one call, the caller's included.
+    """
+
+    def __init__(self, variant: Variant, threads: int) -> None:
+        """Load the library and start its threads.
+
+        Raises:
+            OSError: the file is not there, cannot be loaded, or is of another version.
+            MemoryError: there is no memory, or no thread to be had.
+        """
+        self.variant, self.threads = variant, threads
+        library = ctypes.CDLL(_path(variant))
+        if (found := library.rbee_abi_version()) != ABI_VERSION:
+            raise OSError(f"the kernels are of version {found}, not {ABI_VERSION}: build them again")
+        library.rbee_create.restype = ctypes.c_void_p
+        library.rbee_destroy.argtypes = [ctypes.c_void_p]
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._linear, self._rows = library.rbee_linear, library.rbee_rows
+        self._linear.argtypes = [pointer, pointer, ctypes.c_int32, pointer, size, pointer, pointer]
+        self._rows.argtypes = [pointer, pointer, pointer, size, pointer]
+        self._context = library.rbee_create(threads)
+        if not self._context:
+            raise MemoryError(f"{threads} threads for the kernels")
+        self._destroy = library.rbee_destroy
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._destroy(self._context)
+
+    def linear(self, x: Tensor, weights: StoredWeights, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b``. A token's result has the same bits alone and beside any others.
+
+        Args:
+            x: float32 [tokens, inputs], contiguous, on the CPU.
+            weights: W, outputs first.
+            bias: float32 [outputs], contiguous.
+
+        Returns:
+            float32 [tokens, outputs].
+
+        Raises:
+            MemoryError: there is none for the call's intermediate values.
+        """
+        if x.dtype != torch.float32 or x.shape[-1] != weights.inputs:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}; float32 with {weights.inputs} columns is needed")
+        x = x.contiguous()
+        tokens = x.shape[0]
+        y = x.new_empty(tokens, weights.outputs)
+        address = None if bias is None else bias.data_ptr()
+        status = self._linear(
+            self._context, weights.address, weights.count, x.data_ptr(), tokens, address, y.data_ptr()
+        )
+        if status:
+            raise MemoryError("for a linear layer") if status == _NO_MEMORY else ValueError("an unknown weight format")
+        return y
+
+    def rows(self, weights: StoredWeights, rows: Tensor) -> Tensor:
+        """Rows of one stored matrix as numbers.
+
+        Args:
+            weights: of one matrix.
+            rows: int64 [count], contiguous, on the CPU; each below ``weights.outputs``.
+
+        Returns:
+            float32 [count, inputs].
+        """
+        y = torch.empty(rows.shape[0], weights.inputs)
+        if self._rows(self._context, weights.address, rows.data_ptr(), rows.shape[0], y.data_ptr()):
+            raise ValueError("an unknown weight format")
+        return y
+
+
+@functools.cache
+def cpu_kernels() -> Kernels | None:
+    """The kernels of this process; None where it computes with torch alone. Why, says :func:`missing_reason`."""
+    choice = _choose()
+    return choice if isinstance(choice, Kernels) else None
+
+
+def missing_reason() -> str | None:
+    """Why there are no kernels, for people; None where there are."""
+    choice = _choose()
+    return None if isinstance(choice, Kernels) else choice
+
+
+def supported(variant: Variant) -> bool:
+    """Whether this CPU has the instructions of a variant."""
+    capabilities = torch.cpu.get_capabilities()
+    return all(capabilities.get(name, False) for name in _NEEDED[variant])
+
+
+def built(variant: Variant) -> bool:
+    """Whether the file of a variant was built with this installation."""
+    return importlib.util.find_spec(_module(variant)) is not None
+
+
+@functools.cache
+def _choose() -> Kernels | str:
+    """The kernels, or why there are none.
+
+    Raises:
+        DeviceUnavailable: a variant is forced that this CPU or this installation lacks.
+    """
+    forced = os.environ.get("RBEE_KERNELS") or None
+    if forced == "torch":
+        return "RBEE_KERNELS is torch."
+    known: list[Variant] = list(_NEEDED)
+    if forced is not None and forced not in known:
+        raise DeviceUnavailable(f"RBEE_KERNELS is {forced!r}; it may be torch, {', '.join(sorted(known))}.")
+    wanted: list[Variant] = [variant for variant in known if forced in (None, variant)]
+    usable = [variant for variant in wanted if supported(variant)]
+    if not usable:
+        reason = f"This CPU lacks {' and '.join(sorted(wanted))}."
+    elif not any(map(built, usable)):
+        reason = "They were not built: no C++ compiler was found when the worker was installed."
+    else:
+        variant = next(filter(built, usable))
+        try:
+            return Kernels(variant, _threads())
+        except OSError as error:
+            reason = f"Their library does not load: {error}."
+    if forced is not None:
+        raise DeviceUnavailable(f"RBEE_KERNELS is {forced!r}. {reason}")
+    return reason
+
+
+def _threads() -> int:
+    """As many as torch uses, on the cores that this process may use."""
+    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+
+
+def _module(variant: Variant) -> str:
+    return f"{__package__}._{variant}"
+
+
+def _path(variant: Variant) -> str:
+    spec = importlib.util.find_spec(_module(variant))
+    if spec is None or spec.origin is None:
+        raise OSError(f"the kernels for {variant} were not built")
+    return spec.origin
+
+
+def _described(matrix: StoredMatrix) -> _Matrix:
+    data = matrix.data
+    if not data.is_contiguous() or data.device.type != "cpu":
+        raise ValueError("weights must be contiguous and on the CPU")
+    row_bytes = matrix.format.row_bytes(matrix.columns)
+    if data.nbytes != matrix.rows * row_bytes:
+        raise ValueError(f"{matrix.rows} rows of {row_bytes} bytes are not {data.nbytes} bytes")
+    return _Matrix(data.data_ptr(), matrix.rows, matrix.columns, row_bytes, matrix.format.number, 0)
