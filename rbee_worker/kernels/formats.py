@@ -1,7 +1,7 @@
 """How weights may be stored that the kernels multiply by as they are, and what the stored bytes are as numbers.
 
-Names are those of the files: safetensors' dtypes and GGUF's types. The layouts of the block formats are ggml's, of which
-the ``gguf`` package is the reference.
+Names are those of the files: safetensors' dtypes and GGUF's types. The layouts of the block formats are ggml's. The
+``gguf`` package is the reference.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,9 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+_EXPONENT = 0x7C
+"""The exponent in a float16's high byte. All its bits are set in infinity and NaN alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -24,6 +27,7 @@ class Format:
         number: in ``cpp/abi.h``.
         block: weights that are stored together, side by side in a row; ``block_bytes``: the bytes of a block.
         dtype: of a tensor that holds them: the weights' own, or uint8 for blocks.
+        scales: where in a block its float16 scales and offsets are, in bytes from its begin.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Format:
     block: int
     block_bytes: int
     dtype: torch.dtype = torch.uint8
+    scales: tuple[int, ...] = ()
 
     @property
     def in_blocks(self) -> bool:
@@ -47,6 +52,16 @@ class Format:
         if rest:
             raise ValueError(f"{columns} weights are no whole number of blocks of {self.block}")
         return blocks * self.block_bytes
+
+    def finite(self, data: Tensor) -> bool:
+        """Whether all scales and offsets of blocks are finite numbers.
+
+        Args:
+            data: uint8 [rows, bytes of a row], contiguous, on the CPU.
+        """
+        blocks = data.numpy().reshape(-1, self.block_bytes)
+        high_bytes = (blocks[:, offset + 1] for offset in self.scales)  # sign, five bits of exponent, two more
+        return not any(((high & _EXPONENT) == _EXPONENT).any() for high in high_bytes)
 
     def decode(self, data: Tensor) -> Tensor:
         """What stored rows are as numbers: the specification of the kernels.
@@ -70,12 +85,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("F32", 0, 1, 4, torch.float32),
             Format("F16", 1, 1, 2, torch.float16),
             Format("BF16", 2, 1, 2, torch.bfloat16),
-            Format("Q8_0", 3, 32, 34),
-            Format("Q4_0", 4, 32, 18),
-            Format("Q4_1", 5, 32, 20),
-            Format("Q4_K", 6, 256, 144),
-            Format("Q5_K", 7, 256, 176),
-            Format("Q6_K", 8, 256, 210),
+            Format("Q8_0", 3, 32, 34, scales=(0,)),
+            Format("Q4_0", 4, 32, 18, scales=(0,)),
+            Format("Q4_1", 5, 32, 20, scales=(0, 2)),
+            Format("Q4_K", 6, 256, 144, scales=(0, 2)),
+            Format("Q5_K", 7, 256, 176, scales=(0, 2)),
+            Format("Q6_K", 8, 256, 210, scales=(208,)),
         )
     }
 )

@@ -1,7 +1,7 @@
 """The C++ library: which variant this CPU runs, and its functions on tensors.
 
-A variant is the same C++ compiled for other instructions: ``avx2`` (with FMA and F16C) or ``avx512`` (with VNNI). Each is a
-file of its own, and one is loaded. ``RBEE_KERNELS`` forces ``avx2``, ``avx512``, or ``torch``: none.
+A variant is the same C++ compiled for other instructions: ``avx2`` (with FMA and F16C) or ``avx512`` (with VNNI). Each
+is a file of its own, and one is loaded. ``RBEE_KERNELS`` forces ``avx2``, ``avx512``, or ``torch``: none.
 """
 
 import ctypes
@@ -66,16 +66,17 @@ class StoredWeights:
 
     Attributes:
         matrices: the parts, in the order of their outputs.
-        outputs, inputs: of all of them.
+        outputs, inputs: of all of them; ``nbytes``: bytes of the weights.
     """
 
-    __slots__ = ("address", "count", "inputs", "matrices", "outputs", "_array")
+    __slots__ = ("_array", "address", "count", "inputs", "matrices", "nbytes", "outputs")
 
     def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
         self.matrices = tuple(matrices)
         self.count = len(self.matrices)
         self.inputs = self.matrices[0].columns
         self.outputs = sum(matrix.rows for matrix in self.matrices)
+        self.nbytes = sum(matrix.data.nbytes for matrix in self.matrices)
         self._array = (_Matrix * self.count)(*map(_described, self.matrices))
         self.address = ctypes.addressof(self._array)
 
@@ -171,7 +172,9 @@ def missing_reason() -> str | None:
 
 
 def supported(variant: Variant) -> bool:
-    """Whether this CPU has the instructions of a variant."""
+    """Whether this CPU has the instructions of a variant, and ``ATEN_CPU_CAPABILITY`` does not hide them from torch."""
+    if variant == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     capabilities = torch.cpu.get_capabilities()
     return all(capabilities.get(name, False) for name in _NEEDED[variant])
 

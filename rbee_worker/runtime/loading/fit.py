@@ -107,11 +107,26 @@ def cache_positions(
 
 def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
     """Bytes of all weights where they are used; a packed head tied to the embedding is a second copy."""
+    if form.resident_bytes is not None:
+        return form.resident_bytes
     table = config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
     own_head = form.packed or not config.tie_word_embeddings
     head = form.linear_bytes(config.vocab_size, config.hidden_size) if own_head else 0
     total = sum(count * _layer_bytes(config, form, index) for index, count in kinds_of_layers(config))
     return total + table + head + config.hidden_size * form.activation_dtype.itemsize
+
+
+def resident_bytes(groups: Sequence[WeightGroup], form: LinearFormat) -> int:
+    """Bytes of all weights of a model that runs as it is stored: its matrices in their blocks."""
+    total = 0
+    for group in groups:
+        for info in group.tensors.values():
+            if form.blocks_of(info.dtype) is not None:
+                total += info.nbytes
+            else:
+                dtype = form.weight_dtype if len(info.shape) > 1 else form.activation_dtype
+                total += info.parameters * dtype.itemsize
+    return total
 
 
 def _layer_bytes(config: ModelConfig, form: LinearFormat, index: int) -> int:

@@ -30,7 +30,15 @@ from rbee_worker.runtime.architecture.roles import parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.hub.download import DownloadProgress
-from rbee_worker.runtime.loading.fit import Way, cache_positions, check_fit, check_host, limit_context, weights_bytes
+from rbee_worker.runtime.loading.fit import (
+    Way,
+    cache_positions,
+    check_fit,
+    check_host,
+    limit_context,
+    resident_bytes,
+    weights_bytes,
+)
 from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
 from rbee_worker.runtime.machine.devices import (
@@ -260,7 +268,9 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
-    form = choose_format(device, config.dtype, config.quantize)
+    form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes)
+    if form.as_stored:
+        form = replace(form, resident_bytes=resident_bytes(groups, form))
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 

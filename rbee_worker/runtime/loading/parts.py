@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rbee_worker.kernels.library import StoredMatrix
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
@@ -31,6 +32,7 @@ from rbee_worker.runtime.model.decoder import (
     SelfAttention,
 )
 from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, make_linear
+from rbee_worker.runtime.model.linear.stored import StoredLinear, StoredTable, plain_matrix
 from rbee_worker.runtime.model.moe import Experts
 
 _BLOCK_WEIGHTS = 16 * 2**20
@@ -148,10 +150,22 @@ class PartBuilder:
         matrices = [tensors[f"{prefix}{role}.weight"] for role in roles]
         biases = [tensors[f"{prefix}{role}.bias"] for role in roles if f"{prefix}{role}.bias" in tensors]
         bias = self._plain(biases, self._form.activation_dtype) if biases else None
+        if self._form.native:
+            return StoredLinear([self._stored(info) for info in matrices], bias)
         if not self._form.packed:
             return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
         staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
         return make_linear(self._filled(matrices, staged, self._held), bias, self._form)
+
+    def _stored(self, info: TensorInfo) -> StoredMatrix:
+        """A matrix in memory of its own: in the blocks of its file where the form says so, else in 16 bits."""
+        blocks = self._form.blocks_of(info.dtype)
+        if blocks is None:
+            return plain_matrix(self._plain([info], self._form.weight_dtype))
+        rows, columns = info.shape
+        data = empty_on(self._device, (rows, blocks.row_bytes(columns)), torch.uint8)
+        self._read(info, data, torch.uint8)
+        return StoredMatrix(data, blocks, rows, columns)
 
     def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
         """An expert's linear layers, from tensors that hold all experts'."""
@@ -162,12 +176,16 @@ class PartBuilder:
         return made
 
     def _embedding(self, info: TensorInfo) -> Embedding:
+        if self._form.native:
+            stored = StoredTable(self._stored(info))
+            tied = StoredLinear([stored.matrix], None) if self._config.tie_word_embeddings else None
+            return Embedding(stored, tied, self._config.embedding_multiplier, shared=True)
         table = self._plain([info], self._form.weight_dtype)
         multiplier = self._config.embedding_multiplier
         if not self._config.tie_word_embeddings:
-            return Embedding(table, None, multiplier)
+            return Embedding(table, multiplier=multiplier)
         if not self._form.packed:
-            return Embedding(table, make_linear(table, None, self._form), multiplier)
+            return Embedding(table, make_linear(table, None, self._form), multiplier, shared=True)
 
         def fill(begin: int, block: Tensor) -> None:
             block.copy_(table[begin : begin + len(block)])
@@ -175,6 +193,8 @@ class PartBuilder:
         return Embedding(table, self._packed(info.shape, fill), multiplier)
 
     def _head(self, info: TensorInfo) -> Linear:
+        if self._form.native:
+            return StoredLinear([self._stored(info)], None)
         if not self._form.packed:
             return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
 

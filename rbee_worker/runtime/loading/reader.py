@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import ModelMalformed
+from rbee_worker.escape import quoted
+from rbee_worker.kernels.formats import FORMATS
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import all_finite, check_finite
-from rbee_worker.runtime.formats.gguf.model import dequantize
+from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
 from rbee_worker.runtime.formats.quantized.dequantize import read_dequantized
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, files_of
 from rbee_worker.runtime.loading.parts import PartBuilder, rows_of
@@ -143,8 +145,8 @@ class TensorReader:
 
         Args:
             info: the stored tensor.
-            target: what is filled.
-            held: the dtype that the values will be kept in, once they are packed.
+            target: what is filled; of quantized blocks that stay as they are, uint8 [rows, bytes of a row].
+            held: the dtype that the values will be kept in, once they are packed; uint8: in their blocks.
 
         Raises:
             ModelMalformed: the file ends early, cannot be read, or has changed; a value is not finite.
@@ -157,6 +159,10 @@ class TensorReader:
                 self._state.check_unchanged(path, self._files[path].fileno())
             return
         file = self._file(info)
+        if held == torch.uint8 and info.dtype != "U8":
+            self._read_blocks(file, info, target)
+            self._state.check_unchanged(info.file, file.fileno())
+            return
         stored = torch.uint8 if info.dtype == "U8" else PLAIN_DTYPES.get(info.dtype)
         if stored is None or info.rope_heads or info.shift:
             self._read_quantized(file, info, target, held)
@@ -201,6 +207,20 @@ class TensorReader:
             values = torch.from_numpy(dequantize(part, raw.numpy()))
             check_finite(info, values, held)
             target[begin : begin + step].copy_(values)
+
+    def _read_blocks(self, file: RawFile, info: TensorInfo, target: Tensor) -> None:
+        """Fill ``target``, uint8 [rows, bytes of a row], with blocks as they are; rows in their true order."""
+        if info.rope_heads:
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            self._read_bytes(file, info, raw)
+            target.copy_(torch.from_numpy(undo_rope_permutation(raw.numpy(), info.shape[0], info.rope_heads)))
+        else:
+            self._read_bytes(file, info, target.view(-1))
+        if not FORMATS[info.dtype].finite(target):
+            raise ModelMalformed(
+                f"{info.file.name}: tensor {quoted(info.name)} has scales that are not finite.",
+                hint="Download the file again; if it is as its maker wrote it, the model was damaged when it was made.",
+            )
 
     def _read_bytes(
         self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0, *, counted: bool = True

@@ -20,7 +20,8 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
 from rbee_worker.runtime.model.attention import Attention, Scores, Segment, attention_for
 from rbee_worker.runtime.model.layers import gated, norm_or_nothing, query_key_norm
-from rbee_worker.runtime.model.linear.linear import DenseLinear, Linear, LinearFormat
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat
+from rbee_worker.runtime.model.linear.stored import StoredTable
 from rbee_worker.runtime.model.moe import Experts
 from rbee_worker.runtime.model.rope import Tables, rotaries, rotation
 
@@ -159,17 +160,19 @@ class Embedding:
 
     __slots__ = ("_multiplier", "head", "nbytes", "table")
 
-    def __init__(self, table: Tensor, head: Linear | None, multiplier: float = 1.0) -> None:
+    def __init__(
+        self, table: Tensor | StoredTable, head: Linear | None = None, multiplier: float = 1.0, *, shared: bool = False
+    ) -> None:
+        """``shared``: the head multiplies by the table's own memory; otherwise it is a second copy in another form."""
         self.table = table
         self._multiplier = multiplier
         self.head = head
-        # A dense head is the table itself; any other is a second copy in another form.
-        copied = head is not None and not isinstance(head, DenseLinear)
-        self.nbytes = table.nbytes + (head.nbytes if head is not None and copied else 0)
+        self.nbytes = table.nbytes + (head.nbytes if head is not None and not shared else 0)
 
     def __call__(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Map int64 [tokens] to [tokens, hidden_size] in the activation dtype."""
-        found = functional.embedding(tokens, self.table).to(dtype)
+        table = self.table
+        found = (functional.embedding(tokens, table) if isinstance(table, Tensor) else table(tokens)).to(dtype)
         return found if self._multiplier == 1.0 else found * self._multiplier
 
 

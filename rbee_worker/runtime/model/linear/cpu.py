@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rbee_worker.kernels.library import cpu_kernels
 from rbee_worker.runtime.model.linear.int8 import LEVELS, REDUCED_LEVELS, fbgemm_product, plain_product
 
 
@@ -19,6 +20,7 @@ class CpuFeatures:
     """What the forms of linear layers need of a CPU.
 
     Attributes:
+        kernels: the variant of the worker's own kernels that runs here; None: they were not built, or none runs.
         packed_fp16: FBGEMM multiplies by float16 weights in its own layout.
         packed_bf16: oneDNN multiplies bfloat16 by bfloat16 weights in its own layout.
         bf16_arithmetic: the processor multiplies bfloat16 itself, so that the packed form is fast as well.
@@ -26,6 +28,7 @@ class CpuFeatures:
             63; None: FBGEMM is not there, or its sums are never exact.
     """
 
+    kernels: str | None
     packed_fp16: bool
     packed_bf16: bool
     bf16_arithmetic: bool
@@ -36,7 +39,9 @@ class CpuFeatures:
 def cpu_features() -> CpuFeatures:
     """Try what this CPU can do; the answer is kept for the life of the process."""
     fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    kernels = cpu_kernels()
     return CpuFeatures(
+        kernels=kernels.variant if kernels is not None else None,
         packed_fp16=fbgemm,
         packed_bf16=_runs_packed_bf16(),
         bf16_arithmetic=_has_bf16_arithmetic(),

@@ -1,5 +1,8 @@
 """Linear layers and the forms they run in, chosen in one place: :func:`choose_format`.
 
+``avx2`` and ``avx512`` keep 16-bit weights as they are stored, and multiply in float32 with the worker's own kernels
+(``rbee_worker/kernels``). They are what an x86 CPU runs where the kernels were built. The other forms are torch's:
+
 ``packed-fp16`` keeps float16 weights in FBGEMM's blocked layout and multiplies in float32. Batch-1 decode then moves
 two bytes a weight at the memory's speed, and the error against float64 arithmetic on the same float16 weights stays
 below 1e-6; docs/performance.md has the figures that made it the default on CPUs without bfloat16 arithmetic.
@@ -10,7 +13,9 @@ the weights are made float32, a block at a time.
 what the CPU can do is asked in ``cpu.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +24,12 @@ from torch.nn import functional
 
 from rbee_worker.config import DTypeName, Quantization
 from rbee_worker.errors import ModelUnsupported, Remedy
+from rbee_worker.kernels.formats import FORMATS, Format
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import LEVELS, Int8Linear, int8_bytes
+from rbee_worker.runtime.model.linear.stored import StoredLinear, plain_matrix
+
+NOTHING_STORED: Mapping[str, int] = MappingProxyType({})
 
 BLOCK_WEIGHTS = 32 * 2**20
 """A packed matrix is made from blocks of at most this many weights: packing goes through a float32 copy, and
@@ -45,16 +54,20 @@ class LinearFormat:
     """How weights are held and activations flow.
 
     Attributes:
-        kernel: ``packed-fp16``, ``packed-bf16``, ``widened``, ``dense``, or one of ``int8.py``.
+        kernel: ``avx2``, ``avx512``, ``packed-fp16``, ``packed-bf16``, ``widened``, ``dense``, or one of ``int8.py``.
         weight_dtype: of the stored weights; with int8 kernels, of the embedding alone.
         activation_dtype: of hidden states, keys and values.
         levels: with int8 kernels, the largest magnitude of a quantized activation.
+        as_stored: matrices of a type that the kernels know stay in it; ``weight_dtype`` is that of the others.
+        resident_bytes: of a model that runs as stored: bytes of all its weights.
     """
 
     kernel: str
     weight_dtype: torch.dtype
     activation_dtype: torch.dtype
     levels: int = LEVELS
+    as_stored: bool = False
+    resident_bytes: int | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -69,7 +82,17 @@ class LinearFormat:
     @property
     def packed(self) -> bool:
         """Whether a matrix is made from a copy of the stored one, so that an embedding cannot serve as the head."""
-        return self.kernel not in ("dense", "widened")
+        return not self.native and self.kernel not in ("dense", "widened")
+
+    @property
+    def native(self) -> bool:
+        """Whether the worker's own kernels multiply."""
+        return self.kernel in ("avx2", "avx512")
+
+    def blocks_of(self, stored: str) -> Format | None:
+        """The format that a matrix of a stored type stays in; None: it becomes ``weight_dtype``."""
+        found = FORMATS.get(stored) if self.as_stored else None
+        return found if found is not None and found.in_blocks else None
 
     def linear_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a matrix [out_features, in_features] at rest."""
@@ -153,20 +176,37 @@ class PackedBf16Linear:
         return linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def choose_format(device: torch.device, dtype: DTypeName, quantize: Quantization = "none") -> LinearFormat:
+def choose_format(
+    device: torch.device, dtype: DTypeName, quantize: Quantization = "none", stored: Mapping[str, int] = NOTHING_STORED
+) -> LinearFormat:
     """The form for a device, a requested dtype and quantization; ``auto`` takes what is fast and right there.
+
+    Args:
+        device: where the weights go.
+        dtype: of the weights. With the worker's own kernels ``auto`` leaves them as they are stored.
+        quantize: how matrices are quantized as they are loaded.
+        stored: the bytes of each stored type in the model's files.
 
     Raises:
         ModelUnsupported: the device has no kernel for the quantization.
     """
+    as_stored = False
     if dtype == "auto":
-        # Only the embedding is held in it with int8 on a CPU: float16 rounds it eight times finer than bfloat16.
-        dtype = "float16" if quantize == "int8" and device.type == "cpu" else _auto_dtype(device)
+        if quantize == "int8" and device.type == "cpu":
+            # Only the embedding is held in it: float16 rounds it eight times finer than bfloat16.
+            dtype = "float16"
+        elif device.type == "cpu" and cpu_features().kernels is not None:
+            dtype = "bfloat16" if stored.get("BF16", 0) > stored.get("F16", 0) else "float16"
+            as_stored = any(name in FORMATS and FORMATS[name].in_blocks for name in stored)
+        else:
+            dtype = _auto_dtype(device)
     weights = _TORCH_DTYPES[dtype]
     if quantize == "int8":
         return _int8_format(device, weights)
     if device.type == "cpu" and dtype != "float32":
         features = cpu_features()
+        if features.kernels is not None and (as_stored or dtype == "float16" or not features.bf16_arithmetic):
+            return LinearFormat(features.kernels, weights, torch.float32, as_stored=as_stored)
         if dtype == "float16" and features.packed_fp16:
             return LinearFormat("packed-fp16", weights, torch.float32)
         if dtype == "bfloat16" and features.packed_bf16:
@@ -182,6 +222,8 @@ def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Line
     if form.quantize == "int8":
         return Int8Linear(weight, bias, form.kernel, form.levels)
     weight = weight.to(form.weight_dtype)
+    if form.native:
+        return StoredLinear([plain_matrix(weight)], bias)
     bias = bias.to(form.weight_dtype) if bias is not None else None
     return _SIMPLE_FORMS[form.kernel](weight, bias)
 

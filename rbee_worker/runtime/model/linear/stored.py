@@ -1,0 +1,64 @@
+"""Weights at the width that they are stored in, multiplied by the worker's own CPU kernels (``rbee_worker/kernels``).
+
+16-bit weights are multiplied in float32. Weights in blocks are multiplied as bytes: the activations are rounded to
+blocks of 32 bytes with a scale each, as llama.cpp does it. Either way a token's result has the same bits in any batch.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rbee_worker.kernels.formats import FLOAT_FORMATS
+from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights, cpu_kernels
+
+
+class StoredLinear:
+    """One or more matrices of one width, their outputs side by side; float32 activations.
+
+    Attributes:
+        nbytes: bytes of the weights and the bias.
+    """
+
+    __slots__ = ("_bias", "_kernels", "_weights", "nbytes")
+
+    def __init__(self, matrices: Sequence[StoredMatrix], bias: Tensor | None) -> None:
+        """``bias``: [outputs], of any floating dtype."""
+        self._kernels = _kernels()
+        self._weights = StoredWeights(matrices)
+        self._bias = bias.float() if bias is not None else None
+        self.nbytes = self._weights.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.linear(x, self._weights, self._bias)
+
+
+class StoredTable:
+    """An embedding [vocab_size, hidden_size] as it is stored.
+
+    Attributes:
+        matrix: the weights; ``nbytes``: their bytes.
+    """
+
+    __slots__ = ("_kernels", "_weights", "matrix", "nbytes")
+
+    def __init__(self, matrix: StoredMatrix) -> None:
+        self.matrix = matrix
+        self._kernels = _kernels()
+        self._weights = StoredWeights([matrix])
+        self.nbytes = self._weights.nbytes
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Map int64 [tokens] to float32 [tokens, hidden_size]."""
+        return self._kernels.rows(self._weights, tokens)
+
+
+def plain_matrix(weight: Tensor) -> StoredMatrix:
+    """Weights [outputs, inputs] of a floating dtype, as they are."""
+    return StoredMatrix(weight.contiguous(), FLOAT_FORMATS[weight.dtype], weight.shape[0], weight.shape[1])
+
+
+def _kernels() -> Kernels:
+    kernels = cpu_kernels()
+    if kernels is None:
+        raise RuntimeError("weights are to run as they are stored where there are no kernels")
+    return kernels
