@@ -47,6 +47,8 @@ class LoadReport:
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.
         stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
+        runs_as: what the matrices are multiplied as: ``Q4_K, Q6_K``, ``bfloat16``, ``int8``; where that differs from
+            the blocks that a file holds, why.
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.
@@ -68,6 +70,7 @@ class LoadReport:
     peak_host_mb: int
     storage: str = ""
     stored_as: str = ""
+    runs_as: str = ""
     quantize: str = "none"
     saved_mb: int = 0
     context_length: int = 0

@@ -5,6 +5,7 @@ multiplied, no permutation but Llama's, which ``tests/unit/runtime/formats/gguf/
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rbee_worker.runtime.convert import convert
@@ -40,8 +42,15 @@ SCALED: dict[str, Case] = {
 }
 
 
-def write(path: Path, arch: str, model: PreTrainedModel) -> Path:
-    """A file of float32 tensors."""
+Stored = tuple[np.ndarray[Any, Any], gguf.GGMLQuantizationType | None]
+
+
+def as_float32(_name: str, tensor: Tensor) -> Stored:
+    return tensor.numpy(), None
+
+
+def write(path: Path, arch: str, model: PreTrainedModel, store: Callable[[str, Tensor], Stored] = as_float32) -> Path:
+    """A file of a model's tensors. ``store``: bytes of each, and the quantized type that they are."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
@@ -85,7 +94,8 @@ def write(path: Path, arch: str, model: PreTrainedModel) -> Path:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         shift = 1.0 if arch.startswith("gemma") and name.endswith("norm.weight") else 0.0
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), (tensor + shift).numpy())
+        data, kind = store(name, tensor + shift)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=kind)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return path

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
@@ -24,6 +25,7 @@ from rbee_worker.events import (
     Stalled,
     WarmingUp,
 )
+from rbee_worker.kernels.library import missing_reason
 from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import parameters
@@ -39,7 +41,7 @@ from rbee_worker.runtime.loading.fit import (
     resident_bytes,
     weights_bytes,
 )
-from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
+from rbee_worker.runtime.loading.plan import PLAIN_DTYPES, WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
 from rbee_worker.runtime.machine.devices import (
     MIB,
@@ -472,6 +474,7 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
         phases=dict(phases),
         storage=str(plan.storage),
         stored_as=plan.stored_as,
+        runs_as=_runs_as(plan),
         bytes_read=read,
         bytes_per_second=int(read / seconds) if seconds else read,
         device_mb={str(plan.device): transformer.nbytes // MIB},
@@ -480,6 +483,29 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
         kv_cache_mb=transformer.cache.nbytes // MIB,
         peak_host_mb=peak_host_bytes() // MIB,
     )
+
+
+def _runs_as(plan: LoadPlan) -> str:
+    """What the matrices are multiplied as, the most bytes first; and why not as the blocks that a file holds."""
+    form = plan.form
+    other = "int8" if form.quantize == "int8" else form.dtype_name
+    sizes: Counter[str] = Counter()
+    decoded: dict[str, None] = {}
+    for info in (info for group in plan.groups for info in group.tensors.values() if len(info.shape) > 1):
+        blocks = form.blocks_of(info.dtype)
+        sizes[other if blocks is None else blocks.name] += info.nbytes
+        if blocks is None and info.file.suffix == ".gguf" and info.dtype not in PLAIN_DTYPES:
+            decoded[info.dtype] = None
+    names = ", ".join(name for name, _ in sizes.most_common())
+    if not decoded:
+        return names
+    if form.as_stored:
+        why = "no kernel multiplies by it" if len(decoded) == 1 else "no kernel multiplies by them"
+    elif form.native or form.quantize != "none":
+        why = f"{other} was asked for"
+    else:
+        why = missing_reason() or f"{other} was asked for"
+    return f"{names} ({', '.join(decoded)} decoded: {why.removesuffix('.')})"
 
 
 def _saved_bytes(plan: LoadPlan) -> int:

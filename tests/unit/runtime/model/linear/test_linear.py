@@ -28,6 +28,7 @@ from rbee_worker.runtime.model.linear.linear import (
     choose_format,
     make_linear,
 )
+from rbee_worker.runtime.model.linear.stored import StoredLinear
 
 pytestmark = pytest.mark.cpu_forms
 
@@ -38,9 +39,14 @@ FORMATS = [
     LinearFormat("widened", torch.bfloat16, torch.bfloat16),
     LinearFormat("packed-fp16", torch.float16, torch.float32),
     LinearFormat("packed-bf16", torch.bfloat16, torch.bfloat16),
+    *(
+        LinearFormat(variant, dtype, torch.float32)
+        for variant in ("avx2", "avx512")
+        for dtype in (torch.float16, torch.bfloat16)
+    ),
 ]
 INT8_KERNELS = ["packed-int8", "int8", "plain-int8"]
-NOTHING = CpuFeatures(packed_fp16=False, packed_bf16=False, bf16_arithmetic=False, int8_levels=None)
+NOTHING = CpuFeatures(kernels=None, packed_fp16=False, packed_bf16=False, bf16_arithmetic=False, int8_levels=None)
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative errors of a product whose result is rounded to a dtype: half a unit in the last place."""
 
@@ -53,9 +59,15 @@ def form_name(form: LinearFormat) -> str:
     return f"{form.kernel}-{form.dtype_name}"
 
 
+def runs_here(form: LinearFormat) -> bool:
+    features = cpu_features()
+    if form.native:
+        return form.kernel == features.kernels
+    return {"packed-bf16": features.packed_bf16, "packed-fp16": features.packed_fp16}.get(form.kernel, True)
+
+
 def skip_unless_here(form: LinearFormat) -> None:
-    missing = {"packed-bf16": not cpu_features().packed_bf16, "packed-fp16": not cpu_features().packed_fp16}
-    if missing.get(form.kernel, False):
+    if not runs_here(form):
         pytest.skip(f"this CPU does not run {form.kernel}")
 
 
@@ -136,6 +148,25 @@ def test_auto_takes_what_the_cpu_does_fast(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_format(CPU, "auto").kernel == "packed-fp16"
 
 
+def test_auto_leaves_weights_as_they_are_stored_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, replace(NOTHING, kernels="avx2", packed_fp16=True))
+    half, brain = (LinearFormat("avx2", dtype, torch.float32) for dtype in (torch.float16, torch.bfloat16))
+    assert choose_format(CPU, "auto") == half
+    assert choose_format(CPU, "auto", stored={"BF16": 100, "F16": 10, "F32": 1}) == brain
+    assert choose_format(CPU, "auto", stored={"BF16": 10, "F16": 100}) == half
+    assert choose_format(CPU, "auto", stored={"Q4_K": 100, "Q6_K": 10, "F32": 1}) == replace(half, as_stored=True)
+    assert choose_format(CPU, "auto", stored={"Q2_K": 100, "F32": 1}) == half  # no kernel multiplies by it
+    assert choose_format(CPU, "float16", stored={"Q4_K": 100}) == half
+    assert choose_format(CPU, "auto", "int8", {"Q4_K": 100}).quantize == "int8"
+    assert choose_format(CPU, "float32", stored={"Q4_K": 100}).kernel == "dense"
+
+
+def test_a_cpu_that_multiplies_bfloat16_itself_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, replace(NOTHING, kernels="avx512", packed_bf16=True, bf16_arithmetic=True))
+    assert choose_format(CPU, "auto", stored={"BF16": 1}).kernel == "packed-bf16"
+    assert choose_format(CPU, "auto", stored={"BF16": 1, "Q8_0": 100}).kernel == "avx512"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_cpu_without_a_packed_form_widens(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     pretend(monkeypatch, NOTHING)
@@ -179,12 +210,10 @@ def test_an_asked_for_dtype_is_held(quantize: str) -> None:
 
 def test_a_form_knows_the_bytes_of_a_matrix() -> None:
     forms = [*FORMATS, choose_format(CPU, "auto", "int8"), LinearFormat("int8", torch.float16, torch.float16)]
-    for form in forms:
-        if form.kernel == "packed-bf16" and not cpu_features().packed_bf16:
-            continue
+    for form in filter(runs_here, forms):
         layer = make_linear(normal(96, 64).to(form.weight_dtype), None, form)
         assert layer.nbytes == form.linear_bytes(96, 64)
-        assert form.packed is not isinstance(layer, DenseLinear)
+        assert form.packed is not isinstance(layer, (DenseLinear, StoredLinear))
 
 
 # -- int8

@@ -1,0 +1,87 @@
+"""GGUF files that run as they are stored, against the same files decoded to float32."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from rbee_worker.kernels.library import cpu_kernels, missing_reason
+from rbee_worker.runtime.engine.engine import Engine
+from tests.engines import loaded
+from tests.unit.kernels.matrices import random_blocks
+
+from .conftest import answer
+from .families import Case
+from .test_families import fill, prompts_of
+from .test_gguf_families import write
+from .test_logits import logits_of, relative_error, transformer_of
+
+pytestmark = [
+    pytest.mark.cpu_forms,
+    pytest.mark.skipif(cpu_kernels() is None, reason=f"the kernels do not run here: {missing_reason()}"),
+]
+
+CASE = Case("Qwen2", {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64})
+ROUNDED_ACTIVATIONS = 0.04
+"""Bytes with a scale for every 32 activations err by 0.4 % of each; layers of random weights add that up."""
+
+
+def stored(path: Path, *types: Type) -> Path:
+    """A file whose matrices are stored in the given types, in turn."""
+    matrices = 0
+
+    def store(name: str, tensor: Tensor) -> tuple[np.ndarray[Any, Any], Type | None]:
+        nonlocal matrices
+        if tensor.dim() == 1:
+            return tensor.numpy(), None
+        kind = types[matrices % len(types)]
+        matrices += 1
+        return random_blocks(kind.name, *tensor.shape, seed=matrices, spread=0.1), kind
+
+    return write(path, "qwen2", fill(CASE).eval(), store)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [(Type.Q8_0,), (Type.Q4_0,), (Type.Q4_1,), (Type.Q4_K,), (Type.Q5_K,), (Type.Q6_K,), (Type.Q4_K, Type.Q6_K)],
+    ids=lambda types: "+".join(kind.name for kind in types),
+)
+def test_blocks_are_multiplied_as_they_are_stored(types: tuple[Type, ...], tmp_path: Path) -> None:
+    path = stored(tmp_path / "model.gguf", *types)
+    as_stored, decoded = loaded(path, "auto"), loaded(path, "float32")
+    prompts = prompts_of(CASE)
+    ours, exact = (torch.cat(logits_of(transformer_of(engine), prompts)) for engine in (as_stored, decoded))
+    assert 0 < relative_error(ours, exact) < ROUNDED_ACTIVATIONS
+    matrices = sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+    assert matrices < transformer_of(as_stored).nbytes < 1.05 * matrices + 2**16
+
+
+def test_the_default_model_runs_as_it_is_stored_and_knows_the_capital_of_france(gguf_path: Path) -> None:
+    engine = Engine()
+    *_, ready = engine.load(str(gguf_path))
+    assert (ready.report.runs_as, ready.report.kernel) == ("Q4_1, Q8_0", cpu_kernels().variant)
+    assert ready.report.device_mb["cpu"] * 2**20 < 1.1 * gguf_path.stat().st_size
+    assert "Paris" in answer(engine, "What is the capital of France?")
+
+
+def test_a_type_without_a_kernel_is_decoded_and_that_is_said(tmp_path: Path) -> None:
+    path = stored(tmp_path / "model.gguf", Type.Q8_0, Type.Q5_0)
+    engine = Engine()
+    *_, ready = engine.load(str(path))
+    assert ready.report.runs_as == "float16, Q8_0 (Q5_0 decoded: no kernel multiplies by it)"
+    prompts = prompts_of(CASE)
+    ours, exact = (
+        torch.cat(logits_of(transformer_of(engine), prompts)) for engine in (engine, loaded(path, "float32"))
+    )
+    assert relative_error(ours, exact) < ROUNDED_ACTIVATIONS
+
+
+@pytest.mark.parametrize("wanted", [{"dtype": "float16"}, {"dtype": "auto", "quantize": "int8"}])
+def test_what_is_asked_for_is_done(wanted: dict[str, Any], tmp_path: Path) -> None:
+    engine = loaded(stored(tmp_path / "model.gguf", Type.Q4_0), **wanted)
+    assert not transformer_of(engine).form.as_stored
