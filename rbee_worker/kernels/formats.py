@@ -105,7 +105,8 @@ FLOAT_FORMATS: Mapping[torch.dtype, Format] = MappingProxyType(
 def quantize_activations(x: Tensor) -> Tensor:
     """What the block formats make of activations: bytes in blocks of 32, with a scale each.
 
-    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32.
+    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Blocks whose scale is below the
+    smallest normal number are zeros: the inverse of such a scale may be infinite.
 
     Args:
         x: float32 [tokens, columns], columns a multiple of 32.
@@ -115,5 +116,5 @@ def quantize_activations(x: Tensor) -> Tensor:
     """
     blocks = x.reshape(x.shape[0], -1, 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
     return ((blocks * inverse).round().double() * scale).view(x.shape)

@@ -72,7 +72,14 @@ class StoredWeights:
     __slots__ = ("_array", "address", "count", "inputs", "matrices", "nbytes", "outputs")
 
     def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
+        """Keep them, and their addresses for the library.
+
+        Raises:
+            ValueError: there are none, they are of several widths, or one is not as :class:`StoredMatrix` says.
+        """
         self.matrices = tuple(matrices)
+        if len({matrix.columns for matrix in self.matrices}) != 1:
+            raise ValueError(f"matrices of one width are needed, not of {[matrix.columns for matrix in self.matrices]}")
         self.count = len(self.matrices)
         self.inputs = self.matrices[0].columns
         self.outputs = sum(matrix.rows for matrix in self.matrices)
@@ -95,7 +102,10 @@ class Kernels:
         Raises:
             OSError: the file is not there, cannot be loaded, or is of another version.
             MemoryError: there is no memory, or no thread to be had.
+            ValueError: ``threads`` is below 1.
         """
+        if threads < 1:
+            raise ValueError(f"{threads} threads for the kernels: at least 1 is needed")
         self.variant, self.threads = variant, threads
         library = ctypes.CDLL(_path(variant))
         if (found := library.rbee_abi_version()) != ABI_VERSION:
@@ -119,19 +129,21 @@ class Kernels:
         """``x W^T + b``. A token's result has the same bits alone and beside any others.
 
         Args:
-            x: float32 [tokens, inputs], contiguous, on the CPU.
+            x: float32 [tokens, inputs], on the CPU.
             weights: W, outputs first.
-            bias: float32 [outputs], contiguous.
+            bias: float32 [outputs], contiguous, on the CPU.
 
         Returns:
             float32 [tokens, outputs].
 
         Raises:
             MemoryError: there is none for the call's intermediate values.
+            ValueError: a tensor is not as it should be.
         """
-        if x.dtype != torch.float32 or x.shape[-1] != weights.inputs:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}; float32 with {weights.inputs} columns is needed")
         x = x.contiguous()
+        _check("x", x, torch.float32, (*x.shape[:1], weights.inputs))
+        if bias is not None:
+            _check("bias", bias, torch.float32, (weights.outputs,))
         tokens = x.shape[0]
         y = x.new_empty(tokens, weights.outputs)
         address = None if bias is None else bias.data_ptr()
@@ -151,7 +163,17 @@ class Kernels:
 
         Returns:
             float32 [count, inputs].
+
+        Raises:
+            ValueError: ``rows`` is not as it should be, or the weights are of several matrices.
         """
+        if weights.count != 1:
+            raise ValueError(f"rows are of one matrix, not of {weights.count}")
+        _check("rows", rows, torch.int64, (rows.numel(),))
+        if rows.numel():
+            first, last = rows.aminmax()
+            if first < 0 or last >= weights.outputs:
+                raise ValueError(f"rows {int(first)} to {int(last)} of a matrix of {weights.outputs} rows")
         y = torch.empty(rows.shape[0], weights.inputs)
         if self._rows(self._context, weights.address, rows.data_ptr(), rows.shape[0], y.data_ptr()):
             raise ValueError("an unknown weight format")
@@ -230,11 +252,15 @@ def _path(variant: Variant) -> str:
     return spec.origin
 
 
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor whose memory is not what the library takes it for."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} is {found}; {dtype} {list(shape)} is needed, contiguous and on cpu")
+
+
 def _described(matrix: StoredMatrix) -> _Matrix:
-    data = matrix.data
-    if not data.is_contiguous() or data.device.type != "cpu":
-        raise ValueError("weights must be contiguous and on the CPU")
-    row_bytes = matrix.format.row_bytes(matrix.columns)
-    if data.nbytes != matrix.rows * row_bytes:
-        raise ValueError(f"{matrix.rows} rows of {row_bytes} bytes are not {data.nbytes} bytes")
-    return _Matrix(data.data_ptr(), matrix.rows, matrix.columns, row_bytes, matrix.format.number, 0)
+    data, stored = matrix.data, matrix.format
+    row_bytes = stored.row_bytes(matrix.columns)
+    _check(f"a matrix of {stored.name}", data, stored.dtype, (matrix.rows, row_bytes // stored.dtype.itemsize))
+    return _Matrix(data.data_ptr(), matrix.rows, matrix.columns, row_bytes, stored.number, 0)

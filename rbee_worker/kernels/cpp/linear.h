@@ -116,7 +116,8 @@ inline void byte_group(const Group& w, const int8_t* x, const float* scales, int
   }
 }
 
-// Rounds a token's activations to bytes, half to even, block by block. What is not finite makes its block so.
+// Rounds a token's activations to bytes, half to even, block by block. What is not finite makes its block so. A block whose
+// scale is below the smallest normal number is zeros: the inverse of such a scale may be infinite.
 inline void to_bytes(const float* x, int64_t columns, const ByteInput& to, int64_t token) {
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int64_t b = 0; b < to.groups * kGroup; ++b) {
@@ -136,7 +137,7 @@ inline void to_bytes(const float* x, int64_t columns, const ByteInput& to, int64
       trace = _mm256_fmadd_ps(v[i], _mm256_setzero_ps(), trace);  // 0, or not a number
     }
     const float scale = max8(largest) / 127.0f;
-    const __m256 inverse = _mm256_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+    const __m256 inverse = _mm256_set1_ps(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
     __m256i n[4];
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
     const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
@@ -144,7 +145,7 @@ inline void to_bytes(const float* x, int64_t columns, const ByteInput& to, int64
     _mm256_storeu_si256(bytes, _mm256_permutevar8x32_epi32(words, order));
     const int32_t first = sum_of_8(_mm256_add_epi32(n[0], n[1])), second = sum_of_8(_mm256_add_epi32(n[2], n[3]));
     scales[0] = scale + sum8(trace);
-    scales[kGroup] = scales[0] * static_cast<float>(first + second);
+    scales[kGroup] = scales[0] * (static_cast<float>(first) + static_cast<float>(second));
     scales[2 * kGroup] = scales[0] * static_cast<float>(first);
     scales[3 * kGroup] = scales[0] * static_cast<float>(second);
   }

@@ -28,10 +28,17 @@ bool spin(const Done& done) {
 }  // namespace
 
 Pool::Pool(int threads) {
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+  } catch (...) {  // no thread: those that there are end before their pool does
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);

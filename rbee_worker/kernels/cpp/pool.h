@@ -43,6 +43,7 @@ class Pool {
   void run_chunks(int64_t chunks, Call call, const void* data);
   void work(int thread);
   void take_chunks(int thread);
+  void stop();  // ends the threads
 
   // The low half counts the threads that work on the open call, the next bit says that one is open, and the rest counts
   // the calls. All of it in one word, so that a thread joins the call that it has seen, or none.
