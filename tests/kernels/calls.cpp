@@ -1,0 +1,204 @@
+// Calls of the kernels for sanitizers: memory of exactly the size that abi.h names, and many threads.
+//
+//   calls memory        every format and many shapes; a result is compared with that of its token alone
+//   calls threads       many short calls on pools of several threads, from one caller and from several
+//   calls short FORMAT  a matrix that lacks its last byte: a sanitizer must stop it
+//   calls race          two callers write the same results: a sanitizer must stop it
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "abi.h"
+
+namespace {
+
+struct Layout {
+  int32_t format;
+  int64_t block, bytes;
+  std::vector<int64_t> columns;
+};
+
+const std::vector<int64_t> kFloatColumns = {1, 7, 8, 15, 16, 17, 33, 64, 1023, 1024, 1025, 2051};
+const std::vector<int64_t> kBlockColumns = {32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 480, 512, 544, 576, 1056};
+const std::vector<int64_t> kGroupColumns = {256, 512, 768, 2304};
+
+const Layout kLayouts[] = {
+    {kF32, 1, 4, kFloatColumns},    {kF16, 1, 2, kFloatColumns},      {kBF16, 1, 2, kFloatColumns},
+    {kQ8_0, 32, 34, kBlockColumns}, {kQ4_0, 32, 18, kBlockColumns},   {kQ4_1, 32, 20, kBlockColumns},
+    {kQ4_K, 256, 144, kGroupColumns}, {kQ5_K, 256, 176, kGroupColumns}, {kQ6_K, 256, 210, kGroupColumns},
+};
+
+std::mt19937 generator(0);
+
+// Memory of exactly so many elements, freed at the end; its address is no round one where `shift` is not 0.
+template <class T>
+struct Exact {
+  explicit Exact(int64_t count, int64_t shift = 0)
+      : memory(static_cast<char*>(std::malloc(count * sizeof(T) + shift))), data(reinterpret_cast<T*>(memory + shift)) {}
+  Exact(Exact&& other) noexcept : memory(std::exchange(other.memory, nullptr)), data(other.data) {}
+  ~Exact() { std::free(memory); }
+  char* memory;
+  T* data;
+};
+
+Exact<float> numbers(int64_t count) {
+  Exact<float> made(count);
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) made.data[i] = normal(generator);
+  return made;
+}
+
+struct Weights {
+  // `lacking`: bytes that are not there.
+  Weights(const Layout& layout, int64_t rows, int64_t columns, int64_t shift = 0, int64_t lacking = 0)
+      : bytes(rows * (columns / layout.block * layout.bytes) - lacking, shift) {
+    const int64_t row_bytes = columns / layout.block * layout.bytes;
+    // Any bytes without the highest bit of an exponent: finite, wherever a number may be in them.
+    for (int64_t i = 0; i < rows * row_bytes - lacking; ++i) bytes.data[i] = generator() & 0xbf;
+    matrix = {bytes.data, rows, columns, row_bytes, layout.format, 0};
+  }
+  Exact<uint8_t> bytes;
+  Matrix matrix;
+};
+
+void check(bool right, const char* what) {
+  if (right) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::exit(1);
+}
+
+// A product in memory of exactly its size, compared with each token's alone.
+void multiply(Context* context, const std::vector<Matrix>& matrices, int64_t tokens, bool biased) {
+  const int64_t columns = matrices[0].columns;
+  int64_t outputs = 0;
+  for (const Matrix& m : matrices) outputs += m.rows;
+  const Exact<float> x = numbers(tokens * columns), bias = numbers(outputs);
+  const Exact<float> y(tokens * outputs), one(outputs);
+  const int32_t count = static_cast<int32_t>(matrices.size());
+  const float* b = biased ? bias.data : nullptr;
+  check(rbee_linear(context, matrices.data(), count, x.data, tokens, b, y.data) == 0, "status");
+  for (int64_t t = 0; t < tokens; t += 1 + tokens / 3) {
+    const Exact<float> alone(columns);
+    std::memcpy(alone.data, x.data + t * columns, columns * sizeof(float));
+    check(rbee_linear(context, matrices.data(), count, alone.data, 1, b, one.data) == 0, "status");
+    check(std::memcmp(one.data, y.data + t * outputs, outputs * sizeof(float)) == 0, "a token's bits");
+  }
+}
+
+void look_up(Context* context, const Matrix& m) {
+  const int64_t places[] = {m.rows - 1, 0, m.rows / 2, m.rows - 1};
+  for (int64_t count = 0; count <= 4; ++count) {
+    const Exact<int64_t> rows(count);
+    std::copy(places, places + count, rows.data);
+    const Exact<float> y(count * m.columns);
+    check(rbee_rows(context, &m, rows.data, count, y.data) == 0, "status");
+  }
+}
+
+void memory() {
+  const int64_t tokens[] = {0, 1, 2, 3, 4, 5, 8, 17, 65, 130};
+  for (int threads : {1, 3}) {
+    Context* context = rbee_create(threads);
+    size_t call = 0;
+    for (const Layout& layout : kLayouts)
+      for (int64_t columns : layout.columns)
+        for (int64_t rows : {1, 2, 3, 5, 23, 24, 25, 49}) {
+          const int64_t shift = layout.block > 1 ? columns / layout.block % 4 : 0;
+          const Weights weights(layout, rows, columns, shift);
+          // Every number of tokens comes with every format; not each with each shape.
+          for (int i = 0; i < 3; ++i) multiply(context, {weights.matrix}, tokens[call++ % std::size(tokens)], i != 1);
+          look_up(context, weights.matrix);
+        }
+    // All formats side by side.
+    std::vector<Weights> parts;
+    std::vector<Matrix> matrices;
+    for (const Layout& layout : kLayouts) parts.emplace_back(layout, 1 + parts.size() * 7, 768);
+    for (const Weights& part : parts) matrices.push_back(part.matrix);
+    for (int64_t count : tokens) multiply(context, matrices, count, count % 2 == 0);
+    // What is not a number, or hardly one.
+    for (const Weights& part : parts)
+      for (float value : {std::nanf(""), INFINITY, -INFINITY, std::numeric_limits<float>::max(),
+                          std::numeric_limits<float>::denorm_min(), 1e-37f}) {
+        const Exact<float> x = numbers(5 * 768), y(5 * part.matrix.rows);
+        std::fill(x.data + 768, x.data + 2 * 768, value);
+        x.data[4 * 768 - 1] = value;
+        check(rbee_linear(context, &part.matrix, 1, x.data, 5, nullptr, y.data) == 0, "status");
+      }
+    rbee_destroy(context);
+  }
+}
+
+void threads() {
+  using std::chrono::microseconds;
+  for (int count = 1; count <= 5; ++count) {
+    Context* context = rbee_create(count);
+    std::vector<std::thread> callers;
+    std::vector<Weights> weights;
+    for (int i = 0; i < 3; ++i) weights.emplace_back(kLayouts[i * 3], 30 + 40 * i, 256);
+    std::vector<Matrix> matrices;
+    for (const Weights& part : weights) matrices.push_back(part.matrix);
+    for (int i = 0; i < 200; ++i) multiply(context, matrices, i % 7, i % 2 == 0);
+    for (int i = 0; i < 20; ++i) {  // about when threads go to sleep, and after it
+      std::this_thread::sleep_for(microseconds(i < 10 ? 90 + 5 * i : 2000));
+      multiply(context, {matrices[i % 3]}, 5, false);
+    }
+    const Exact<float> x = numbers(6 * 256), right(6 * 210);
+    check(rbee_linear(context, matrices.data(), 3, x.data, 6, nullptr, right.data) == 0, "status");
+    for (int caller = 0; caller < 3; ++caller)
+      callers.emplace_back([&] {
+        const Exact<float> y(6 * 210), row(256);
+        const int64_t last = 29;
+        for (int i = 0; i < 100; ++i) {
+          check(rbee_linear(context, matrices.data(), 3, x.data, 6, nullptr, y.data) == 0, "status");
+          check(std::memcmp(y.data, right.data, sizeof(float) * 6 * 210) == 0, "results of several callers");
+          check(rbee_rows(context, matrices.data(), &last, 1, row.data) == 0, "status");
+        }
+      });
+    for (std::thread& caller : callers) caller.join();
+    rbee_destroy(context);
+  }
+  for (int i = 0; i < 50; ++i) rbee_destroy(rbee_create(1 + i % 6));
+}
+
+void lacking(int32_t format) {
+  const Layout& layout = kLayouts[format];
+  const Weights weights(layout, 3, layout.columns.back(), 0, 1);
+  const Exact<float> x = numbers(layout.columns.back()), y(3);
+  Context* context = rbee_create(1);
+  rbee_linear(context, &weights.matrix, 1, x.data, 1, nullptr, y.data);
+}
+
+void race() {
+  const Weights weights(kLayouts[0], 40, 64);
+  const Exact<float> x = numbers(64), y(40);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 2; ++i)
+    callers.emplace_back([&] {
+      Context* context = rbee_create(1);
+      for (int call = 0; call < 100; ++call) rbee_linear(context, &weights.matrix, 1, x.data, 1, nullptr, y.data);
+      rbee_destroy(context);
+    });
+  for (std::thread& caller : callers) caller.join();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const std::string_view what = count > 1 ? words[1] : "";
+  if (what == "memory") memory();
+  if (what == "threads") threads();
+  if (what == "short" && count > 2) lacking(std::atoi(words[2]));
+  if (what == "race") race();
+  std::puts("done");
+}
