@@ -44,8 +44,6 @@ _GROUP = 256
 _LARGEST_DOT = 32 * 255 * 127
 """Of a block of bytes by a block of bytes."""
 
-HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-"""Where a block has its float16 scales: the first is that of the weights, the second that of their minima."""
 QUANTS = {
     "Q8_0": slice(2, 34),
     "Q4_0": slice(2, 18),
@@ -85,7 +83,7 @@ def make_matrix(form: Format, rows: int, columns: int, seed: int = 0, *, shift: 
     data = storage[shift:].view(rows, width)
     if form.in_blocks:
         data.copy_(torch.randint(256, (rows, width), dtype=torch.uint8, generator=generator(seed)))
-        set_scales(form, data, normal(rows, width // form.block_bytes, len(HALVES[form.name]), seed=seed + 1) * 0.01)
+        set_scales(form, data, normal(rows, width // form.block_bytes, len(form.scales), seed=seed + 1) * 0.01)
     else:
         data.copy_(normal(rows, columns, seed=seed))
     return StoredMatrix(data, form, rows, columns)
@@ -100,7 +98,7 @@ def set_scales(form: Format, data: Tensor, values: Tensor | float) -> None:
     """Write the float16 scales: [rows, blocks, of a block]."""
     if not data.numel():
         return
-    blocks, places = blocks_of(form, data), HALVES[form.name]
+    blocks, places = blocks_of(form, data), form.scales
     halves = torch.as_tensor(values, dtype=torch.float16).expand(*blocks.shape[:2], len(places)).contiguous()
     of_bytes = halves.view(torch.uint8).view(*blocks.shape[:2], len(places), 2)
     for i, place in enumerate(places):
