@@ -119,10 +119,11 @@ class Kernels:
         self._context = library.rbee_create(threads)
         if not self._context:
             raise MemoryError(f"{threads} threads for the kernels")
-        self._destroy = library.rbee_destroy
+        self._destroy, self._process = library.rbee_destroy, os.getpid()
 
     def __del__(self) -> None:
-        if getattr(self, "_context", None):
+        # A forked child has no such threads to wait for.
+        if getattr(self, "_context", None) and os.getpid() == self._process:
             self._destroy(self._context)
 
     def linear(self, x: Tensor, weights: StoredWeights, bias: Tensor | None = None) -> Tensor:

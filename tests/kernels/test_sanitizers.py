@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 CPP = ROOT / "rbee_worker" / "kernels" / "cpp"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 MEMORY, THREADS = "address,undefined", "thread"
-HANG = 250
+HANG = 600
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # compilers of sanitized vectors take their time
     pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler"),
 ]
 

@@ -1,6 +1,7 @@
 """The threads of the kernels: right whoever calls, gone with their kernels, asleep when there is nothing to do."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -114,6 +115,32 @@ def test_idle_threads_sleep_and_wake(variant: Variant) -> None:
     for pause in (0.0, 0.00005, 0.0001, 0.00015, 0.001) * 100:  # around the moment at which a thread goes to sleep
         time.sleep(pause)
         assert torch.equal(kernels.linear(x, weights), right)
+
+
+@needs_proc
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns wherever there are threads
+def test_a_forked_child_calls_and_ends_without_the_threads(variant: Variant) -> None:
+    weights, x, before = layer(400), normal(3, 256), tasks()
+    kernels = Kernels(variant, 3)
+    right, mine = kernels.linear(x, weights), tasks() - before
+    await_(lambda: all(map(asleep, mine)))
+    child = os.fork()
+    if child == 0:
+        try:
+            same = torch.equal(kernels.linear(x, weights), right)
+            del kernels
+            os._exit(0 if same else 1)
+        finally:
+            os._exit(2)
+    status: list[int] = []
+    try:
+        await_(lambda: status.extend(code for found, code in [os.waitpid(child, os.WNOHANG)] if found) or bool(status))
+    finally:
+        if not status:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert status == [0]
+    assert torch.equal(kernels.linear(x, weights), right)
 
 
 def test_calls_end_where_other_work_takes_a_core(with_threads: Callable[[int], Kernels]) -> None:
