@@ -13,6 +13,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
+from torch.nn import functional
 
 _EXPONENT = 0x7C
 """The exponent in a float16's high byte. All its bits are set in infinity and NaN alone."""
@@ -102,11 +103,19 @@ FLOAT_FORMATS: Mapping[torch.dtype, Format] = MappingProxyType(
 """By the dtype of the weights."""
 
 
+_FAR_ABOVE = 2.0
+"""A scale so many times the mean of its token's is that of an outlier."""
+
+_GROUP = 8
+"""Blocks that are refined together."""
+
+
 def quantize_activations(x: Tensor) -> Tensor:
     """What the block formats make of activations: bytes in blocks of 32, with a scale each.
 
-    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Blocks whose scale is below the
-    smallest normal number are zeros: the inverse of such a scale may be infinite.
+    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than twice
+    the mean of the token's, the blocks of its group of eight get a second byte in the same way, for what the first one
+    left.
 
     Args:
         x: float32 [tokens, columns], columns a multiple of 32.
@@ -115,6 +124,15 @@ def quantize_activations(x: Tensor) -> Tensor:
         The values that are multiplied by weights, float64 [tokens, columns].
     """
     blocks = x.reshape(x.shape[0], -1, 32)
+    coarse, scale = _to_bytes(blocks)
+    fine, _ = _to_bytes((blocks.double() - coarse).float())
+    outlying = scale[..., 0].double() * scale.shape[1] > _FAR_ABOVE * scale[..., 0].double().sum(-1, keepdim=True)
+    whole = functional.pad(outlying, (0, -outlying.shape[1] % _GROUP)).view(x.shape[0], -1, _GROUP)
+    refined = whole.any(-1, keepdim=True).expand(whole.shape).flatten(1)[:, : outlying.shape[1], None]
+    return torch.where(refined, coarse + fine, coarse).view(x.shape)
+
+
+def _to_bytes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0)
-    return ((blocks * inverse).round().double() * scale).view(x.shape)
+    return (blocks * inverse).round().double() * scale, scale

@@ -33,12 +33,19 @@ struct FloatInput {
 };
 
 // A call's activations in groups of eight blocks of 32 bytes: x = scale * byte. A last group that is not whole is filled
-// up with zeros.
+// up with zeros. Where a block's scale is far above those of the others, the rest of its group is rounded once more:
+// x = scale * byte + fine scale * fine byte. Such blocks hold a few activations that are hundreds of times the others,
+// and would otherwise make most of the error of the whole.
 struct ByteInput {
-  int8_t* bytes;  // [groups, tokens, 256]
-  float* scales;  // [groups, tokens, kScales, 8]: a block's scale, and scale * sum of its bytes, of its halves' bytes
+  struct Plane {
+    int8_t* bytes;  // [groups, tokens, 256]
+    float* scales;  // [groups, tokens, kScales, 8]: a block's scale, and scale * sum of its bytes, of its halves' bytes
+  };
+  Plane coarse, fine;
+  uint8_t* refined;  // [groups, tokens]: whether the fine plane has the group
   int64_t tokens, groups;
 };
+constexpr double kFarAbove = 2.0;  // times the mean of the token's scales
 constexpr int kScales = 4;
 
 // ------------------------------------------------------------------------------------------------------------ floats
@@ -93,61 +100,113 @@ inline void widen(const typename W::Stored* w, int64_t columns, float* to) {
 
 // ------------------------------------------------------------------------------------------------------------- bytes
 
-// The sums of a group of blocks for a few tokens, added to acc [tokens, 8], a lane for each block.
-//   x: [tokens, 256] bytes; scales: [tokens, kScales, 8].
+// Adds the sums of a group of blocks, a lane for each block, of one token.
+//   x: 256 bytes; scales: [kScales, 8].
 template <class Format>
-inline void byte_group(const Group& w, const int8_t* x, const float* scales, int64_t tokens, float* acc) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* of_token = scales + t * kScales * kGroup;
-    const __m256 x_scales = _mm256_loadu_ps(of_token);
-    const simd::Halves sums = simd::block_sums<Format>(w.bytes, reinterpret_cast<const uint8_t*>(x + t * kGroupColumns));
+inline __m256 byte_sums(const Group& w, const int8_t* x, const float* scales, __m256 sum) {
+  const __m256 x_scales = _mm256_loadu_ps(scales);
+  const simd::Halves dots = simd::block_sums<Format>(w.bytes, reinterpret_cast<const uint8_t*>(x));
+  if constexpr (Format::kHalves) {
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.first), _mm256_mul_ps(w.scales, x_scales), sum);
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.second), _mm256_mul_ps(w.second_scales, x_scales), sum);
+    sum = _mm256_fmadd_ps(w.offsets, _mm256_loadu_ps(scales + 2 * kGroup), sum);
+    return _mm256_fmadd_ps(w.second_offsets, _mm256_loadu_ps(scales + 3 * kGroup), sum);
+  } else {
+    const __m256 whole = _mm256_cvtepi32_ps(_mm256_add_epi32(dots.first, dots.second));
+    sum = _mm256_fmadd_ps(whole, _mm256_mul_ps(w.scales, x_scales), sum);
+    if constexpr (!Format::kSigned) sum = _mm256_fmadd_ps(w.offsets, _mm256_loadu_ps(scales + kGroup), sum);
+    return sum;
+  }
+}
+
+// The same for some tokens, added to acc [tokens, 8]; `place`: of the first token's group.
+template <class Format>
+inline void byte_group(const Group& w, const ByteInput& x, int64_t place, int64_t tokens, float* acc) {
+  for (int64_t t = 0; t < tokens; ++t, ++place) {
     __m256 sum = _mm256_loadu_ps(acc + t * kByteLanes);
-    if constexpr (Format::kHalves) {
-      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.first), _mm256_mul_ps(w.scales, x_scales), sum);
-      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.second), _mm256_mul_ps(w.second_scales, x_scales), sum);
-      sum = _mm256_fmadd_ps(w.offsets, _mm256_loadu_ps(of_token + 2 * kGroup), sum);
-      sum = _mm256_fmadd_ps(w.second_offsets, _mm256_loadu_ps(of_token + 3 * kGroup), sum);
-    } else {
-      const __m256 dots = _mm256_cvtepi32_ps(_mm256_add_epi32(sums.first, sums.second));
-      sum = _mm256_fmadd_ps(dots, _mm256_mul_ps(w.scales, x_scales), sum);
-      if constexpr (!Format::kSigned) sum = _mm256_fmadd_ps(w.offsets, _mm256_loadu_ps(of_token + kGroup), sum);
-    }
+    const int64_t bytes = place * kGroupColumns, scales = place * kScales * kGroup;
+    sum = byte_sums<Format>(w, x.coarse.bytes + bytes, x.coarse.scales + scales, sum);
+    if (x.refined[place]) [[unlikely]]
+      sum = byte_sums<Format>(w, x.fine.bytes + bytes, x.fine.scales + scales, sum);
     _mm256_storeu_ps(acc + t * kByteLanes, sum);
   }
 }
 
-// Rounds a token's activations to bytes, half to even, block by block. What is not finite makes its block so. A block whose
-// scale is below the smallest normal number is zeros: the inverse of such a scale may be infinite.
-inline void to_bytes(const float* x, int64_t columns, const ByteInput& to, int64_t token) {
+// Four registers that a block of floats fills.
+struct Block {
+  __m256 v[4];
+
+  static Block load(const float* x) {
+    Block block;
+    for (int i = 0; i < 4; ++i) block.v[i] = _mm256_loadu_ps(x + 8 * i);
+    return block;
+  }
+};
+
+// Rounds a block to bytes, half to even, and returns its scale. What is not finite makes that so. A block whose scale is
+// below the smallest normal number is zeros: the inverse of such a scale may be infinite. What is left of the block, less
+// the bytes, stays in it.
+inline float to_bytes(Block& x, int8_t* bytes, float* scales) {
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  for (int64_t b = 0; b < to.groups * kGroup; ++b) {
-    const int64_t group = b / kGroup * to.tokens + token;
-    __m256i* bytes = reinterpret_cast<__m256i*>(to.bytes + group * kGroupColumns + b % kGroup * kBlock);
-    float* scales = to.scales + group * kScales * kGroup + b % kGroup;
-    if (b * kBlock >= columns) {
-      _mm256_storeu_si256(bytes, _mm256_setzero_si256());
-      for (int i = 0; i < kScales; ++i) scales[i * kGroup] = 0;
-      continue;
+  __m256 largest = _mm256_and_ps(x.v[0], no_sign), trace = _mm256_mul_ps(x.v[0], _mm256_setzero_ps());
+  for (int i = 1; i < 4; ++i) {
+    largest = _mm256_max_ps(largest, _mm256_and_ps(x.v[i], no_sign));
+    trace = _mm256_fmadd_ps(x.v[i], _mm256_setzero_ps(), trace);  // 0, or not a number
+  }
+  float scale = max8(largest) / 127.0f;
+  const __m256 inverse = _mm256_set1_ps(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
+  scale += sum8(trace);
+  __m256i n[4];
+  for (int i = 0; i < 4; ++i) {
+    n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x.v[i], inverse));
+    x.v[i] = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(n[i]), _mm256_set1_ps(scale), x.v[i]);
+  }
+  const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+  const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), _mm256_permutevar8x32_epi32(words, order));
+  const float first = static_cast<float>(sum_of_8(_mm256_add_epi32(n[0], n[1])));
+  const float second = static_cast<float>(sum_of_8(_mm256_add_epi32(n[2], n[3])));
+  scales[0] = scale;
+  scales[kGroup] = scale * (first + second);
+  scales[2 * kGroup] = scale * first;
+  scales[3 * kGroup] = scale * second;
+  return scale;
+}
+
+// A token's activations as bytes.
+inline void to_bytes(const float* x, int64_t columns, const ByteInput& to, int64_t token) {
+  const int64_t blocks = columns / kBlock;
+  double total = 0;
+  for (int64_t g = 0; g < to.groups; ++g) {
+    const int64_t place = g * to.tokens + token;
+    int8_t* bytes = to.coarse.bytes + place * kGroupColumns;
+    float* scales = to.coarse.scales + place * kScales * kGroup;
+    const int64_t count = std::min<int64_t>(kGroup, blocks - g * kGroup);
+    if (count < kGroup) {
+      std::memset(bytes, 0, kGroupColumns);
+      std::memset(scales, 0, sizeof(float) * kScales * kGroup);
     }
-    __m256 v[4];
-    for (int i = 0; i < 4; ++i) v[i] = _mm256_loadu_ps(x + b * kBlock + 8 * i);
-    __m256 largest = _mm256_and_ps(v[0], no_sign), trace = _mm256_mul_ps(v[0], _mm256_setzero_ps());
-    for (int i = 1; i < 4; ++i) {
-      largest = _mm256_max_ps(largest, _mm256_and_ps(v[i], no_sign));
-      trace = _mm256_fmadd_ps(v[i], _mm256_setzero_ps(), trace);  // 0, or not a number
+    for (int64_t b = 0; b < count; ++b) {
+      Block block = Block::load(x + (g * kGroup + b) * kBlock);
+      total += to_bytes(block, bytes + b * kBlock, scales + b);
     }
-    const float scale = max8(largest) / 127.0f;
-    const __m256 inverse = _mm256_set1_ps(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
-    __m256i n[4];
-    for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
-    const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-    _mm256_storeu_si256(bytes, _mm256_permutevar8x32_epi32(words, order));
-    const int32_t first = sum_of_8(_mm256_add_epi32(n[0], n[1])), second = sum_of_8(_mm256_add_epi32(n[2], n[3]));
-    scales[0] = scale + sum8(trace);
-    scales[kGroup] = scales[0] * (static_cast<float>(first) + static_cast<float>(second));
-    scales[2 * kGroup] = scales[0] * static_cast<float>(first);
-    scales[3 * kGroup] = scales[0] * static_cast<float>(second);
+  }
+  for (int64_t g = 0; g < to.groups; ++g) {
+    const int64_t place = g * to.tokens + token;
+    const float* scales = to.coarse.scales + place * kScales * kGroup;
+    to.refined[place] = max8(_mm256_loadu_ps(scales)) * static_cast<double>(blocks) > kFarAbove * total;
+    if (!to.refined[place]) continue;
+    int8_t* bytes = to.fine.bytes + place * kGroupColumns;
+    float* fine_scales = to.fine.scales + place * kScales * kGroup;
+    std::memset(bytes, 0, kGroupColumns);
+    std::memset(fine_scales, 0, sizeof(float) * kScales * kGroup);
+    for (int64_t b = 0; b < std::min<int64_t>(kGroup, blocks - g * kGroup); ++b) {
+      Block block = Block::load(x + (g * kGroup + b) * kBlock);
+      int8_t coarse[kBlock];
+      float coarse_scales[kScales * kGroup];
+      to_bytes(block, coarse, coarse_scales);
+      to_bytes(block, bytes + b * kBlock, fine_scales + b);
+    }
   }
 }
 
@@ -215,8 +274,7 @@ void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, 
           Group group;
           unpack_some<Format>(data, g, m.columns - g * kGroupColumns, group);
           const int64_t place = g * x.tokens + token;
-          byte_group<Format>(group, x.bytes + place * kGroupColumns, x.scales + place * kScales * kGroup, count,
-                             acc + (row - begin) * count * kByteLanes);
+          byte_group<Format>(group, x, place, count, acc + (row - begin) * count * kByteLanes);
         }
       }
     }
@@ -281,7 +339,8 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
   const size_t pad_bytes = floats && padded != columns ? aligned(sizeof(float) * tokens * padded) : 0;
   const size_t byte_bytes = bytes ? tokens * groups * kGroupColumns : 0;
   const size_t scale_bytes = bytes ? sizeof(float) * tokens * groups * kScales * kGroup : 0;
-  char* shared = scratch.shared.get(pad_bytes + byte_bytes + scale_bytes + kAlign);
+  const size_t refined_bytes = bytes ? aligned(tokens * groups) : 0;
+  char* shared = scratch.shared.get(pad_bytes + 2 * (byte_bytes + scale_bytes) + refined_bytes + kAlign);
   const size_t own_bytes = std::max(sizeof(float) * kTileRows * (kPieceStride + kTokens * simd::kLanes),
                                     sizeof(float) * kTaskRows * kByteTokens * kByteLanes);
   if (shared == nullptr) return 1;
@@ -300,7 +359,12 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
   }
   if (bytes) {
     char* place = shared + pad_bytes;
-    input.bytes = {reinterpret_cast<int8_t*>(place), reinterpret_cast<float*>(place + byte_bytes), tokens, groups};
+    ByteInput::Plane planes[2];
+    for (ByteInput::Plane& plane : planes) {
+      plane = {reinterpret_cast<int8_t*>(place), reinterpret_cast<float*>(place + byte_bytes)};
+      place += byte_bytes + scale_bytes;
+    }
+    input.bytes = {planes[0], planes[1], reinterpret_cast<uint8_t*>(place), tokens, groups};
     const auto token = [&](int64_t t, int) { to_bytes(x + t * columns, columns, input.bytes, t); };
     if (tokens < 4) {
       for (int64_t t = 0; t < tokens; ++t) token(t, 0);
