@@ -8,7 +8,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.kernels.formats import Format
+from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Of ``cpp/abi.h``."""
 
 Variant = Literal["avx2", "avx512"]
@@ -42,6 +43,30 @@ class _Matrix(ctypes.Structure):
         ("row_bytes", ctypes.c_int64),
         ("format", ctypes.c_int32),
         ("unused", ctypes.c_int32),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """``Attention`` of ``cpp/abi.h``."""
+
+    _fields_ = (
+        ("queries", ctypes.c_void_p),
+        ("query_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+        ("segments", ctypes.c_void_p),
+        ("segment_count", ctypes.c_int64),
+        ("runs", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
     )
 
 
@@ -88,6 +113,41 @@ class StoredWeights:
         self.address = ctypes.addressof(self._array)
 
 
+class Segments:
+    """Whose tokens a batch holds, and where in the pool their positions lie. Made once in a step.
+
+    Attributes:
+        count: how many sequences there are; ``tokens``: of all of them.
+        addresses: of ``Segment`` and ``Run`` in ``cpp/abi.h``.
+    """
+
+    __slots__ = ("_runs", "_segments", "addresses", "count", "tokens")
+
+    def __init__(self, segments: Iterable[tuple[int, int, int, Sequence[tuple[int, int]]]]) -> None:
+        """Describe sequences.
+
+        Args:
+            segments: of each its first row in the batch, its tokens there, the positions that it had before them, and
+                its runs: pairs of a first position in the pool and the one after the last, which hold them all.
+
+        Raises:
+            ValueError: the runs of a sequence do not hold its positions.
+        """
+        described, runs, self.count, self.tokens = array("q"), array("q"), 0, 0
+        for row, tokens, length, places in segments:
+            described.extend((row, tokens, length, len(runs) // 3, len(places)))
+            position = 0
+            for begin, end in places:
+                runs.extend((position, begin, end))
+                position += end - begin
+            if position < length + tokens or not places:
+                raise ValueError(f"runs of {position} positions do not hold {length + tokens}")
+            self.count += 1
+            self.tokens = max(self.tokens, row + tokens)
+        self._segments, self._runs = described, runs
+        self.addresses = described.buffer_info()[0], runs.buffer_info()[0]
+
+
 class Kernels:
     """A loaded variant with its threads. Any thread may call; calls wait for each other.
 
@@ -116,6 +176,8 @@ class Kernels:
         self._linear, self._rows = library.rbee_linear, library.rbee_rows
         self._linear.argtypes = [pointer, pointer, ctypes.c_int32, pointer, size, pointer, pointer]
         self._rows.argtypes = [pointer, pointer, pointer, size, pointer]
+        self._attention = library.rbee_attention
+        self._attention.argtypes = [pointer, pointer]
         self._context = library.rbee_create(threads)
         if not self._context:
             raise MemoryError(f"{threads} threads for the kernels")
@@ -179,6 +241,79 @@ class Kernels:
         if self._rows(self._context, weights.address, rows.data_ptr(), rows.shape[0], y.data_ptr()):
             raise ValueError("an unknown weight format")
         return y
+
+    def attention(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal grouped-query attention of new tokens over their sequences' positions in the pool.
+
+        A token's result has the same bits wherever its sequence's runs lie, however the sequence was cut into steps,
+        and beside any others. :func:`attends` says for which shapes it is.
+
+        Args:
+            queries: float32 [tokens, heads, head_dim]; a slice of wider rows will do.
+            keys: of one layer, float32, float16 or bfloat16 [kv_heads, positions, head_dim], the new tokens' included.
+            values: as keys.
+            segments: whose tokens they are; all tokens are somebody's.
+            scale: of the products of queries and keys.
+            window: a query sees this many positions, its own included; None: all before it.
+            softcap: scores become ``cap * tanh(score / cap)``.
+            sinks: float32 [heads], one more score for each head, which has no value.
+
+        Returns:
+            float32 [tokens, heads * head_dim].
+
+        Raises:
+            MemoryError: there is none for the call's intermediate values.
+        """
+        tokens, heads, head_dim = queries.shape
+        kv_heads = keys.shape[0]
+        if not attends(head_dim, keys.dtype) or heads % kv_heads or queries.dtype != torch.float32:
+            raise ValueError(
+                f"no attention of {queries.dtype} {list(queries.shape)} to {keys.dtype} {list(keys.shape)}"
+            )
+        if queries.stride()[1:] != (head_dim, 1) or keys.stride() != values.stride() or values.dtype != keys.dtype:
+            raise ValueError("queries must be contiguous in each token, and values be laid out as keys")
+        if keys.stride()[1:] != (head_dim, 1) or segments.tokens != tokens:
+            raise ValueError("keys must be contiguous in each head, and each token be of a segment")
+        out = queries.new_empty(tokens, heads * head_dim)
+        described, runs = segments.addresses
+        arguments = _Attention(
+            queries.data_ptr(),
+            queries.stride(0),
+            heads,
+            kv_heads,
+            head_dim,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            FLOAT_FORMATS[keys.dtype].number,
+            described,
+            segments.count,
+            runs,
+            window or 0,
+            scale,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
+            out.data_ptr(),
+        )
+        if self._attention(self._context, ctypes.addressof(arguments)):
+            raise MemoryError("for attention")
+        return out
+
+
+def attends(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether :meth:`Kernels.attention` takes heads of this size, cached in this dtype."""
+    return head_dim % 8 == 0 and dtype in FLOAT_FORMATS
 
 
 @functools.cache

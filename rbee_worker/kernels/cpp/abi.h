@@ -11,7 +11,7 @@
 #define RBEE_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of this file, so that a stale library is noticed.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 // How the weights of a matrix are stored. The numbers are library.py's too.
 enum Format : int32_t {
@@ -55,3 +55,42 @@ RBEE_API int32_t rbee_linear(Context* context, const Matrix* matrices, int32_t c
 // Rows of a matrix as float32 [count, columns]: y[i] = W[rows[i]]. Each row must be in the matrix.
 // Returns 0; 2: a format that is not known.
 RBEE_API int32_t rbee_rows(Context* context, const Matrix* matrix, const int64_t* rows, int64_t count, float* y);
+
+// One sequence's new tokens in a batch.
+struct Segment {
+  int64_t row;        // of its first token in the batch
+  int64_t count;      // its tokens
+  int64_t length;     // positions that it had before them
+  int64_t first_run;  // of the runs where its positions lie, those of the new tokens too
+  int64_t runs;
+};
+
+// Positions of a sequence that lie side by side in the pool.
+struct Run {
+  int64_t position;    // of the sequence: the first of them
+  int64_t begin, end;  // in the pool
+};
+
+struct Attention {
+  const float* queries;  // [tokens, heads, head_dim]
+  int64_t query_stride;  // from one token to the next
+  int64_t heads, kv_heads, head_dim;
+  const void* keys;  // [kv_heads, positions, head_dim] of one layer
+  const void* values;
+  int64_t head_stride;  // of keys and values: from one head to the next
+  int64_t format;       // of keys and values: kF32, kF16 or kBF16
+  const Segment* segments;
+  int64_t segment_count;
+  const Run* runs;
+  int64_t window;      // a query sees this many positions, its own included; 0: all before it
+  float scale;         // of the products of queries and keys
+  float softcap;       // scores become cap * tanh(score / cap); 0: they stay
+  const float* sinks;  // [heads]: one more score for each head, without a value; or null
+  float* out;          // [tokens, heads * head_dim]
+};
+
+// Causal attention of new tokens over the positions of their sequences, their own included.
+// A query's result depends on its position and on what it sees: its bits are the same wherever the runs lie, however
+// the sequence was cut into steps, whatever else is in the batch and for every number of threads.
+// Returns 0; 1: there is no memory; 2: a format that is not known, or a head_dim that is no multiple of 8.
+RBEE_API int32_t rbee_attention(Context* context, const Attention* attention);

@@ -1,4 +1,4 @@
-// Sums over registers of eight, in one order.
+// What both variants need: sums over registers of eight, in one order, and moves of 16-bit values.
 
 #pragma once
 
@@ -36,3 +36,22 @@ inline __m256i fold_pairs(__m256i a, __m256i b) {
 
 inline __m256i add16(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
 inline __m256i add32(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+
+inline __m128i two_of_64(const uint16_t* low, const uint16_t* high) {
+  return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
+                            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
+}
+
+inline __m256i four_of_64(const uint16_t* p, int64_t stride) {
+  return _mm256_set_m128i(two_of_64(p + 2 * stride, p + 3 * stride), two_of_64(p, p + stride));
+}
+
+// Rounds half to even. What is not a number becomes one that is none.
+inline __m128i bfloat16_of_8(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  high = _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), none);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}

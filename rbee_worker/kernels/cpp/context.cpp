@@ -6,6 +6,7 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,8 @@ namespace {
 #include "blocks.h"
 #include "linear.h"
 #include "rows.h"
+#include "functions.h"
+#include "attention.h"
 
 }  // namespace
 
@@ -58,4 +61,9 @@ int32_t rbee_linear(Context* context, const Matrix* matrices, int32_t count, con
 int32_t rbee_rows(Context* context, const Matrix* matrix, const int64_t* rows, int64_t count, float* y) {
   const std::lock_guard<std::mutex> lock(context->mutex);
   return rows_of(context->pool, *matrix, rows, count, y);
+}
+
+int32_t rbee_attention(Context* context, const Attention* arguments) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return attention(context->pool, context->scratch, *arguments);
 }

@@ -12,9 +12,36 @@ inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+inline Floats all(float v) { return _mm256_set1_ps(v); }
+
+// Of these two the result is b where a or b is not a number.
+inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+
+// a where x < limit, else b.
+inline Floats below(Floats x, Floats limit, Floats a, Floats b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, limit, _CMP_LT_OQ));
+}
+
+inline Floats without_sign(Floats v) { return _mm256_andnot_ps(all(-0.0f), v); }
+inline Floats with_sign_of(Floats v, Floats sign) { return _mm256_or_ps(v, _mm256_and_ps(all(-0.0f), sign)); }
+inline Floats root(Floats v) { return _mm256_sqrt_ps(v); }
+inline Floats nearest(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats swap_neighbours(Floats v) { return _mm256_permute_ps(v, 0xb1); }
+
+// v * 2^n for whole n from -252 to 254; n that is not a number gives v that is none.
+inline Floats times_power(Floats v, Floats n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const auto power = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
+  return v * power(half) * power(_mm256_sub_epi32(whole, half));
+}
+
 struct F32 {
   using Stored = float;
   static Floats load(const float* p) { return simd::load(p); }
+  static void store(float* p, Floats v) { simd::store(p, v); }
+  // Four values, and four that lie `stride` further.
+  static Floats fours(const float* p, int64_t stride) { return _mm256_loadu2_m128(p + stride, p); }
 };
 
 struct F16 {
@@ -22,17 +49,32 @@ struct F16 {
   static Floats load(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static void store(uint16_t* p, Floats v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Floats fours(const uint16_t* p, int64_t stride) { return _mm256_cvtph_ps(two_of_64(p, p + stride)); }
 };
 
 struct BF16 {
   using Stored = uint16_t;
-  static Floats load(const uint16_t* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  static Floats widen(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
   }
+  static Floats load(const uint16_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(uint16_t* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bfloat16_of_8(v)); }
+  static Floats fours(const uint16_t* p, int64_t stride) { return widen(two_of_64(p, p + stride)); }
 };
 
 inline float sum(Floats v) { return sum8(v); }
+inline float largest(Floats v) { return max8(v); }
+
+// Turns each square of four registers: value i of a four in register r becomes value r of that four in register i.
+inline void turn_fours(Floats* v) {
+  const Floats a = _mm256_unpacklo_ps(v[0], v[2]), b = _mm256_unpacklo_ps(v[1], v[3]);
+  const Floats c = _mm256_unpackhi_ps(v[0], v[2]), d = _mm256_unpackhi_ps(v[1], v[3]);
+  v[0] = _mm256_unpacklo_ps(a, b), v[1] = _mm256_unpackhi_ps(a, b);
+  v[2] = _mm256_unpacklo_ps(c, d), v[3] = _mm256_unpackhi_ps(c, d);
+}
 
 // Whether products of any bytes, unsigned by signed, can be added.
 constexpr bool kLargeProducts = false;

@@ -12,9 +12,36 @@ inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
+inline Floats all(float v) { return _mm512_set1_ps(v); }
+
+// Of these two the result is b where a or b is not a number.
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+
+// a where x < limit, else b.
+inline Floats below(Floats x, Floats limit, Floats a, Floats b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), b, a);
+}
+
+inline Floats without_sign(Floats v) { return _mm512_andnot_ps(all(-0.0f), v); }
+inline Floats with_sign_of(Floats v, Floats sign) { return _mm512_or_ps(v, _mm512_and_ps(all(-0.0f), sign)); }
+inline Floats root(Floats v) { return _mm512_sqrt_ps(v); }
+inline Floats nearest(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats swap_neighbours(Floats v) { return _mm512_permute_ps(v, 0xb1); }
+
+// v * 2^n for whole n from -252 to 254; n that is not a number gives v that is none.
+inline Floats times_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+
+inline Floats from_halves(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
+
 struct F32 {
   using Stored = float;
   static Floats load(const float* p) { return simd::load(p); }
+  static void store(float* p, Floats v) { simd::store(p, v); }
+  // Four values, and three times four that each lie `stride` further.
+  static Floats fours(const float* p, int64_t stride) {
+    return from_halves(_mm256_loadu2_m128(p + stride, p), _mm256_loadu2_m128(p + 3 * stride, p + 2 * stride));
+  }
 };
 
 struct F16 {
@@ -22,18 +49,38 @@ struct F16 {
   static Floats load(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static void store(uint16_t* p, Floats v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Floats fours(const uint16_t* p, int64_t stride) { return _mm512_cvtph_ps(four_of_64(p, stride)); }
 };
 
 struct BF16 {
   using Stored = uint16_t;
-  static Floats load(const uint16_t* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  static Floats widen(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
+  static Floats load(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(uint16_t* p, Floats v) {
+    const __m128i low = bfloat16_of_8(_mm512_castps512_ps256(v)), high = bfloat16_of_8(_mm512_extractf32x8_ps(v, 1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(high, low));
+  }
+  static Floats fours(const uint16_t* p, int64_t stride) { return widen(four_of_64(p, stride)); }
 };
 
 inline float sum(Floats v) {
   return sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+}
+inline float largest(Floats v) {
+  return max8(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+}
+
+// Turns each square of four registers: value i of a four in register r becomes value r of that four in register i.
+inline void turn_fours(Floats* v) {
+  const Floats a = _mm512_unpacklo_ps(v[0], v[2]), b = _mm512_unpacklo_ps(v[1], v[3]);
+  const Floats c = _mm512_unpackhi_ps(v[0], v[2]), d = _mm512_unpackhi_ps(v[1], v[3]);
+  v[0] = _mm512_unpacklo_ps(a, b), v[1] = _mm512_unpackhi_ps(a, b);
+  v[2] = _mm512_unpacklo_ps(c, d), v[3] = _mm512_unpackhi_ps(c, d);
 }
 
 // Whether products of any bytes, unsigned by signed, can be added.
