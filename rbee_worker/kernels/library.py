@@ -19,7 +19,7 @@ from torch import Tensor
 from rbee_worker.errors import DeviceUnavailable
 from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Of ``cpp/abi.h``."""
 
 Variant = Literal["avx2", "avx512"]
@@ -68,6 +68,72 @@ class _Attention(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
     )
+
+
+class _Norm(ctypes.Structure):
+    """``Norm`` of ``cpp/abi.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("residual_stride", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("multiplier", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Rotation(ctypes.Structure):
+    """``Rotation`` of ``cpp/abi.h``."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("qkv_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("rotary_dim", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("format", ctypes.c_int32),
+        ("interleaved", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    )
+
+
+_ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu": 1, "gelu-tanh": 2}
+"""``Activation`` of ``cpp/abi.h``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTables:
+    """How tokens' queries and keys are rotated (see ``runtime/model/rope.py``).
+
+    Attributes:
+        cos: float32 [rows, rotary_dim], contiguous; rotary_dim is even and at most a head's size.
+        sin: with signs, as cos: x becomes ``x * cos + swap(x) * sin`` in the first rotary_dim dimensions of a head.
+        rows: of these tables, int64 [tokens].
+        interleaved: whether swap exchanges neighbours, or else halves.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rows: Tensor
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +244,10 @@ class Kernels:
         self._rows.argtypes = [pointer, pointer, pointer, size, pointer]
         self._attention = library.rbee_attention
         self._attention.argtypes = [pointer, pointer]
+        self._rms_norm, self._rotate = library.rbee_rms_norm, library.rbee_rotate_and_store
+        self._rms_norm.argtypes = self._rotate.argtypes = [pointer, pointer]
+        self._gated = library.rbee_gated
+        self._gated.argtypes = [pointer, ctypes.c_int32, pointer, size, size, pointer]
         self._context = library.rbee_create(threads)
         if not self._context:
             raise MemoryError(f"{threads} threads for the kernels")
@@ -309,6 +379,144 @@ class Kernels:
         if self._attention(self._context, ctypes.addressof(arguments)):
             raise MemoryError("for attention")
         return out
+
+    def rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        residual: Tensor | None = None,
+        multiplier: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+        Args:
+            x: float32 [tokens, width], or [tokens, heads, width] where each head has weights of its own. A slice of
+                wider rows will do.
+            weight: float32, as x without its tokens, contiguous. Of Gemma's norm, one more than what is stored.
+            eps: is added to the mean.
+            residual: as x: becomes ``residual + multiplier * x``, and this is what is normed.
+            multiplier: of x; there must be a residual.
+            out: as x, takes the result; it may be x. None: a new tensor.
+
+        Returns:
+            float32, as x.
+        """
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        changed = x if residual is None else residual
+        if not (x.dtype == weight.dtype == y.dtype == changed.dtype == torch.float32):
+            raise ValueError(f"an RMS norm of {x.dtype} by {weight.dtype}: float32 is needed")
+        if not (x.shape == y.shape == changed.shape and x.shape[1:] == weight.shape and weight.is_contiguous()):
+            raise ValueError(f"an RMS norm of {list(x.shape)} by {list(weight.shape)}")
+        if not (x.stride()[1:] == y.stride()[1:] == changed.stride()[1:] == weight.stride()):
+            raise ValueError("each token must be contiguous")
+        width = weight.shape[-1]
+        arguments = _Norm(
+            x.data_ptr(),
+            x.stride(0),
+            None if residual is None else changed.data_ptr(),
+            changed.stride(0),
+            weight.data_ptr(),
+            y.data_ptr(),
+            y.stride(0),
+            x.shape[0],
+            weight.numel() // width,
+            width,
+            multiplier,
+            eps,
+        )
+        self._rms_norm(self._context, ctypes.addressof(arguments))
+        return y
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        *,
+        tables: RotaryTables | None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Norm and rotate queries and keys in place, and write keys and values to the cache, rounded half to even.
+
+        Args:
+            qkv: float32 [tokens, heads + 2 * kv_heads, head_dim]; a slice of wider rows will do.
+            keys: of one layer, float32, float16 or bfloat16 [kv_heads, positions, head_dim].
+            values: as keys.
+            slots: positions in them that take the tokens', int64 [tokens]; they are not checked.
+            tables: of the rotation, whose rows are not checked; None: there is none.
+            norm: float32 [heads + kv_heads, head_dim]: weights of an RMS norm of each head, before the rotation.
+            eps: of this norm.
+
+        Returns:
+            The queries, [tokens, heads, head_dim]: a part of ``qkv``.
+        """
+        tokens, total, head_dim = qkv.shape
+        kv_heads = keys.shape[0]
+        heads = total - 2 * kv_heads
+        if qkv.dtype != torch.float32 or keys.dtype != values.dtype or keys.dtype not in FLOAT_FORMATS or heads < 0:
+            raise ValueError(f"no rotation of {qkv.dtype} {list(qkv.shape)} to {keys.dtype} {list(keys.shape)}")
+        if not (qkv.stride()[1:] == keys.stride()[1:] == (head_dim, 1) and keys.stride() == values.stride()):
+            raise ValueError("tokens and the cache's heads must be contiguous")
+        if slots.dtype != torch.int64 or slots.shape != (tokens,) or not slots.is_contiguous():
+            raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}; int64 [{tokens}] is needed")
+        if norm is not None and (
+            norm.dtype != torch.float32 or norm.shape != (heads + kv_heads, head_dim) or not norm.is_contiguous()
+        ):
+            raise ValueError(f"norm weights are {norm.dtype} {list(norm.shape)}")
+        rotary_dim = 0
+        if tables is not None:
+            rotary_dim = tables.cos.shape[1]
+            if not (tables.cos.dtype == tables.sin.dtype == torch.float32 and tables.cos.is_contiguous()):
+                raise ValueError("cosines must be float32 and contiguous")
+            if tables.sin.stride() != tables.cos.stride() or rotary_dim % 2 or rotary_dim > head_dim:
+                raise ValueError(f"sines are not as cosines, or {rotary_dim} dimensions are not in {head_dim}")
+            if tables.rows.dtype != torch.int64 or tables.rows.shape != (tokens,) or not tables.rows.is_contiguous():
+                raise ValueError(f"rows are {tables.rows.dtype} {list(tables.rows.shape)}; int64 [{tokens}] is needed")
+        arguments = _Rotation(
+            qkv.data_ptr(),
+            qkv.stride(0),
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+            None if norm is None else norm.data_ptr(),
+            None if tables is None else tables.cos.data_ptr(),
+            None if tables is None else tables.sin.data_ptr(),
+            None if tables is None else tables.rows.data_ptr(),
+            rotary_dim,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            slots.data_ptr(),
+            FLOAT_FORMATS[keys.dtype].number,
+            tables is not None and tables.interleaved,
+            eps,
+            0,
+        )
+        self._rotate(self._context, ctypes.addressof(arguments))
+        return qkv[:, :heads]
+
+    def gated(self, gate_up: Tensor, activation: Literal["silu", "gelu", "gelu-tanh"]) -> Tensor:
+        """``f(gate) * up``.
+
+        Args:
+            gate_up: float32 [tokens, 2 * width], gate and up side by side, contiguous.
+            activation: f; ``gelu-tanh`` is the approximation of gelu by a tanh.
+
+        Returns:
+            float32 [tokens, width].
+        """
+        tokens, both = gate_up.shape
+        if gate_up.dtype != torch.float32 or both % 2 or not gate_up.is_contiguous():
+            raise ValueError(f"gate and up are {gate_up.dtype} {list(gate_up.shape)}; contiguous float32 is needed")
+        y = gate_up.new_empty(tokens, both // 2)
+        self._gated(self._context, _ACTIVATIONS[activation], gate_up.data_ptr(), tokens, both // 2, y.data_ptr())
+        return y
 
 
 def attends(head_dim: int, dtype: torch.dtype) -> bool:

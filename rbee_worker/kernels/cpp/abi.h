@@ -11,7 +11,7 @@
 #define RBEE_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of this file, so that a stale library is noticed.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 // How the weights of a matrix are stored. The numbers are library.py's too.
 enum Format : int32_t {
@@ -94,3 +94,53 @@ struct Attention {
 // the sequence was cut into steps, whatever else is in the batch and for every number of threads.
 // Returns 0; 1: there is no memory; 2: a format that is not known, or a head_dim that is no multiple of 8.
 RBEE_API int32_t rbee_attention(Context* context, const Attention* attention);
+
+struct Norm {
+  const float* x;  // [tokens, heads, width]
+  int64_t x_stride;  // from one token to the next, as those below
+  float* residual;  // as x, or null: residual += multiplier * x, and what comes out is normed
+  int64_t residual_stride;
+  const float* weight;  // [heads, width]
+  float* y;             // as x; it may be x
+  int64_t y_stride;
+  int64_t tokens, heads, width;
+  float multiplier, eps;
+};
+
+// y = x / sqrt(mean(x^2) + eps) * weight over each head; a norm of whole rows has one head.
+// Returns 0.
+RBEE_API int32_t rbee_rms_norm(Context* context, const Norm* norm);
+
+struct Rotation {
+  float* qkv;  // [tokens, heads + 2 kv_heads, head_dim]: queries, keys, values; the first two are changed in place
+  int64_t qkv_stride;  // from one token to the next
+  int64_t tokens, heads, kv_heads, head_dim;
+  const float* norm;  // [heads + kv_heads, head_dim]: weights of an RMS norm of each query and key head; or null
+  const float* cos;   // [.., rotary_dim]
+  const float* sin;   // with signs: x becomes x * cos + swap(x) * sin
+  const int64_t* rows;  // [tokens]: of cos and sin
+  int64_t rotary_dim;   // the first dimensions of a head; 0: none is rotated, and cos, sin, rows are not read
+  void* keys;           // [kv_heads, positions, head_dim] of one layer's cache
+  void* values;
+  int64_t head_stride;   // of keys and values: from one head to the next
+  const int64_t* slots;  // [tokens]: positions that take the tokens' keys and values
+  int32_t format;        // of keys and values: kF32, kF16 or kBF16, rounded half to even
+  int32_t interleaved;   // swap(x) exchanges neighbours; else halves
+  float eps;
+  int32_t unused;
+};
+
+// Norms and rotates queries and keys, and writes keys and values to the cache.
+// Returns 0; 2: a format that is not known.
+RBEE_API int32_t rbee_rotate_and_store(Context* context, const Rotation* rotation);
+
+enum Activation : int32_t {
+  kSilu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+};
+
+// y = f(gate) * up; gate_up: float32 [tokens, 2 width], gate and up side by side; y: float32 [tokens, width].
+// Returns 0; 2: an activation that is not known.
+RBEE_API int32_t rbee_gated(Context* context, int32_t activation, const float* gate_up, int64_t tokens, int64_t width,
+                            float* y);

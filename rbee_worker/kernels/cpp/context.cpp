@@ -1,6 +1,7 @@
 // The C interface. It is compiled once for each variant: the compiler's flags choose the registers.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -29,6 +30,7 @@ namespace {
 #include "rows.h"
 #include "functions.h"
 #include "attention.h"
+#include "elementwise.h"
 
 }  // namespace
 
@@ -66,4 +68,20 @@ int32_t rbee_rows(Context* context, const Matrix* matrix, const int64_t* rows, i
 int32_t rbee_attention(Context* context, const Attention* arguments) {
   const std::lock_guard<std::mutex> lock(context->mutex);
   return attention(context->pool, context->scratch, *arguments);
+}
+
+int32_t rbee_rms_norm(Context* context, const Norm* norm) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return rms_norm(context->pool, *norm);
+}
+
+int32_t rbee_rotate_and_store(Context* context, const Rotation* rotation) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return rotate_and_store(context->pool, *rotation);
+}
+
+int32_t rbee_gated(Context* context, int32_t activation, const float* gate_up, int64_t tokens, int64_t width,
+                   float* y) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return gated(context->pool, activation, gate_up, tokens, width, y);
 }

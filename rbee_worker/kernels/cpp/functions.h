@@ -40,3 +40,17 @@ inline simd::Floats hyperbolic_tangent(simd::Floats x) {
   const simd::Floats far = one - simd::all(2.0f) / (exponential(size + size) + one);
   return simd::below(size, simd::all(0.625f), near, simd::with_sign_of(far, x));
 }
+
+// What part of a normal distribution lies below x: erfc(-x / sqrt(2)) / 2. erfc(t) is e^(-t^2) times a function of
+// 1 / (1 + t / 2).
+inline simd::Floats normal_below(simd::Floats x) {
+  static constexpr float kTerms[] = {-7.847767847124487e-06f, 0.28226056694984436f, 0.28074386715888977f,
+                                     0.2515789568424225f,     0.17572222650051117f, 0.028015591204166412f,
+                                     0.2073185294866562f,     -0.43057170510292053f, 0.25906679034233093f,
+                                     -0.054127033799886703f};
+  const simd::Floats one = simd::all(1.0f), half = simd::all(0.5f);
+  const simd::Floats t = simd::without_sign(x) * simd::all(0.70710678f);
+  const simd::Floats terms = polynomial(one / simd::fma(t, half, one), kTerms);
+  const simd::Floats beyond = half * terms * exponential(simd::zero() - t * t);
+  return simd::below(x, simd::zero(), beyond, one - beyond);
+}

@@ -32,3 +32,23 @@ def attention(
         scores = torch.cat((scores, sinks.double()[:, None, None].expand(heads, tokens, 1)), dim=-1)
     weights = scores.softmax(-1)[..., :length]
     return torch.einsum("htp,hpd->thd", weights, values).flatten(1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """The first dimensions of x [tokens, heads, head_dim], by tables [tokens, rotary_dim] whose sines have signs."""
+    size = cos.shape[-1]
+    turned, rest = x[..., :size].double(), x[..., size:].double()
+    swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else turned.roll(size // 2, -1)
+    return torch.cat((turned * cos[:, None].double() + swapped * sin[:, None].double(), rest), dim=-1)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu-tanh" else "none") * up
