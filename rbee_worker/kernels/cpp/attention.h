@@ -91,14 +91,15 @@ inline const Stored* row_of(const Attention& a, const Tile& tile, const void* ke
 }
 
 // Memory that is used soon, asked for a little at each step of a computation, so that it is on its way meanwhile. The
-// processor does not foresee the order of keys and values, nor does it look far enough ahead.
+// processor does not foresee the order of keys and values, nor does it look far enough ahead. It goes to the
+// second-level cache, which can wait for more of it at once than the first.
 struct Ahead {
   const void* from;
   int64_t bytes;  // for each step of the computation
 
   void fetch(int64_t step) const {
     const char* begin = static_cast<const char*>(from) + step * bytes;
-    for (int64_t byte = 0; byte < bytes; byte += 64) _mm_prefetch(begin + byte, _MM_HINT_T0);
+    for (int64_t byte = 0; byte < bytes; byte += 64) _mm_prefetch(begin + byte, _MM_HINT_T1);
   }
 };
 
@@ -142,13 +143,13 @@ void turn_keys(const Attention& a, const Tile& tile, int64_t position, int64_t c
   }
 }
 
-// Scores of R rows for kKeys keys.
+// Scores of R rows for kKeys keys. `ahead`: what is asked for in the first half of the steps, and in the second.
 template <int R, bool fetch>
-inline void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores, const Ahead& ahead) {
+inline void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores, const Ahead* ahead) {
   simd::Floats sums[R][2];
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = simd::zero();
   for (int64_t d = 0; d < head_dim; ++d) {
-    if constexpr (fetch) ahead.fetch(d);
+    if constexpr (fetch) d < head_dim / 2 ? ahead[0].fetch(d) : ahead[1].fetch(d - head_dim / 2);
     const simd::Floats first = simd::load(keys + d * kKeys), second = simd::load(keys + d * kKeys + simd::kLanes);
     for (int r = 0; r < R; ++r) {
       const simd::Floats query = simd::all(queries[r * head_dim + d]);
@@ -253,12 +254,18 @@ void attend_to_chunk(const Attention& a, const Tile& tile, int64_t chunk, const 
     std::fill_n(memory.seen + q * group, group, Seen{from, to});
   }
   const int64_t from = memory.seen[0].from, to = memory.seen[tile.rows - 1].to;
+  if (chunk == tile.first_chunk)  // no earlier chunk has asked for these keys
+    for (int64_t key = from; key < to; key += simd::kLanes)
+      Ahead{row_of<Stored>(a, tile, a.keys, start + key), simd::kLanes * a.head_dim * kStored}.fetch(0);
   for (int64_t key = from / kKeys * kKeys; key < to; key += kKeys) {
     for (int64_t i = key; i < std::min(key + kKeys, to); i += simd::kLanes) {
       turn_keys<W>(a, tile, start + i, std::min<int64_t>(simd::kLanes, to - i), memory.gathered,
                    memory.keys + i - key);
     }
-    const Ahead ahead{row_of<Stored>(a, tile, a.values, start + std::max(key, from)), kKeys * kStored};
+    const auto values_at = [&](int64_t i) {  // the same positions' values, a register's lanes of them
+      return Ahead{row_of<Stored>(a, tile, a.values, start + std::min(i, to - 1)), kKeys * kStored};
+    };
+    const Ahead ahead[2] = {values_at(key), values_at(key + simd::kLanes)};
     side_by_side(tile.rows, [&](int64_t row, auto count) {
       constexpr int R = decltype(count)::value;
       (row == 0 ? score_rows<R, true> : score_rows<R, false>)(
