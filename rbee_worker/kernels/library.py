@@ -346,27 +346,27 @@ class Kernels:
             MemoryError: there is none for the call's intermediate values.
         """
         tokens, heads, head_dim = queries.shape
-        kv_heads = keys.shape[0]
-        if not attends(head_dim, keys.dtype) or heads % kv_heads or queries.dtype != torch.float32:
-            raise ValueError(
-                f"no attention of {queries.dtype} {list(queries.shape)} to {keys.dtype} {list(keys.shape)}"
-            )
-        if queries.stride()[1:] != (head_dim, 1) or keys.stride() != values.stride() or values.dtype != keys.dtype:
+        kv_heads, layout, cached = keys.shape[0], keys.stride(), FLOAT_FORMATS.get(keys.dtype)
+        stride, head, one = queries.stride()
+        if cached is None or head_dim % 8 or heads % kv_heads or queries.dtype != torch.float32:
+            wanted = f"{queries.dtype} {list(queries.shape)} to {keys.dtype} {list(keys.shape)}"
+            raise ValueError(f"no attention of {wanted}")
+        if head != head_dim or one != 1 or layout != values.stride() or values.dtype != keys.dtype:
             raise ValueError("queries must be contiguous in each token, and values be laid out as keys")
-        if keys.stride()[1:] != (head_dim, 1) or segments.tokens != tokens:
+        if layout[1] != head_dim or layout[2] != 1 or segments.tokens != tokens:
             raise ValueError("keys must be contiguous in each head, and each token be of a segment")
         out = queries.new_empty(tokens, heads * head_dim)
         described, runs = segments.addresses
         arguments = _Attention(
             queries.data_ptr(),
-            queries.stride(0),
+            stride,
             heads,
             kv_heads,
             head_dim,
             keys.data_ptr(),
             values.data_ptr(),
-            keys.stride(0),
-            FLOAT_FORMATS[keys.dtype].number,
+            layout[0],
+            cached.number,
             described,
             segments.count,
             runs,
@@ -404,24 +404,26 @@ class Kernels:
         Returns:
             float32, as x.
         """
-        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        changed = x if residual is None else residual
-        if not (x.dtype == weight.dtype == y.dtype == changed.dtype == torch.float32):
-            raise ValueError(f"an RMS norm of {x.dtype} by {weight.dtype}: float32 is needed")
-        if not (x.shape == y.shape == changed.shape and x.shape[1:] == weight.shape and weight.is_contiguous()):
-            raise ValueError(f"an RMS norm of {list(x.shape)} by {list(weight.shape)}")
-        if not (x.stride()[1:] == y.stride()[1:] == changed.stride()[1:] == weight.stride()):
-            raise ValueError("each token must be contiguous")
-        width = weight.shape[-1]
+        shape, stride, inner = x.shape, x.stride(), weight.stride()
+        y = torch.empty_like(x) if out is None else out
+        if x.dtype != torch.float32 or weight.dtype != torch.float32 or shape[1:] != weight.shape:
+            raise ValueError(f"an RMS norm of {x.dtype} {list(shape)} by {weight.dtype} {list(weight.shape)}")
+        if stride[1:] != inner or not weight.is_contiguous():
+            raise ValueError("weights must be contiguous, and so must each token")
+        before = x if residual is None else residual
+        for other in (residual, out):
+            if other is not None and (other.dtype != x.dtype or other.shape != shape or other.stride()[1:] != inner):
+                raise ValueError(f"an RMS norm of {list(shape)} with {other.dtype} {list(other.shape)}")
+        width = shape[-1]
         arguments = _Norm(
             x.data_ptr(),
-            x.stride(0),
-            None if residual is None else changed.data_ptr(),
-            changed.stride(0),
+            stride[0],
+            None if residual is None else residual.data_ptr(),
+            before.stride(0),
             weight.data_ptr(),
             y.data_ptr(),
             y.stride(0),
-            x.shape[0],
+            shape[0],
             weight.numel() // width,
             width,
             multiplier,
