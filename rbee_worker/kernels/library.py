@@ -242,16 +242,16 @@ class Kernels:
         self._linear, self._rows = library.rbee_linear, library.rbee_rows
         self._linear.argtypes = [pointer, pointer, ctypes.c_int32, pointer, size, pointer, pointer]
         self._rows.argtypes = [pointer, pointer, pointer, size, pointer]
+        self._context = library.rbee_create(threads)
+        if not self._context:
+            raise MemoryError(f"{threads} threads for the kernels")
+        self._destroy, self._process = library.rbee_destroy, os.getpid()
         self._attention = library.rbee_attention
         self._attention.argtypes = [pointer, pointer]
         self._rms_norm, self._rotate = library.rbee_rms_norm, library.rbee_rotate_and_store
         self._rms_norm.argtypes = self._rotate.argtypes = [pointer, pointer]
         self._gated = library.rbee_gated
         self._gated.argtypes = [pointer, ctypes.c_int32, pointer, size, size, pointer]
-        self._context = library.rbee_create(threads)
-        if not self._context:
-            raise MemoryError(f"{threads} threads for the kernels")
-        self._destroy, self._process = library.rbee_destroy, os.getpid()
 
     def __del__(self) -> None:
         # A forked child has no such threads to wait for.
@@ -344,17 +344,20 @@ class Kernels:
 
         Raises:
             MemoryError: there is none for the call's intermediate values.
+            ValueError: a tensor is not as it should be.
         """
         tokens, heads, head_dim = queries.shape
         kv_heads, layout, cached = keys.shape[0], keys.stride(), FLOAT_FORMATS.get(keys.dtype)
         stride, head, one = queries.stride()
-        if cached is None or head_dim % 8 or heads % kv_heads or queries.dtype != torch.float32:
+        if sinks is not None:
+            _check("sinks", sinks, torch.float32, (heads,))
+        if cached is None or head_dim % 8 or heads % kv_heads or queries.dtype != torch.float32 or not queries.is_cpu:
             wanted = f"{queries.dtype} {list(queries.shape)} to {keys.dtype} {list(keys.shape)}"
             raise ValueError(f"no attention of {wanted}")
         if head != head_dim or one != 1 or layout != values.stride() or values.dtype != keys.dtype:
             raise ValueError("queries must be contiguous in each token, and values be laid out as keys")
-        if layout[1] != head_dim or layout[2] != 1 or segments.tokens != tokens:
-            raise ValueError("keys must be contiguous in each head, and each token be of a segment")
+        if layout[1] != head_dim or layout[2] != 1 or segments.tokens != tokens or keys.shape != values.shape:
+            raise ValueError("keys must be contiguous in each head, values be as many, and each token be of a segment")
         out = queries.new_empty(tokens, heads * head_dim)
         described, runs = segments.addresses
         arguments = _Attention(
@@ -403,10 +406,13 @@ class Kernels:
 
         Returns:
             float32, as x.
+
+        Raises:
+            ValueError: a tensor is not as it should be.
         """
         shape, stride, inner = x.shape, x.stride(), weight.stride()
         y = torch.empty_like(x) if out is None else out
-        if x.dtype != torch.float32 or weight.dtype != torch.float32 or shape[1:] != weight.shape:
+        if x.dtype != torch.float32 or weight.dtype != torch.float32 or shape[1:] != weight.shape or not x.is_cpu:
             raise ValueError(f"an RMS norm of {x.dtype} {list(shape)} by {weight.dtype} {list(weight.shape)}")
         if stride[1:] != inner or not weight.is_contiguous():
             raise ValueError("weights must be contiguous, and so must each token")
@@ -456,29 +462,30 @@ class Kernels:
 
         Returns:
             The queries, [tokens, heads, head_dim]: a part of ``qkv``.
+
+        Raises:
+            ValueError: a tensor is not as it should be.
         """
         tokens, total, head_dim = qkv.shape
         kv_heads = keys.shape[0]
         heads = total - 2 * kv_heads
         if qkv.dtype != torch.float32 or keys.dtype != values.dtype or keys.dtype not in FLOAT_FORMATS or heads < 0:
             raise ValueError(f"no rotation of {qkv.dtype} {list(qkv.shape)} to {keys.dtype} {list(keys.shape)}")
-        if not (qkv.stride()[1:] == keys.stride()[1:] == (head_dim, 1) and keys.stride() == values.stride()):
-            raise ValueError("tokens and the cache's heads must be contiguous")
-        if slots.dtype != torch.int64 or slots.shape != (tokens,) or not slots.is_contiguous():
-            raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}; int64 [{tokens}] is needed")
-        if norm is not None and (
-            norm.dtype != torch.float32 or norm.shape != (heads + kv_heads, head_dim) or not norm.is_contiguous()
+        if not (qkv.stride()[1:] == keys.stride()[1:] == (head_dim, 1) and keys.stride() == values.stride()) or (
+            keys.shape != values.shape
         ):
-            raise ValueError(f"norm weights are {norm.dtype} {list(norm.shape)}")
+            raise ValueError("tokens and the cache's heads must be contiguous, and values laid out as keys")
+        _check("slots", slots, torch.int64, (tokens,))
+        if norm is not None:
+            _check("norm", norm, torch.float32, (heads + kv_heads, head_dim))
         rotary_dim = 0
         if tables is not None:
-            rotary_dim = tables.cos.shape[1]
-            if not (tables.cos.dtype == tables.sin.dtype == torch.float32 and tables.cos.is_contiguous()):
-                raise ValueError("cosines must be float32 and contiguous")
-            if tables.sin.stride() != tables.cos.stride() or rotary_dim % 2 or rotary_dim > head_dim:
-                raise ValueError(f"sines are not as cosines, or {rotary_dim} dimensions are not in {head_dim}")
-            if tables.rows.dtype != torch.int64 or tables.rows.shape != (tokens,) or not tables.rows.is_contiguous():
-                raise ValueError(f"rows are {tables.rows.dtype} {list(tables.rows.shape)}; int64 [{tokens}] is needed")
+            positions, rotary_dim = tables.cos.shape
+            _check("cosines", tables.cos, torch.float32, (positions, rotary_dim))
+            _check("sines", tables.sin, torch.float32, (positions, rotary_dim))
+            _check("rows", tables.rows, torch.int64, (tokens,))
+            if rotary_dim % 2 or rotary_dim > head_dim:
+                raise ValueError(f"{rotary_dim} dimensions of {head_dim} cannot be rotated")
         arguments = _Rotation(
             qkv.data_ptr(),
             qkv.stride(0),
@@ -512,6 +519,9 @@ class Kernels:
 
         Returns:
             float32 [tokens, width].
+
+        Raises:
+            ValueError: a tensor is not as it should be.
         """
         tokens, both = gate_up.shape
         if gate_up.dtype != torch.float32 or both % 2 or not gate_up.is_contiguous():

@@ -1,7 +1,7 @@
 """The operators around the linear layers: the kernels against torch's as the model uses them.
 
-One thread, in turn, CPU time, the best of several rounds. Attention of one token goes over the caches of many layers, as
-a step of the model does.
+One thread, in turn, CPU time, the best of several rounds. Attention of one token goes over the caches of many layers,
+as a step of the model does.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.operators
 """

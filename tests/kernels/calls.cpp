@@ -106,6 +106,71 @@ void look_up(Context* context, const Matrix& m) {
   }
 }
 
+// Attention of a sequence's last tokens: keys and values of exactly its positions, in runs, compared with one token's.
+void attend(Context* context, int32_t format, int64_t size, int64_t kv_heads, int64_t group, int64_t head_dim,
+            int64_t before, int64_t tokens, int64_t window) {
+  const int64_t heads = kv_heads * group, length = before + tokens, first = length / 3;
+  const Exact<float> queries = numbers(tokens * heads * head_dim), sinks = numbers(heads);
+  const Exact<float> out(tokens * heads * head_dim), one(heads * head_dim);
+  // Small numbers of any format; the runs are the last two thirds of the pool, then the first one.
+  const Exact<uint8_t> keys(size * kv_heads * length * head_dim), values(size * kv_heads * length * head_dim);
+  for (int64_t i = 0; i < size * kv_heads * length * head_dim; ++i)
+    keys.data[i] = generator() & 0x3f, values.data[i] = generator() & 0x3f;
+  std::vector<Run> places;
+  if (length > first) places.push_back({0, first, length});
+  if (first > 0) places.push_back({length - first, 0, first});
+  const Exact<Run> runs(places.size());
+  std::copy(places.begin(), places.end(), runs.data);
+  const auto call = [&](int64_t skipped, int64_t count, float* to) {
+    const Segment segment{0, count, before + skipped, 0, static_cast<int64_t>(places.size())};
+    const Attention arguments{queries.data + skipped * heads * head_dim, heads * head_dim, heads, kv_heads, head_dim,
+                              keys.data, values.data, length * head_dim, format, &segment, 1, runs.data, window, 0.5f,
+                              window % 2 == 0 ? 0.0f : 30.0f, window == 0 ? nullptr : sinks.data, to};
+    check(rbee_attention(context, &arguments) == 0, "status");
+  };
+  call(0, tokens, out.data);
+  for (int64_t t = 0; t < tokens; t += 1 + tokens / 3) {
+    call(t, 1, one.data);
+    check(std::memcmp(one.data, out.data + t * heads * head_dim, heads * head_dim * sizeof(float)) == 0, "its bits");
+  }
+}
+
+// Norm, rotation, the write to the cache and activations, of `tokens` tokens.
+void rotate_and_others(Context* context, int32_t format, int64_t size, int64_t head_dim, int64_t tokens) {
+  const int64_t heads = 3, kv_heads = 2, both = heads + kv_heads, all = both + kv_heads, rotary_dim = head_dim / 4 * 2;
+  const Exact<float> qkv = numbers(tokens * all * head_dim), norm = numbers(both * head_dim);
+  const Exact<float> cos = numbers(tokens * rotary_dim), sin = numbers(tokens * rotary_dim);
+  const Exact<uint8_t> keys(size * kv_heads * tokens * head_dim), values(size * kv_heads * tokens * head_dim);
+  const Exact<int64_t> places(tokens);
+  for (int64_t t = 0; t < tokens; ++t) places.data[t] = tokens - 1 - t;
+  for (int32_t interleaved : {0, 1}) {
+    const Rotation rotation{qkv.data, all * head_dim, tokens, heads, kv_heads, head_dim, norm.data, cos.data, sin.data,
+                            places.data, rotary_dim, keys.data, values.data, tokens * head_dim, places.data, format,
+                            interleaved, 1e-6f, 0};
+    check(rbee_rotate_and_store(context, &rotation) == 0, "status");
+  }
+  const int64_t width = all * head_dim;
+  const Exact<float> residual = numbers(tokens * width), weight = numbers(width), y(tokens * width);
+  const Norm rms{qkv.data, width, residual.data, width, weight.data, y.data, width, tokens, 1, width, 0.5f, 1e-6f};
+  check(rbee_rms_norm(context, &rms) == 0, "status");
+  const Exact<float> gate_up = numbers(tokens * 2 * width);
+  for (int32_t activation : {kSilu, kGelu, kGeluTanh})
+    check(rbee_gated(context, activation, gate_up.data, tokens, width, y.data) == 0, "status");
+}
+
+void operators(Context* context) {
+  const std::pair<int32_t, int64_t> formats[] = {{kF32, 4}, {kF16, 2}, {kBF16, 2}};
+  for (const auto& [format, size] : formats) {
+    for (int64_t head_dim : {8, 24, 64, 72})
+      for (int64_t before : {0, 15, 127, 300})
+        for (int64_t tokens : {1, 2, 33, 140})
+          for (int64_t window : {0, 7, 130})
+            attend(context, format, size, 1 + before % 2, 1 + tokens % 3 * 4, head_dim, before, tokens, window);
+    for (int64_t head_dim : {4, 8, 10, 17, 64})
+      for (int64_t tokens : {0, 1, 5, 200}) rotate_and_others(context, format, size, head_dim, tokens);
+  }
+}
+
 void memory() {
   const int64_t tokens[] = {0, 1, 2, 3, 4, 5, 8, 17, 65, 130};
   for (int threads : {1, 3}) {
@@ -135,6 +200,7 @@ void memory() {
         x.data[4 * 768 - 1] = value;
         check(rbee_linear(context, &part.matrix, 1, x.data, 5, nullptr, y.data) == 0, "status");
       }
+    operators(context);
     rbee_destroy(context);
   }
 }
@@ -153,6 +219,9 @@ void threads() {
       std::this_thread::sleep_for(microseconds(i < 10 ? 90 + 5 * i : 2000));
       multiply(context, {matrices[i % 3]}, 5, false);
     }
+    for (int64_t tokens : {1, 3, 90})
+      for (int i = 0; i < 5; ++i) attend(context, kF32, 4, 2, 3, 16, 400, tokens, 0);
+    for (int i = 0; i < 5; ++i) rotate_and_others(context, kF16, 2, 64, 150);
     const Exact<float> x = numbers(6 * 256), right(6 * 210);
     check(rbee_linear(context, matrices.data(), 3, x.data, 6, nullptr, right.data) == 0, "status");
     for (int caller = 0; caller < 3; ++caller)

@@ -2,17 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from rbee_worker.kernels.library import Segments, Variant, attends
+from rbee_worker.kernels.library import Kernels, Segments, attends
 from tests.unit.kernels import twins
-from tests.unit.kernels.variants import each_variant, kernels
 
 Runs = list[tuple[int, int]]
+WithThreads = Callable[[int], Kernels]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK = 128
@@ -74,9 +74,8 @@ CASES = [
 ]
 
 
-@each_variant
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_is_softmax_over_what_a_token_sees(variant: Variant, dtype: torch.dtype) -> None:
+def test_attention_is_softmax_over_what_a_token_sees(with_threads: WithThreads, dtype: torch.dtype) -> None:
     for case in CASES:
         tokens, before, heads, kv_heads, head_dim, window, softcap, has_sinks = case
         sequence = Cached(before + tokens, (heads, kv_heads, head_dim), dtype)
@@ -85,7 +84,7 @@ def test_attention_is_softmax_over_what_a_token_sees(variant: Variant, dtype: to
         special = {"window": window, "softcap": softcap, "sinks": sinks, "scale": scale}
         want = twins.attention(sequence.queries[before:], sequence.keys, sequence.values, **special)
         runs = cut([before + tokens])
-        found = kernels(variant).attention(
+        found = with_threads(2).attention(
             sequence.queries[before:], *sequence.pool(runs), Segments([(0, tokens, before, runs)]), **special
         )
         assert found.dtype == torch.float32
@@ -94,19 +93,18 @@ def test_attention_is_softmax_over_what_a_token_sees(variant: Variant, dtype: to
         assert (found - want).abs().max() < 1e-5, case
 
 
-@each_variant
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("window", "softcap", "has_sinks"), [(None, None, False), (75, None, True), (None, 4.0, False)]
 )
 def test_a_token_has_the_same_bits_however_the_work_is_cut(
-    variant: Variant, dtype: torch.dtype, window: int | None, softcap: float | None, has_sinks: bool
+    with_threads: WithThreads, dtype: torch.dtype, window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
     heads, length = 6, 2 * CHUNK + 61
     sequence = Cached(length, (heads, 2, 24), dtype)
     special = {"window": window, "softcap": softcap, "sinks": random(heads) if has_sinks else None, "scale": 0.3}
     # 11: each of a few tokens' chunks is a task of its own.
-    one, many = (kernels(variant, threads) for threads in (1, 11))
+    one, many = (with_threads(threads) for threads in (1, 11))
 
     runs = cut([length])
     want = one.attention(sequence.queries, *sequence.pool(runs), Segments([(0, length, 0, runs)]), **special)
@@ -132,8 +130,7 @@ def test_a_token_has_the_same_bits_however_the_work_is_cut(
         assert position == length
 
 
-@each_variant
-def test_segments_of_a_batch_keep_apart(variant: Variant) -> None:
+def test_segments_of_a_batch_keep_apart(with_threads: WithThreads) -> None:
     sequences = [Cached(length, (4, 2, 32), torch.float32, seed=length) for length in (40, 300, 5)]
     counts, row, begin = (1, 150, 5), 0, 0
     described, queries, pools, wants = [], [], [], []
@@ -145,32 +142,30 @@ def test_segments_of_a_batch_keep_apart(variant: Variant) -> None:
         wants.append(twins.attention(queries[-1], *pools[-1], scale=0.2))
         row, begin = row + count, begin + sequence.length
     keys, values = (torch.cat(side, dim=1) for side in zip(*pools, strict=True))
-    found = kernels(variant).attention(torch.cat(queries), keys, values, Segments(described), scale=0.2)
+    found = with_threads(2).attention(torch.cat(queries), keys, values, Segments(described), scale=0.2)
     assert (found - torch.cat(wants)).abs().max() < 1e-5
 
 
-@each_variant
-def test_results_of_many_chunks_are_merged_in_waves(variant: Variant) -> None:
+def test_results_of_many_chunks_are_merged_in_waves(with_threads: WithThreads) -> None:
     # 64 heads of 256 take 66 kB of each chunk: more of them than are kept at once.
     length, runs = 70 * CHUNK, [(0, 70 * CHUNK)]
     queries = random(1, 64, 256)
     keys, values = (random(1, length, 256, dtype=torch.float16, seed=seed) for seed in (1, 2))
     arguments = (queries, keys, values, Segments([(0, 1, length - 1, runs)]))
-    found = kernels(variant, 2).attention(*arguments, scale=0.1)
-    assert torch.equal(found, kernels(variant, 1).attention(*arguments, scale=0.1))
+    found = with_threads(2).attention(*arguments, scale=0.1)
+    assert torch.equal(found, with_threads(1).attention(*arguments, scale=0.1))
     want = twins.attention(queries[:, :2], keys, values, scale=0.1)
     assert (found[:, : 2 * 256] - want).abs().max() < 1e-5
 
 
-@each_variant
-def test_what_is_not_finite_reaches_those_who_see_it(variant: Variant) -> None:
+def test_what_is_not_finite_reaches_those_who_see_it(with_threads: WithThreads) -> None:
     length, heads = CHUNK + 40, 2
     run = [(0, length)]
 
     def attended(sequence: Cached, **special: float) -> Tensor:
         segments = Segments([(0, length, 0, run)])
         arguments = (sequence.queries, sequence.keys, sequence.values)
-        found = kernels(variant).attention(*arguments, segments, scale=1.0, **special)
+        found = with_threads(2).attention(*arguments, segments, scale=1.0, **special)
         want = twins.attention(*arguments, scale=1.0, **special)
         assert torch.equal(found.isnan(), want.isnan())
         return found.view(length, heads, 16)
@@ -192,37 +187,34 @@ def test_what_is_not_finite_reaches_those_who_see_it(variant: Variant) -> None:
     want, bad = attended(clean()), clean()
     bad.values[0, 100, 5] = math.inf
     segments = Segments([(0, length, 0, run)])
-    found = kernels(variant).attention(bad.queries, bad.keys, bad.values, segments, scale=1.0).view(length, heads, 16)
+    found = with_threads(2).attention(bad.queries, bad.keys, bad.values, segments, scale=1.0).view(length, heads, 16)
     assert torch.equal(found[:100], want[:100])
     assert (found[100:, :, 5] == math.inf).all()
     assert torch.equal(found[100:, :, 6:], want[100:, :, 6:])
 
 
-@each_variant
-def test_scores_that_are_infinite(variant: Variant) -> None:
+def test_scores_that_are_infinite(with_threads: WithThreads) -> None:
     length = CHUNK + 5
     keys = torch.ones(1, length, 8)
     keys[0, : CHUNK + 1] = -math.inf  # a whole chunk weighs nothing
     values, segments = random(1, length, 8), Segments([(0, length, 0, [(0, length)])])
-    found = kernels(variant).attention(torch.ones(length, 1, 8), keys, values, segments, scale=1.0)
+    found = with_threads(2).attention(torch.ones(length, 1, 8), keys, values, segments, scale=1.0)
     assert found[: CHUNK + 1].isnan().all()  # as softmax has it
     assert (found[CHUNK + 1 :] - values[0, CHUNK + 1 :].cumsum(0) / torch.arange(1, 5)[:, None]).abs().max() < 1e-6
     sinks = torch.zeros(1)
-    found = kernels(variant).attention(torch.ones(length, 1, 8), keys, values, segments, scale=1.0, sinks=sinks)
+    found = with_threads(2).attention(torch.ones(length, 1, 8), keys, values, segments, scale=1.0, sinks=sinks)
     assert (found[: CHUNK + 1] == 0).all()
 
 
-@each_variant
-def test_scores_far_apart_do_not_overflow(variant: Variant) -> None:
+def test_scores_far_apart_do_not_overflow(with_threads: WithThreads) -> None:
     sequence = Cached(300, (3, 1, 64), torch.float32)
     arguments = (sequence.queries * 40, sequence.keys, sequence.values)
-    found = kernels(variant).attention(*arguments, Segments([(0, 300, 0, [(0, 300)])]), scale=1.0)
+    found = with_threads(2).attention(*arguments, Segments([(0, 300, 0, [(0, 300)])]), scale=1.0)
     assert (found - twins.attention(*arguments, scale=1.0)).abs().max() < 2e-3  # scores are of the size 1,000
 
 
-@each_variant
-def test_what_attention_does_not_take_is_refused(variant: Variant) -> None:
-    own = kernels(variant)
+def test_what_attention_does_not_take_is_refused(with_threads: WithThreads) -> None:
+    own = with_threads(2)
     queries, keys, segments = random(1, 2, 8), random(1, 16, 8), Segments([(0, 1, 0, [(0, 16)])])
     assert own.attention(queries, keys, keys, segments, scale=1.0).shape == (1, 16)
     bad = [

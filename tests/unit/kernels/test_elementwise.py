@@ -1,6 +1,7 @@
 """Norms, rotation with the write to the cache, and activations: against float64, and the same bits in any batch."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.kernels.library import RotaryTables, Variant
+from rbee_worker.kernels.library import Kernels, RotaryTables
 from tests.unit.kernels import twins
-from tests.unit.kernels.variants import each_variant, kernels
 
+WithThreads = Callable[[int], Kernels]
 Activation = Literal["silu", "gelu", "gelu-tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu-tanh")
 WIDTHS = (1, 7, 8, 15, 16, 17, 63, 64, 65, 100, 576, 2051)
@@ -29,10 +30,9 @@ def close(found: Tensor, want: Tensor, relative: float = 1e-6, absolute: float =
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
-@each_variant
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm(variant: Variant, width: int) -> None:
-    own = kernels(variant)
+def test_rms_norm(with_threads: WithThreads, width: int) -> None:
+    own = with_threads(2)
     x, weight = random(5, width), random(width, seed=1)
     for scale in (1e-12, 1.0, 1e12):
         found = own.rms_norm(x * scale, weight, 1e-6)
@@ -40,21 +40,19 @@ def test_rms_norm(variant: Variant, width: int) -> None:
     assert torch.equal(own.rms_norm(x[2:3], weight, 1e-6), own.rms_norm(x, weight, 1e-6)[2:3])
 
 
-@each_variant
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm_of_a_sum_writes_the_sum_back(variant: Variant, width: int) -> None:
+def test_rms_norm_of_a_sum_writes_the_sum_back(with_threads: WithThreads, width: int) -> None:
     x, residual, weight = random(3, width), random(3, width + 2, seed=1)[:, 2:], random(width, seed=2)
     for multiplier in (1.0, 0.22):
         total, before = residual + multiplier * x, residual.clone()
-        found = kernels(variant).rms_norm(x, weight, 1e-5, residual=residual, multiplier=multiplier)
+        found = with_threads(2).rms_norm(x, weight, 1e-5, residual=residual, multiplier=multiplier)
         assert torch.equal(residual, total) if multiplier == 1.0 else close(residual, total.double())
         assert close(found, twins.rms_norm(residual, weight, 1e-5))
         residual.copy_(before)
 
 
-@each_variant
-def test_rms_norm_of_heads_and_of_slices(variant: Variant) -> None:
-    own, wide = kernels(variant), random(40, 13, 24)
+def test_rms_norm_of_heads_and_of_slices(with_threads: WithThreads) -> None:
+    own, wide = with_threads(2), random(40, 13, 24)
     heads, weight = wide[:, 2:9], random(7, 24, seed=1)
     want = twins.rms_norm(heads, weight, 1e-6)
     found = own.rms_norm(heads, weight, 1e-6)
@@ -67,20 +65,18 @@ def test_rms_norm_of_heads_and_of_slices(variant: Variant) -> None:
     assert torch.equal(wide[:, 9:], kept[:, 9:])
 
 
-@each_variant
-def test_rms_norm_of_what_is_not_finite_is_as_torch_has_it(variant: Variant) -> None:
+def test_rms_norm_of_what_is_not_finite_is_as_torch_has_it(with_threads: WithThreads) -> None:
     x, weight = random(6, 40), random(40, seed=1)
     x[1, 3], x[2, 39], x[3, 5], x[4] = NAN, INF, -INF, 0
-    found, want = kernels(variant).rms_norm(x, weight, 1e-6), functional.rms_norm(x, (40,), weight, 1e-6)
+    found, want = with_threads(2).rms_norm(x, weight, 1e-6), functional.rms_norm(x, (40,), weight, 1e-6)
     assert torch.equal(found.isnan(), want.isnan())
     assert close(found.nan_to_num(), want.nan_to_num().double())
     assert found[1].isnan().all()
     assert found[[0, 4, 5]].isfinite().all()
 
 
-@each_variant
-def test_norms_that_do_not_fit_are_refused(variant: Variant) -> None:
-    own, x = kernels(variant), random(2, 8)
+def test_norms_that_do_not_fit_are_refused(with_threads: WithThreads) -> None:
+    own, x = with_threads(2), random(2, 8)
     for bad, weight in ((x.double(), random(8)), (x, random(8).half()), (x, random(7)), (random(8, 2).T, random(8))):
         with pytest.raises(ValueError):
             own.rms_norm(bad, weight, 1e-6)
@@ -110,14 +106,13 @@ def tables_for(rotary_dim: int, tokens: int, *, interleaved: bool) -> RotaryTabl
     return RotaryTables(cos, sin, torch.arange(50).flip(0)[:tokens].contiguous(), interleaved)
 
 
-@each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotation_and_the_write_to_the_cache(
-    variant: Variant, dtype: torch.dtype, interleaved: bool, normed: bool
+    with_threads: WithThreads, dtype: torch.dtype, interleaved: bool, normed: bool
 ) -> None:
-    own, tokens = kernels(variant), 37
+    own, tokens = with_threads(2), 37
     for heads, kv_heads, head_dim, rotary_dim in SHAPES:
         both = heads + kv_heads
         wide = random(tokens, both + kv_heads + 1, head_dim)
@@ -150,14 +145,13 @@ def test_rotation_and_the_write_to_the_cache(
             rows = None if tables is None else tables.rows[token : token + 1]
             own_row = None if rows is None else RotaryTables(tables.cos, tables.sin, rows, interleaved)
             slot = slots[token : token + 1]
-            kernels(variant, 1).rotate_and_store(one, again[0], again[1], slot, tables=own_row, norm=norm, eps=1e-5)
+            with_threads(1).rotate_and_store(one, again[0], again[1], slot, tables=own_row, norm=norm, eps=1e-5)
             assert torch.equal(one[0], qkv[token])
         assert torch.equal(again[:, :, slots], cache[:, :, slots])
 
 
-@each_variant
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_cache_rounds_as_torch_does(variant: Variant, dtype: torch.dtype) -> None:
+def test_the_cache_rounds_as_torch_does(with_threads: WithThreads, dtype: torch.dtype) -> None:
     # All patterns of the high 16 bits with low ones around a tie: denormals, the largest, infinities, not a number.
     high = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     values = torch.cat([(high | low).view(torch.float32) for low in (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000)])
@@ -165,16 +159,15 @@ def test_the_cache_rounds_as_torch_does(variant: Variant, dtype: torch.dtype) ->
     tokens = values.shape[0]
     qkv = torch.cat((torch.zeros_like(values), torch.zeros_like(values), values), dim=1)
     cache = torch.zeros(2, 1, tokens, 64, dtype=dtype)
-    kernels(variant).rotate_and_store(qkv, cache[0], cache[1], torch.arange(tokens), tables=None)
+    with_threads(2).rotate_and_store(qkv, cache[0], cache[1], torch.arange(tokens), tables=None)
     found, want = cache[1, 0], values[:, 0].to(dtype)
     assert torch.equal(found.isnan(), want.isnan())
     assert torch.equal(found[~found.isnan()], want[~want.isnan()])
     assert torch.equal(found.signbit()[~found.isnan()], want.signbit()[~want.isnan()])
 
 
-@each_variant
-def test_rotations_that_do_not_fit_are_refused(variant: Variant) -> None:
-    own, cache, slots = kernels(variant), torch.zeros(2, 1, 4, 8), torch.arange(2)
+def test_rotations_that_do_not_fit_are_refused(with_threads: WithThreads) -> None:
+    own, cache, slots = with_threads(2), torch.zeros(2, 1, 4, 8), torch.arange(2)
     good = RotaryTables(random(5, 8), random(5, 8), slots)
     own.rotate_and_store(random(2, 3, 8), cache[0], cache[1], slots, tables=good)
     wide = RotaryTables(random(5, 10), random(5, 10), slots)
@@ -193,43 +186,41 @@ def test_rotations_that_do_not_fit_are_refused(variant: Variant) -> None:
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-@each_variant
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(variant: Variant, activation: Activation) -> None:
-    own = kernels(variant)
+def test_activations(with_threads: WithThreads, activation: Activation) -> None:
+    own = with_threads(2)
     for width in (*WIDTHS, 20_000):
         gate_up = random(3, 2 * width)
         found = own.gated(gate_up, activation)
         assert close(found, twins.gated(gate_up, activation), absolute=2e-7)
         assert torch.equal(own.gated(gate_up[1:2], activation), found[1:2])
-        assert torch.equal(kernels(variant, 1).gated(gate_up, activation), found)
+        assert torch.equal(with_threads(1).gated(gate_up, activation), found)
 
 
-@each_variant
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_are_exact_far_from_zero_too(variant: Variant, activation: Activation) -> None:
+def test_activations_are_exact_far_from_zero_too(with_threads: WithThreads, activation: Activation) -> None:
     gate = torch.linspace(-80, 80, 100_001)
     gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
-    found, want = kernels(variant).gated(gate_up, activation).double(), twins.gated(gate_up, activation)
+    found, want = with_threads(2).gated(gate_up, activation).double(), twins.gated(gate_up, activation)
     assert ((found - want).abs() <= 2e-7 * gate.abs() + 1e-38).all()
     # In float64 too, 1 + tanh(x) and 1 + erf(x) lose their digits further out.
     near = gate > (-80 if activation == "silu" else -4)
     assert ((found - want).abs() <= 2e-6 * want.abs())[:, near].all()
 
 
-@each_variant
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_of_what_is_not_finite_are_as_torch_has_them(variant: Variant, activation: Activation) -> None:
+def test_activations_of_what_is_not_finite_are_as_torch_has_them(
+    with_threads: WithThreads, activation: Activation
+) -> None:
     gate = torch.tensor([NAN, INF, -INF, 3e38, -3e38, 1e20, -1e20, 0.0, -0.0, 1e-40, 2.0, 2.0, 2.0])
     up = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 1.0, NAN, INF, -INF])
     gate_up = torch.cat((gate, up))[None]
-    found, want = kernels(variant).gated(gate_up, activation), twins.gated(gate_up, activation).float()
+    found, want = with_threads(2).gated(gate_up, activation), twins.gated(gate_up, activation).float()
     assert torch.equal(found.isnan(), want.isnan())
     assert close(found.nan_to_num(), want.nan_to_num().double())
 
 
-@each_variant
-def test_activations_that_do_not_fit_are_refused(variant: Variant) -> None:
+def test_activations_that_do_not_fit_are_refused(with_threads: WithThreads) -> None:
     for bad in (random(2, 7), random(2, 8).half(), random(8, 2).T):
         with pytest.raises(ValueError):
-            kernels(variant).gated(bad, "silu")
+            with_threads(2).gated(bad, "silu")
