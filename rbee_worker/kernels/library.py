@@ -121,7 +121,7 @@ _ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu": 1, "gelu-tanh": 2}
 
 @dataclass(frozen=True, slots=True)
 class RotaryTables:
-    """How tokens' queries and keys are rotated (see ``runtime/model/rope.py``).
+    """How tokens' queries and keys are rotated (see ``runtime/model/rope.py``). Made once in a step.
 
     Attributes:
         cos: float32 [rows, rotary_dim], contiguous; rotary_dim is even and at most a head's size.
@@ -134,6 +134,16 @@ class RotaryTables:
     sin: Tensor
     rows: Tensor
     interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse tensors of another form.
+
+        Raises:
+            ValueError: a tensor is not as it should be.
+        """
+        _check("cosines", self.cos, torch.float32, (self.cos.shape[0], self.cos.shape[-1] // 2 * 2))
+        _check("sines", self.sin, torch.float32, (*self.cos.shape,))
+        _check("rows", self.rows, torch.int64, (self.rows.numel(),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,12 +490,11 @@ class Kernels:
             _check("norm", norm, torch.float32, (heads + kv_heads, head_dim))
         rotary_dim = 0
         if tables is not None:
-            positions, rotary_dim = tables.cos.shape
-            _check("cosines", tables.cos, torch.float32, (positions, rotary_dim))
-            _check("sines", tables.sin, torch.float32, (positions, rotary_dim))
-            _check("rows", tables.rows, torch.int64, (tokens,))
-            if rotary_dim % 2 or rotary_dim > head_dim:
-                raise ValueError(f"{rotary_dim} dimensions of {head_dim} cannot be rotated")
+            rotary_dim = tables.cos.shape[1]
+            if rotary_dim > head_dim or tables.rows.shape[0] != tokens:
+                raise ValueError(
+                    f"{rotary_dim} dimensions of {head_dim}, {tables.rows.shape[0]} rows for {tokens} tokens"
+                )
         arguments = _Rotation(
             qkv.data_ptr(),
             qkv.stride(0),

@@ -171,9 +171,8 @@ def test_rotations_that_do_not_fit_are_refused(with_threads: WithThreads) -> Non
     good = RotaryTables(random(5, 8), random(5, 8), slots)
     own.rotate_and_store(random(2, 3, 8), cache[0], cache[1], slots, tables=good)
     wide = RotaryTables(random(5, 10), random(5, 10), slots)
-    odd = RotaryTables(random(5, 7), random(5, 7), slots)
     few = RotaryTables(random(5, 8), random(5, 8), slots[:1])
-    for tables in (wide, odd, few):
+    for tables in (wide, few):
         with pytest.raises(ValueError):
             own.rotate_and_store(random(2, 3, 8), cache[0], cache[1], slots, tables=tables)
     for qkv, chosen in ((random(2, 3, 8).double(), slots), (random(2, 1, 8), slots), (random(2, 3, 8), slots.int())):
@@ -181,6 +180,21 @@ def test_rotations_that_do_not_fit_are_refused(with_threads: WithThreads) -> Non
             own.rotate_and_store(qkv, cache[0], cache[1], chosen, tables=good)
     with pytest.raises(ValueError):
         own.rotate_and_store(random(2, 3, 8), cache[0], cache[1], slots, tables=good, norm=random(3, 8))
+
+
+def test_tables_of_another_form_are_refused() -> None:
+    good, rows = random(5, 8), torch.arange(2)
+    RotaryTables(good, good, rows)
+    for cos, sin, of_tokens in (
+        (random(5, 7), random(5, 7), rows),
+        (good, random(5, 6), rows),
+        (good, good.half(), rows),
+        (random(8, 5).T, good, rows),
+        (good, good, rows.int()),
+        (good, good, rows[:, None]),
+    ):
+        with pytest.raises(ValueError):
+            RotaryTables(cos, sin, of_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
