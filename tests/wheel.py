@@ -30,7 +30,7 @@ def check(folder: Path) -> None:
     with TemporaryDirectory() as place, zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         for variant in ("avx2", "avx512"):
-            assert any(f"kernels/_{variant}." in name for name in names), f"{variant} is not in {wheel.name}"
+            assert any(f"kernels/cpp/_{variant}." in name for name in names), f"{variant} is not in {wheel.name}"
         archive.extractall(place)
         subprocess.run([sys.executable, "-c", RUNS], check=True, cwd=place, env={"PYTHONPATH": place})
     print(f"{wheel.name}: {size:,} bytes")

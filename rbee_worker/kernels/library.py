@@ -8,8 +8,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,18 +256,14 @@ class Kernels:
         self._context = library.rbee_create(threads)
         if not self._context:
             raise MemoryError(f"{threads} threads for the kernels")
-        self._destroy, self._process = library.rbee_destroy, os.getpid()
+        # Not when the process ends, which ends its threads too.
+        weakref.finalize(self, _destroy, library.rbee_destroy, self._context, os.getpid()).atexit = False
         self._attention = library.rbee_attention
         self._attention.argtypes = [pointer, pointer]
         self._rms_norm, self._rotate = library.rbee_rms_norm, library.rbee_rotate_and_store
         self._rms_norm.argtypes = self._rotate.argtypes = [pointer, pointer]
         self._gated = library.rbee_gated
         self._gated.argtypes = [pointer, ctypes.c_int32, pointer, size, size, pointer]
-
-    def __del__(self) -> None:
-        # A forked child has no such threads to wait for.
-        if getattr(self, "_context", None) and os.getpid() == self._process:
-            self._destroy(self._context)
 
     def linear(self, x: Tensor, weights: StoredWeights, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``. A token's result has the same bits alone and beside any others.
@@ -601,13 +598,18 @@ def _choose() -> Kernels | str:
     return reason
 
 
+def _destroy(destroy: Callable[[int], object], context: int, process: int) -> None:
+    if os.getpid() == process:  # a forked child has no such threads to wait for
+        destroy(context)
+
+
 def _threads() -> int:
     """As many as torch uses, on the cores that this process may use."""
     return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
 def _module(variant: Variant) -> str:
-    return f"{__package__}._{variant}"
+    return f"{__package__}.cpp._{variant}"  # no package: what walks through the modules finds no file to import
 
 
 def _path(variant: Variant) -> str:

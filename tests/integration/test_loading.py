@@ -187,7 +187,7 @@ def test_the_benchmark_of_loading(gguf_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["ready_seconds"] > result["read_seconds"] > 0
-    assert result["peak_host_mib"] > result["resident_mib"] > 100
+    assert result["peak_host_mib"] > result["resident_mib"] > 80  # the file has 92 MiB
     assert result["events_percent"] < 1
 
 

@@ -107,7 +107,7 @@ def test_a_type_without_a_kernel_is_decoded_and_that_is_said(tmp_path: Path) -> 
     path = stored(tmp_path / "model.gguf", Type.Q8_0, Type.Q5_0)
     engine = Engine()
     *_, ready = engine.load(str(path))
-    assert ready.report.runs_as == "float16, Q8_0 (Q5_0 decoded: no kernel multiplies by it)"
+    assert ready.report.runs_as == "Q8_0, float16 (Q5_0 decoded: no kernel multiplies by it)"
     exact = logits(loaded(path, "float32"))
     assert 1e-3 < relative_error(logits(engine), exact) < 0.12  # bytes for activations, in a model of random weights
 

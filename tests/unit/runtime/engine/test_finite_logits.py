@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rbee_worker.config import GenerationRequest, GrammarSpec, SamplingParams
 from rbee_worker.events import End, InferenceEvent, InferenceFailed, PromptLogprobs, Started, Token
@@ -56,7 +57,9 @@ def request(prompt: str, job_id: str, **sampling: object) -> GenerationRequest:
 def poison(engine: Engine) -> None:
     """Spoil the embedding of one character."""
     assert engine.model is not None
-    engine.model.transformer._embedding.table[TOKENS[POISON]] = NAN
+    table = engine.model.transformer._embedding.table
+    weights = table if isinstance(table, Tensor) else table.matrix.data  # as it is stored
+    weights[TOKENS[POISON]] = NAN
 
 
 def spoil_logit(engine: Engine, token: int, value: float) -> None:
