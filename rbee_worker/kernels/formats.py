@@ -103,7 +103,7 @@ FLOAT_FORMATS: Mapping[torch.dtype, Format] = MappingProxyType(
 """By the dtype of the weights."""
 
 
-_FAR_ABOVE = 2.0
+_FAR_ABOVE = 1.5
 """A scale so many times the mean of its token's is that of an outlier."""
 
 _GROUP = 8
@@ -113,7 +113,7 @@ _GROUP = 8
 def quantize_activations(x: Tensor) -> Tensor:
     """What the block formats make of activations: bytes in blocks of 32, with a scale each.
 
-    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than twice
+    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than 1.5 times
     the mean of the token's, the blocks of its group of eight get a second byte in the same way, for what the first one
     left.
 

@@ -45,7 +45,7 @@ struct ByteInput {
   uint8_t* refined;  // [groups, tokens]: whether the fine plane has the group
   int64_t tokens, groups;
 };
-constexpr double kFarAbove = 2.0;  // times the mean of the token's scales
+constexpr double kFarAbove = 1.5;  // times the mean of the token's scales
 constexpr int kScales = 4;
 
 // ------------------------------------------------------------------------------------------------------------ floats
