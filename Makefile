@@ -39,13 +39,13 @@ demo: $(MODEL)/model.safetensors
 test: lint
 	$(PYTEST) -m "not slow"
 	$(AVX2) $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
-	RBEE_KERNELS=torch $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
+	RBEE_KERNELS=auto $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
 
 test-all: lint
 	$(PYTEST) --hypothesis-profile "at length"
 	$(AVX2) $(PYTEST) -m cpu_forms $(CPU_FORMS)
-	RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
-	$(AVX2) RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
+	RBEE_KERNELS=auto $(PYTEST) -m cpu_forms $(CPU_FORMS)
+	$(AVX2) RBEE_KERNELS=auto $(PYTEST) -m cpu_forms $(CPU_FORMS)
 
 test-avx2: lint
 	$(AVX2) $(PYTEST) -m "not slow"

@@ -113,9 +113,9 @@ _GROUP = 8
 def quantize_activations(x: Tensor) -> Tensor:
     """What the block formats make of activations: bytes in blocks of 32, with a scale each.
 
-    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than 1.5 times
-    the mean of the token's, the blocks of its group of eight get a second byte in the same way, for what the first one
-    left.
+    ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than 1.5
+    times the mean of the token's, the blocks of its group of eight get a second byte in the same way, for what the
+    first one left.
 
     Args:
         x: float32 [tokens, columns], columns a multiple of 32.

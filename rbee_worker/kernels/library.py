@@ -1,7 +1,9 @@
 """The C++ library: which variant this CPU runs, and its functions on tensors.
 
 A variant is the same C++ compiled for other instructions: ``avx2`` (with FMA and F16C) or ``avx512`` (with VNNI). Each
-is a file of its own, and one is loaded. ``RBEE_KERNELS`` forces ``avx2``, ``avx512``, or ``torch``: none.
+is a file of its own, and one is loaded. ``RBEE_KERNELS`` says which: ``auto`` takes the best that this CPU runs,
+``avx2`` and ``avx512`` force one, and ``torch`` is none. Without it there is none either, until prefill is as fast as
+torch's.
 """
 
 import ctypes
@@ -575,13 +577,15 @@ def _choose() -> Kernels | str:
     Raises:
         DeviceUnavailable: a variant is forced that this CPU or this installation lacks.
     """
-    forced = os.environ.get("RBEE_KERNELS") or None
-    if forced == "torch":
+    asked = os.environ.get("RBEE_KERNELS") or None
+    if asked is None:
+        return "RBEE_KERNELS is not set."
+    if asked == "torch":
         return "RBEE_KERNELS is torch."
     known: list[Variant] = list(_NEEDED)
-    if forced is not None and forced not in known:
-        raise DeviceUnavailable(f"RBEE_KERNELS is {forced!r}; it may be torch, {', '.join(sorted(known))}.")
-    wanted: list[Variant] = [variant for variant in known if forced in (None, variant)]
+    if asked not in ("auto", *known):
+        raise DeviceUnavailable(f"RBEE_KERNELS is {asked!r}; it may be auto, torch, {', '.join(sorted(known))}.")
+    wanted: list[Variant] = [variant for variant in known if asked in ("auto", variant)]
     usable = [variant for variant in wanted if supported(variant)]
     if not usable:
         reason = f"This CPU lacks {' and '.join(sorted(wanted))}."
@@ -593,8 +597,8 @@ def _choose() -> Kernels | str:
             return Kernels(variant, _threads())
         except OSError as error:
             reason = f"Their library does not load: {error}."
-    if forced is not None:
-        raise DeviceUnavailable(f"RBEE_KERNELS is {forced!r}. {reason}")
+    if asked != "auto":
+        raise DeviceUnavailable(f"RBEE_KERNELS is {asked!r}. {reason}")
     return reason
 
 

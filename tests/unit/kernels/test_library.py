@@ -24,7 +24,7 @@ def chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice, which a process makes once, is made in the test; what was chosen before comes back after it."""
     for chosen in (library._choose, cpu_kernels):
         monkeypatch.setattr(library, chosen.__name__, chosen.__wrapped__)
-    monkeypatch.delenv("RBEE_KERNELS", raising=False)
+    monkeypatch.setenv("RBEE_KERNELS", "auto")
 
 
 def force(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -56,13 +56,20 @@ def test_none_is_chosen_where_torch_is_forced(monkeypatch: pytest.MonkeyPatch) -
     assert missing_reason() == "RBEE_KERNELS is torch."
 
 
+@pytest.mark.parametrize("value", [None, ""])
+def test_none_is_chosen_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("RBEE_KERNELS")
+    if value is not None:
+        force(monkeypatch, value)
+    assert library.cpu_kernels() is None
+    assert missing_reason() == "RBEE_KERNELS is not set."
+
+
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in ("nonsense", "AVX2", " avx2"):
         force(monkeypatch, word)
-        with pytest.raises(DeviceUnavailable, match=f"RBEE_KERNELS is '{word}'; it may be torch, avx2, avx512"):
+        with pytest.raises(DeviceUnavailable, match=f"RBEE_KERNELS is '{word}'; it may be auto, torch, avx2, avx512"):
             library.cpu_kernels()
-    force(monkeypatch, "")
-    library.cpu_kernels()
 
 
 @needs_a_variant
