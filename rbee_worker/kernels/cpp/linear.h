@@ -100,12 +100,12 @@ inline void widen(const typename W::Stored* w, int64_t columns, float* to) {
 
 // ------------------------------------------------------------------------------------------------------------- bytes
 
-// Adds the sums of a group of blocks, a lane for each block, of one token.
+// Adds the sums of a group of blocks, a lane for each block, of one token; Blocks: how many of them hold anything.
 //   x: 256 bytes; scales: [kScales, 8].
-template <class Format>
+template <class Format, int Blocks>
 inline __m256 byte_sums(const Group& w, const int8_t* x, const float* scales, __m256 sum) {
   const __m256 x_scales = _mm256_loadu_ps(scales);
-  const simd::Halves dots = simd::block_sums<Format>(w.bytes, reinterpret_cast<const uint8_t*>(x));
+  const simd::Halves dots = simd::block_sums<Format, Blocks>(w.bytes, reinterpret_cast<const uint8_t*>(x));
   if constexpr (Format::kHalves) {
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.first), _mm256_mul_ps(w.scales, x_scales), sum);
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.second), _mm256_mul_ps(w.second_scales, x_scales), sum);
@@ -119,17 +119,19 @@ inline __m256 byte_sums(const Group& w, const int8_t* x, const float* scales, __
   }
 }
 
-// The same for some tokens, added to acc [tokens, 8]; `place`: of the first token's group.
-template <class Format>
-inline void byte_group(const Group& w, const ByteInput& x, int64_t place, int64_t tokens, float* acc) {
-  for (int64_t t = 0; t < tokens; ++t, ++place) {
-    __m256 sum = _mm256_loadu_ps(acc + t * kByteLanes);
-    const int64_t bytes = place * kGroupColumns, scales = place * kScales * kGroup;
-    sum = byte_sums<Format>(w, x.coarse.bytes + bytes, x.coarse.scales + scales, sum);
-    if (x.refined[place]) [[unlikely]]
-      sum = byte_sums<Format>(w, x.fine.bytes + bytes, x.fine.scales + scales, sum);
-    _mm256_storeu_ps(acc + t * kByteLanes, sum);
-  }
+// The same for some tokens, added to acc [tokens, 8].
+//   place: of the first token's group; refined: how many of the tokens have it in the fine plane, and which.
+template <class Format, int Blocks>
+inline void byte_group(const Group& w, const ByteInput& x, int64_t place, int64_t tokens, const uint8_t* refined,
+                       float* acc) {
+  const auto add = [&](const ByteInput::Plane& plane, int64_t t) {
+    const int8_t* bytes = plane.bytes + (place + t) * kGroupColumns;
+    const float* scales = plane.scales + (place + t) * kScales * kGroup;
+    float* of_token = acc + t * kByteLanes;
+    _mm256_storeu_ps(of_token, byte_sums<Format, Blocks>(w, bytes, scales, _mm256_loadu_ps(of_token)));
+  };
+  for (int64_t t = 0; t < tokens; ++t) add(x.coarse, t);
+  for (int i = 1; i <= refined[0]; ++i) add(x.fine, refined[i]);
 }
 
 // Four registers that a block of floats fills.
@@ -258,8 +260,16 @@ void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, 
                float* y, int64_t y_stride, char* scratch) {
   constexpr int kBytes = kGroupBytes<Format>;
   float* acc = reinterpret_cast<float*>(scratch);
+  uint8_t* refined = reinterpret_cast<uint8_t*>(acc + kTaskRows * kByteTokens * kByteLanes);
   for (int64_t token = 0; token < tokens; token += kByteTokens) {
     const int64_t count = std::min(kByteTokens, tokens - token);
+    // Lists, so that the inner loops have no branch that nobody can foresee.
+    for (int64_t g = 0; g < x.groups; ++g) {
+      uint8_t* list = refined + g * (kByteTokens + 1);
+      list[0] = 0;
+      for (int64_t t = 0; t < count; ++t)
+        if (x.refined[g * x.tokens + token + t]) list[++list[0]] = static_cast<uint8_t>(t);
+    }
     // A piece of the tokens' activations stays in the first-level cache for all rows.
     const int64_t piece = std::max<int64_t>(1, kPieceBytes / (count * kGroupColumns));
     std::memset(acc, 0, sizeof(float) * (end - begin) * count * kByteLanes);
@@ -274,7 +284,13 @@ void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, 
           Group group;
           unpack_some<Format>(data, g, m.columns - g * kGroupColumns, group);
           const int64_t place = g * x.tokens + token;
-          byte_group<Format>(group, x, place, count, acc + (row - begin) * count * kByteLanes);
+          const uint8_t* list = refined + g * (kByteTokens + 1);
+          float* of_row = acc + (row - begin) * count * kByteLanes;
+          if (m.columns - g * kGroupColumns > kGroupColumns / 2) {
+            byte_group<Format, kGroup>(group, x, place, count, list, of_row);
+          } else {
+            byte_group<Format, kGroup / 2>(group, x, place, count, list, of_row);
+          }
         }
       }
     }
@@ -342,7 +358,7 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
   const size_t refined_bytes = bytes ? aligned(tokens * groups) : 0;
   char* shared = scratch.shared.get(pad_bytes + 2 * (byte_bytes + scale_bytes) + refined_bytes + kAlign);
   const size_t own_bytes = std::max(sizeof(float) * kTileRows * (kPieceStride + kTokens * simd::kLanes),
-                                    sizeof(float) * kTaskRows * kByteTokens * kByteLanes);
+                                    sizeof(float) * kTaskRows * kByteTokens * kByteLanes + groups * (kByteTokens + 1));
   if (shared == nullptr) return 1;
   std::vector<Buffer>& own = scratch.own;
   for (Buffer& buffer : own)

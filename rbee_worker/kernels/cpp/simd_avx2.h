@@ -88,16 +88,16 @@ inline Halves halves_of(__m256i low, __m256i high) {
   return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
 }
 
-// The sums of w x for eight blocks of 32 bytes: exact. vpmaddubsw adds two products in 16 bits, and as many such sums are
+// The sums of w x for eight blocks of 32 bytes: exact. Blocks: 8, or 4 where the others are zeros. vpmaddubsw adds two products in 16 bits, and as many such sums are
 // added there as the format's largest byte allows.
-template <class Format>
+template <class Format, int Blocks>
 inline Halves block_sums(const __m256i* w, const uint8_t* x) {
   constexpr int kPair = 2 * 127 * Format::kLargest;
   constexpr bool kOnce = !Format::kSigned && 2 * kPair <= 32767, kTwice = kOnce && 4 * kPair <= 32767;
   const __m256i one = _mm256_set1_epi16(1);
-  __m256i fours[2];
+  __m256i fours[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < Blocks / 4; ++half) {
     __m256i sums[4], folded[2];
 #pragma GCC unroll 4
     for (int b = 0; b < 4; ++b) {

@@ -95,12 +95,12 @@ inline Halves halves_of(__m256i low, __m256i high) {
   return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
 }
 
-// The sums of w x for eight blocks of 32 bytes, w unsigned: exact.
-template <class Format>
+// The sums of w x for eight blocks of 32 bytes, w unsigned: exact. Blocks: 8, or 4 where the others are zeros.
+template <class Format, int Blocks>
 inline Halves block_sums(const __m256i* w, const uint8_t* x) {
-  __m256i fours[2];
+  __m256i fours[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < Blocks / 4; ++half) {
     __m256i sums[4];
 #pragma GCC unroll 4
     for (int b = 0; b < 4; ++b)
