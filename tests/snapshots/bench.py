@@ -40,7 +40,7 @@ def _serve(model: str) -> Result:
         with WorkerClient(addr) as client:
             for _ in client.load(None):
                 pass
-        return serve.measure(addr, None, serve.Load(1000, requests=2, prompt_words=8, max_tokens=3, seed=0), runs=1)
+        return serve.measure(addr, None, serve.Load(1000, requests=4, prompt_words=8, max_tokens=48, seed=0), runs=1)
     finally:
         server.stop()
 
