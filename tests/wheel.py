@@ -10,7 +10,8 @@ LARGEST = 2 * 2**20
 RUNS = """
 import torch
 from rbee_worker.kernels import library
-from rbee_worker.kernels.library import Kernels, StoredWeights
+from rbee_worker.kernels.arguments import StoredWeights
+from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.model.linear.stored import plain_matrix
 
 for variant in filter(library.supported, ("avx2", "avx512")):

@@ -68,7 +68,7 @@ class Format:
         """What stored rows are as numbers: the specification of the kernels.
 
         Args:
-            data: as :class:`~rbee_worker.kernels.library.StoredMatrix` holds it.
+            data: as :class:`~rbee_worker.kernels.arguments.StoredMatrix` holds it.
 
         Returns:
             float32 [rows, columns].

@@ -11,16 +11,15 @@ import functools
 import importlib.util
 import os
 import weakref
-from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
+from rbee_worker.kernels.arguments import Attention, Norm, RotaryTables, Rotation, Segments, StoredWeights, check
+from rbee_worker.kernels.formats import FLOAT_FORMATS
 
 ABI_VERSION = 3
 """Of ``cpp/abi.h``."""
@@ -36,195 +35,8 @@ _NEEDED: dict[Variant, tuple[str, ...]] = {
 _NO_MEMORY = 1
 
 
-class _Matrix(ctypes.Structure):
-    """``Matrix`` of ``cpp/abi.h``."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("format", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
-
-
-class _Attention(ctypes.Structure):
-    """``Attention`` of ``cpp/abi.h``."""
-
-    _fields_ = (
-        ("queries", ctypes.c_void_p),
-        ("query_stride", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("format", ctypes.c_int64),
-        ("segments", ctypes.c_void_p),
-        ("segment_count", ctypes.c_int64),
-        ("runs", ctypes.c_void_p),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("sinks", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    )
-
-
-class _Norm(ctypes.Structure):
-    """``Norm`` of ``cpp/abi.h``."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
-        ("residual", ctypes.c_void_p),
-        ("residual_stride", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("y_stride", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("multiplier", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    )
-
-
-class _Rotation(ctypes.Structure):
-    """``Rotation`` of ``cpp/abi.h``."""
-
-    _fields_ = (
-        ("qkv", ctypes.c_void_p),
-        ("qkv_stride", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("norm", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("rotary_dim", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("format", ctypes.c_int32),
-        ("interleaved", ctypes.c_int32),
-        ("eps", ctypes.c_float),
-        ("unused", ctypes.c_int32),
-    )
-
-
 _ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu": 1, "gelu-tanh": 2}
 """``Activation`` of ``cpp/abi.h``."""
-
-
-@dataclass(frozen=True, slots=True)
-class RotaryTables:
-    """How tokens' queries and keys are rotated (see ``runtime/model/rope.py``). Made once in a step.
-
-    Attributes:
-        cos: float32 [rows, rotary_dim], contiguous; rotary_dim is even and at most a head's size.
-        sin: with signs, as cos: x becomes ``x * cos + swap(x) * sin`` in the first rotary_dim dimensions of a head.
-        rows: of these tables, int64 [tokens].
-        interleaved: whether swap exchanges neighbours, or else halves.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    rows: Tensor
-    interleaved: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse tensors of another form.
-
-        Raises:
-            ValueError: a tensor is not as it should be.
-        """
-        _check("cosines", self.cos, torch.float32, (self.cos.shape[0], self.cos.shape[-1] // 2 * 2))
-        _check("sines", self.sin, torch.float32, (*self.cos.shape,))
-        _check("rows", self.rows, torch.int64, (self.rows.numel(),))
-
-
-@dataclass(frozen=True, slots=True)
-class StoredMatrix:
-    """Weights as they are stored.
-
-    Attributes:
-        data: on the CPU, contiguous; of a block format uint8 [rows, bytes of a row], else [rows, columns] in its dtype.
-        format: of the bytes.
-        rows: outputs; ``columns``: inputs.
-    """
-
-    data: Tensor
-    format: Format
-    rows: int
-    columns: int
-
-
-class StoredWeights:
-    """Matrices of one width that are multiplied together, their outputs side by side.
-
-    Attributes:
-        matrices: the parts, in the order of their outputs.
-        outputs, inputs: of all of them; ``nbytes``: bytes of the weights.
-    """
-
-    __slots__ = ("_array", "address", "count", "inputs", "matrices", "nbytes", "outputs")
-
-    def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
-        """Keep them, and their addresses for the library.
-
-        Raises:
-            ValueError: there are none, they are of several widths, or one is not as :class:`StoredMatrix` says.
-        """
-        self.matrices = tuple(matrices)
-        if len({matrix.columns for matrix in self.matrices}) != 1:
-            raise ValueError(f"matrices of one width are needed, not of {[matrix.columns for matrix in self.matrices]}")
-        self.count = len(self.matrices)
-        self.inputs = self.matrices[0].columns
-        self.outputs = sum(matrix.rows for matrix in self.matrices)
-        self.nbytes = sum(matrix.data.nbytes for matrix in self.matrices)
-        self._array = (_Matrix * self.count)(*map(_described, self.matrices))
-        self.address = ctypes.addressof(self._array)
-
-
-class Segments:
-    """Whose tokens a batch holds, and where in the pool their positions lie. Made once in a step.
-
-    Attributes:
-        count: how many sequences there are; ``tokens``: of all of them.
-        addresses: of ``Segment`` and ``Run`` in ``cpp/abi.h``.
-    """
-
-    __slots__ = ("_runs", "_segments", "addresses", "count", "tokens")
-
-    def __init__(self, segments: Iterable[tuple[int, int, int, Sequence[tuple[int, int]]]]) -> None:
-        """Describe sequences.
-
-        Args:
-            segments: of each its first row in the batch, its tokens there, the positions that it had before them, and
-                its runs: pairs of a first position in the pool and the one after the last, which hold them all.
-
-        Raises:
-            ValueError: the runs of a sequence do not hold its positions.
-        """
-        described, runs, self.count, self.tokens = array("q"), array("q"), 0, 0
-        for row, tokens, length, places in segments:
-            described.extend((row, tokens, length, len(runs) // 3, len(places)))
-            position = 0
-            for begin, end in places:
-                runs.extend((position, begin, end))
-                position += end - begin
-            if position < length + tokens or not places:
-                raise ValueError(f"runs of {position} positions do not hold {length + tokens}")
-            self.count += 1
-            self.tokens = max(self.tokens, row + tokens)
-        self._segments, self._runs = described, runs
-        self.addresses = described.buffer_info()[0], runs.buffer_info()[0]
 
 
 class Kernels:
@@ -283,9 +95,9 @@ class Kernels:
             ValueError: a tensor is not as it should be.
         """
         x = x.contiguous()
-        _check("x", x, torch.float32, (*x.shape[:1], weights.inputs))
+        check("x", x, torch.float32, (*x.shape[:1], weights.inputs))
         if bias is not None:
-            _check("bias", bias, torch.float32, (weights.outputs,))
+            check("bias", bias, torch.float32, (weights.outputs,))
         tokens = x.shape[0]
         y = x.new_empty(tokens, weights.outputs)
         address = None if bias is None else bias.data_ptr()
@@ -311,7 +123,7 @@ class Kernels:
         """
         if weights.count != 1:
             raise ValueError(f"rows are of one matrix, not of {weights.count}")
-        _check("rows", rows, torch.int64, (rows.numel(),))
+        check("rows", rows, torch.int64, (rows.numel(),))
         if rows.numel():
             first, last = rows.aminmax()
             if first < 0 or last >= weights.outputs:
@@ -359,7 +171,7 @@ class Kernels:
         kv_heads, layout, cached = keys.shape[0], keys.stride(), FLOAT_FORMATS.get(keys.dtype)
         stride, head, one = queries.stride()
         if sinks is not None:
-            _check("sinks", sinks, torch.float32, (heads,))
+            check("sinks", sinks, torch.float32, (heads,))
         if cached is None or head_dim % 8 or heads % kv_heads or queries.dtype != torch.float32 or not queries.is_cpu:
             wanted = f"{queries.dtype} {list(queries.shape)} to {keys.dtype} {list(keys.shape)}"
             raise ValueError(f"no attention of {wanted}")
@@ -369,7 +181,7 @@ class Kernels:
             raise ValueError("keys must be contiguous in each head, values be as many, and each token be of a segment")
         out = queries.new_empty(tokens, heads * head_dim)
         described, runs = segments.addresses
-        arguments = _Attention(
+        arguments = Attention(
             queries.data_ptr(),
             stride,
             heads,
@@ -430,7 +242,7 @@ class Kernels:
             if other is not None and (other.dtype != x.dtype or other.shape != shape or other.stride()[1:] != inner):
                 raise ValueError(f"an RMS norm of {list(shape)} with {other.dtype} {list(other.shape)}")
         width = shape[-1]
-        arguments = _Norm(
+        arguments = Norm(
             x.data_ptr(),
             stride[0],
             None if residual is None else residual.data_ptr(),
@@ -484,9 +296,9 @@ class Kernels:
             keys.shape != values.shape
         ):
             raise ValueError("tokens and the cache's heads must be contiguous, and values laid out as keys")
-        _check("slots", slots, torch.int64, (tokens,))
+        check("slots", slots, torch.int64, (tokens,))
         if norm is not None:
-            _check("norm", norm, torch.float32, (heads + kv_heads, head_dim))
+            check("norm", norm, torch.float32, (heads + kv_heads, head_dim))
         rotary_dim = 0
         if tables is not None:
             rotary_dim = tables.cos.shape[1]
@@ -494,7 +306,7 @@ class Kernels:
                 raise ValueError(
                     f"{rotary_dim} dimensions of {head_dim}, {tables.rows.shape[0]} rows for {tokens} tokens"
                 )
-        arguments = _Rotation(
+        arguments = Rotation(
             qkv.data_ptr(),
             qkv.stride(0),
             tokens,
@@ -595,7 +407,7 @@ def _choose() -> Kernels | str:
         variant = next(filter(built, usable))
         try:
             return Kernels(variant, _threads())
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             reason = f"Their library does not load: {error}."
     if asked != "auto":
         raise DeviceUnavailable(f"RBEE_KERNELS is {asked!r}. {reason}")
@@ -621,17 +433,3 @@ def _path(variant: Variant) -> str:
     if spec is None or spec.origin is None:
         raise OSError(f"the kernels for {variant} were not built")
     return spec.origin
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor whose memory is not what the library takes it for."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} is {found}; {dtype} {list(shape)} is needed, contiguous and on cpu")
-
-
-def _described(matrix: StoredMatrix) -> _Matrix:
-    data, stored = matrix.data, matrix.format
-    row_bytes = stored.row_bytes(matrix.columns)
-    _check(f"a matrix of {stored.name}", data, stored.dtype, (matrix.rows, row_bytes // stored.dtype.itemsize))
-    return _Matrix(data.data_ptr(), matrix.rows, matrix.columns, row_bytes, stored.number, 0)

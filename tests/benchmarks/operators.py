@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
-from rbee_worker.kernels.library import Kernels, RotaryTables, Segments, Variant, built, supported
+from rbee_worker.kernels.arguments import RotaryTables, Segments
+from rbee_worker.kernels.library import Kernels, Variant, built, supported
 from rbee_worker.runtime.model import layers, rope
 from rbee_worker.runtime.model.attention import RunAttention, Segment
 

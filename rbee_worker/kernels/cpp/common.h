@@ -55,3 +55,12 @@ inline __m128i bfloat16_of_8(__m256 v) {
   high = _mm256_blendv_epi8(high, _mm256_set1_epi32(0x7fc0), none);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
+
+// Sums of eight blocks of products, in integers: a lane for each block's first half, and for its second.
+struct Halves {
+  __m256i first, second;
+};
+
+inline Halves halves_of(__m256i low, __m256i high) {
+  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
+}

@@ -105,7 +105,7 @@ inline void widen(const typename W::Stored* w, int64_t columns, float* to) {
 template <class Format, int Blocks>
 inline __m256 byte_sums(const Group& w, const int8_t* x, const float* scales, __m256 sum) {
   const __m256 x_scales = _mm256_loadu_ps(scales);
-  const simd::Halves dots = simd::block_sums<Format, Blocks>(w.bytes, reinterpret_cast<const uint8_t*>(x));
+  const Halves dots = simd::block_sums<Format, Blocks>(w.bytes, reinterpret_cast<const uint8_t*>(x));
   if constexpr (Format::kHalves) {
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.first), _mm256_mul_ps(w.scales, x_scales), sum);
     sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots.second), _mm256_mul_ps(w.second_scales, x_scales), sum);

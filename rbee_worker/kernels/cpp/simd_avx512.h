@@ -86,15 +86,6 @@ inline void turn_fours(Floats* v) {
 // Whether products of any bytes, unsigned by signed, can be added.
 constexpr bool kLargeProducts = true;
 
-// Sums of eight blocks of products, in integers: a lane for each block's first half, and for its second.
-struct Halves {
-  __m256i first, second;
-};
-
-inline Halves halves_of(__m256i low, __m256i high) {
-  return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
-}
-
 // The sums of w x for eight blocks of 32 bytes, w unsigned: exact. Blocks: 8, or 4 where the others are zeros.
 template <class Format, int Blocks>
 inline Halves block_sums(const __m256i* w, const uint8_t* x) {

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rbee_worker.kernels.library import StoredMatrix
+from rbee_worker.kernels.arguments import StoredMatrix
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear
 from rbee_worker.runtime.formats.checkpoint import TensorInfo

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FORMATS, Format, quantize_activations
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights, Variant, built, supported
+from rbee_worker.kernels.library import Kernels, Variant, built, supported
 
 VARIANTS: tuple[Variant, ...] = ("avx2", "avx512")
 MISSING: dict[Variant, str] = {

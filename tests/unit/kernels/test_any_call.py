@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FORMATS
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights
+from rbee_worker.kernels.library import Kernels
 from tests.unit.kernels.matrices import expected, linear, make_matrix, normal
 
 FORMAT_NAMES = sorted(FORMATS)

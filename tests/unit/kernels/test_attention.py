@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rbee_worker.kernels.library import Kernels, Segments, attends
+from rbee_worker.kernels.arguments import Segments
+from rbee_worker.kernels.library import Kernels, attends
 from tests.unit.kernels import twins
 
 Runs = list[tuple[int, int]]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.kernels.library import Kernels, RotaryTables
+from rbee_worker.kernels.arguments import RotaryTables
+from rbee_worker.kernels.library import Kernels
 from tests.unit.kernels import twins
 
 WithThreads = Callable[[int], Kernels]

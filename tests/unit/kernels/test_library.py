@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.kernels import library
+from rbee_worker.kernels import arguments, library
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FORMATS, Format
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights, Variant, cpu_kernels, missing_reason
+from rbee_worker.kernels.library import Kernels, Variant, cpu_kernels, missing_reason
 from tests.unit.kernels.matrices import HERE, MISSING, columns_of, make_matrix, normal
 
 needs_a_variant = pytest.mark.skipif(not HERE, reason="; ".join(MISSING.values()))
@@ -103,6 +104,16 @@ def test_a_cpu_with_avx2_alone_gets_that_variant(monkeypatch: pytest.MonkeyPatch
     assert kernels.variant == "avx2"
 
 
+@needs_a_variant
+def test_without_threads_to_be_had_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_self: Kernels, _variant: Variant, threads: int) -> None:
+        raise MemoryError(f"{threads} threads for the kernels")
+
+    monkeypatch.setattr(Kernels, "__init__", refuse)
+    assert library.cpu_kernels() is None
+    assert "threads for the kernels" in str(missing_reason())
+
+
 def test_an_installation_without_the_files_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "supported", lambda _variant: True)
     monkeypatch.setattr(library, "_module", lambda variant: f"rbee_worker.kernels._not_{variant}")
@@ -137,9 +148,9 @@ def test_a_library_of_another_version_is_a_reason(variant: Variant, monkeypatch:
 
 def test_a_matrix_is_described_as_the_library_reads_it() -> None:
     """``Matrix`` of ``cpp/abi.h``: on the CPUs of the variants, four words of eight bytes and two of four."""
-    assert ctypes.sizeof(library._Matrix) == 40
+    assert ctypes.sizeof(arguments.Matrix) == 40
     matrix = make_matrix(FORMATS["Q4_K"], 3, 512)
-    described = library._described(matrix)
+    described = arguments._described(matrix)
     assert (described.data, described.rows, described.columns) == (matrix.data.data_ptr(), 3, 512)
     assert (described.row_bytes, described.format) == (288, 6)
 

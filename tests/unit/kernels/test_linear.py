@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FORMATS, Format
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights
+from rbee_worker.kernels.library import Kernels
 from tests.unit.kernels.matrices import (
     BLOCK_FORMATS,
     FLOAT_FORMATS,

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rbee_worker.kernels.arguments import StoredWeights
 from rbee_worker.kernels.formats import FORMATS
-from rbee_worker.kernels.library import ABI_VERSION, Kernels, StoredWeights, Variant, _path
+from rbee_worker.kernels.library import ABI_VERSION, Kernels, Variant, _path
 from tests.unit.kernels.matrices import make_matrix, normal
 
 HANG = 60

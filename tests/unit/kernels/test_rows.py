@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import Format
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights
+from rbee_worker.kernels.library import Kernels
 from tests.unit.kernels.matrices import columns_of, make_matrix, set_scales
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FLOAT_FORMATS
-from rbee_worker.kernels.library import Kernels, StoredMatrix, StoredWeights, cpu_kernels
+from rbee_worker.kernels.library import Kernels, cpu_kernels
 
 
 class StoredLinear:
