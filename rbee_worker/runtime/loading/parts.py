@@ -31,7 +31,7 @@ from rbee_worker.runtime.model.decoder import (
     Part,
     SelfAttention,
 )
-from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, make_linear
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of, make_linear
 from rbee_worker.runtime.model.linear.stored import StoredLinear, StoredTable, plain_matrix
 from rbee_worker.runtime.model.moe import Experts
 
@@ -66,6 +66,7 @@ class PartBuilder:
 
     def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, read: Read) -> None:
         self._config, self._form, self._device, self._read = config, form, device, read
+        self._kernels = kernels_of(form)
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
         # int8 weights have scales, which hold what float32 holds.
         self._held = form.weight_dtype if form.quantize == "none" else torch.float32
@@ -86,7 +87,7 @@ class PartBuilder:
         }
         if group.kind == "output":
             head = tensors.get("head")
-            return Output(self._config, vectors, None if head is None else self._head(head))
+            return Output(self._config, vectors, None if head is None else self._head(head), self._kernels)
         return self._layer(group, vectors, last=last)
 
     def _layer(self, group: WeightGroup, vectors: dict[str, Tensor], *, last: bool) -> DecoderLayer:
@@ -110,12 +111,13 @@ class PartBuilder:
                 matrices = [self._stacked(group.tensors, number) for number in numbers]
             else:
                 matrices = [linears(MLP_LINEARS, f"experts.{number}.") for number in numbers]
-            mlp = Experts(config.activation, experts, vectors["router.weight"], vectors.get("router.bias"), matrices)
+            router = vectors["router.weight"], vectors.get("router.bias")
+            mlp = Experts(config.activation, experts, *router, matrices, kernels=self._kernels)
         else:
-            mlp = MLP(config, linears(MLP_LINEARS))
+            mlp = MLP(config, linears(MLP_LINEARS), self._kernels)
         attention = SelfAttention(config, group.index, vectors, linears(ATTENTION_LINEARS))
         layer = ParallelLayer if config.norm_placement == "shared" else DecoderLayer
-        return layer(config, vectors, attention, mlp)
+        return layer(config, vectors, attention, mlp, self._kernels)
 
     def _vector(self, role: str, info: TensorInfo) -> Tensor:
         # Weights that are added to one, and those that choose experts, are not rounded further than they are stored.
@@ -150,8 +152,8 @@ class PartBuilder:
         matrices = [tensors[f"{prefix}{role}.weight"] for role in roles]
         biases = [tensors[f"{prefix}{role}.bias"] for role in roles if f"{prefix}{role}.bias" in tensors]
         bias = self._plain(biases, self._form.activation_dtype) if biases else None
-        if self._form.native:
-            return StoredLinear([self._stored(info) for info in matrices], bias)
+        if self._kernels is not None:
+            return StoredLinear(self._kernels, [self._stored(info) for info in matrices], bias)
         if not self._form.packed:
             return make_linear(self._plain(matrices, self._form.weight_dtype), bias, self._form)
         staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
@@ -176,9 +178,9 @@ class PartBuilder:
         return made
 
     def _embedding(self, info: TensorInfo) -> Embedding:
-        if self._form.native:
-            stored = StoredTable(self._stored(info))
-            tied = StoredLinear([stored.matrix], None) if self._config.tie_word_embeddings else None
+        if self._kernels is not None:
+            stored = StoredTable(self._kernels, self._stored(info))
+            tied = StoredLinear(self._kernels, [stored.matrix], None) if self._config.tie_word_embeddings else None
             return Embedding(stored, tied, self._config.embedding_multiplier, shared=True)
         table = self._plain([info], self._form.weight_dtype)
         multiplier = self._config.embedding_multiplier
@@ -193,8 +195,8 @@ class PartBuilder:
         return Embedding(table, self._packed(info.shape, fill), multiplier)
 
     def _head(self, info: TensorInfo) -> Linear:
-        if self._form.native:
-            return StoredLinear([self._stored(info)], None)
+        if self._kernels is not None:
+            return StoredLinear(self._kernels, [self._stored(info)], None)
         if not self._form.packed:
             return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
 

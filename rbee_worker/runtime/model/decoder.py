@@ -7,7 +7,6 @@ The tokens of all sequences of a step lie side by side in one tensor [tokens, hi
 all at once. In attention each token sees its own sequence's part of the cache.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
-from rbee_worker.runtime.model.attention import Attention, Scores, Segment, attention_for
-from rbee_worker.runtime.model.layers import gated, norm_or_nothing, query_key_norm
-from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat
+from rbee_worker.runtime.model.attention import Segment
+from rbee_worker.runtime.model.layers import Norm, gated, norm_or_none
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of
 from rbee_worker.runtime.model.linear.stored import StoredTable
 from rbee_worker.runtime.model.moe import Experts
-from rbee_worker.runtime.model.rope import Tables, rotaries, rotation
+from rbee_worker.runtime.model.rope import rotaries
+from rbee_worker.runtime.model.step import Heads, KernelStep, Step, TorchStep
 
 MLP_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"gate_up": ("gate", "up"), "down": ("down",)})
 ATTENTION_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"qkv": ("q", "k", "v"), "o": ("o",)})
@@ -52,49 +53,61 @@ class Batch:
         return cls(torch.tensor(tokens, device=device), torch.tensor(rows, device=device), segments)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """A layer's part of the cache in one step.
+class Residual:
+    """The residual stream [tokens, hidden_size], to which the layers add.
 
-    Attributes:
-        cache: the pool; ``index``: the layer's.
-        slots: where in the pool the step's tokens go, int64 [tokens].
-        attention: of the step.
+    What is added waits for the norm that follows, so that one operator can do both.
     """
 
-    cache: KVCache
-    index: int
-    slots: Tensor
-    attention: Attention
+    __slots__ = ("_addend", "_hidden", "_multiplier")
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-        """Store the new tokens' keys and values, and attend: each [tokens, heads or kv_heads, head_dim]."""
-        return self.attention(queries, *self.cache.write(self.index, self.slots, keys, values), scores)
+    def __init__(self, hidden: Tensor, multiplier: float) -> None:
+        """``hidden``: the embedded tokens, which may be changed; ``multiplier``: of all that is added."""
+        self._hidden, self._multiplier = hidden, multiplier
+        self._addend: Tensor | None = None
+
+    def add(self, addend: Tensor) -> None:
+        """Add the output of attention or of an MLP."""
+        self._settle()
+        self._addend = addend
+
+    def normed(self, norm: Norm | None) -> Tensor:
+        """What has been added up so far, and normed if there is a norm."""
+        if norm is None:
+            return self._settle()
+        if self._addend is None:
+            return norm(self._hidden)
+        self._hidden, normed = norm.of_sum(self._hidden, self._addend, self._multiplier)
+        self._addend = None
+        return normed
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the tokens."""
+        if len(rows) < self._hidden.shape[0]:
+            self._hidden = self._hidden[rows]
+            self._addend = None if self._addend is None else self._addend[rows]
+
+    def _settle(self) -> Tensor:
+        if self._addend is not None:
+            self._hidden = torch.add(self._hidden, self._addend, alpha=self._multiplier)
+            self._addend = None
+        return self._hidden
 
 
 class SelfAttention:
     """Queries, keys and values by one matrix; norm, rotation, attention; then the output matrix."""
 
-    __slots__ = ("_head_dim", "_heads", "_kv_heads", "_norm", "_rotate", "_scores", "nbytes", "o", "qkv")
+    __slots__ = ("_heads", "nbytes", "o", "qkv")
 
     def __init__(
         self, config: ModelConfig, index: int, vectors: Mapping[str, Tensor], linears: Mapping[str, Linear]
     ) -> None:
-        layer = config.layers[index]
         self.qkv, self.o = linears["qkv"], linears["o"]
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = config.head_dim
-        self._norm = query_key_norm(config, vectors)
-        self._rotate = rotation(config, layer)
-        sinks = vectors["sinks"].float() if config.attention_sinks else None
-        self._scores = Scores(layer.window, config.attention_scale, config.attention_softcap, sinks)
+        self._heads = Heads.of(config, index, vectors)
         self.nbytes = self.qkv.nbytes + self.o.nbytes
 
-    def __call__(self, x: Tensor, cache: LayerCache, tables: tuple[Tables, ...]) -> Tensor:
-        heads, both = self._heads, self._heads + self._kv_heads
-        qkv = self.qkv(x).view(-1, both + self._kv_heads, self._head_dim)
-        rotated = self._rotate(self._norm(qkv[:, :both]), tables)
-        return self.o(cache.attend(rotated[:, :heads], rotated[:, heads:], qkv[:, both:], self._scores))
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        return self.o(step.attend(self.qkv(x), self._heads))
 
 
 class MLP:
@@ -102,9 +115,9 @@ class MLP:
 
     __slots__ = ("_gated", "down", "gate_up", "nbytes")
 
-    def __init__(self, config: ModelConfig, linears: Mapping[str, Linear]) -> None:
+    def __init__(self, config: ModelConfig, linears: Mapping[str, Linear], kernels: Kernels | None = None) -> None:
         self.gate_up, self.down = linears["gate_up"], linears["down"]
-        self._gated = gated(config.activation)
+        self._gated = gated(config.activation, kernels)
         self.nbytes = self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -115,7 +128,6 @@ class DecoderLayer:
     """Attention, then an MLP. Each adds to its input. There are norms before them, after them, or both."""
 
     __slots__ = (
-        "_add",
         "attention",
         "attention_norm",
         "attention_post_norm",
@@ -126,23 +138,26 @@ class DecoderLayer:
     )
 
     def __init__(
-        self, config: ModelConfig, vectors: Mapping[str, Tensor], attention: SelfAttention, mlp: MLP | Experts
+        self,
+        config: ModelConfig,
+        vectors: Mapping[str, Tensor],
+        attention: SelfAttention,
+        mlp: MLP | Experts,
+        kernels: Kernels | None = None,
     ) -> None:
-        """``vectors``: norm weights and biases by role."""
+        """``vectors``: norm weights and biases by role; ``kernels``: norm by them."""
         self.attention, self.mlp = attention, mlp
-        self.attention_norm = norm_or_nothing(config, vectors, "attention_norm")
-        self.attention_post_norm = norm_or_nothing(config, vectors, "attention_post_norm")
-        self.mlp_norm = norm_or_nothing(config, vectors, "mlp_norm")
-        self.mlp_post_norm = norm_or_nothing(config, vectors, "mlp_post_norm")
-        self._add = torch.add
-        if config.residual_multiplier != 1.0:
-            self._add = functools.partial(torch.add, alpha=config.residual_multiplier)
+        self.attention_norm = norm_or_none(config, vectors, "attention_norm", kernels)
+        self.attention_post_norm = norm_or_none(config, vectors, "attention_post_norm", kernels)
+        self.mlp_norm = norm_or_none(config, vectors, "mlp_norm", kernels)
+        self.mlp_post_norm = norm_or_none(config, vectors, "mlp_post_norm", kernels)
         self.nbytes = attention.nbytes + mlp.nbytes + sum(vector.nbytes for vector in vectors.values())
 
-    def __call__(self, hidden: Tensor, cache: LayerCache, tables: tuple[Tables, ...]) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), cache, tables)
-        hidden = self._add(hidden, self.attention_post_norm(attended))
-        return self._add(hidden, self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))))
+    def __call__(self, residual: Residual, step: Step) -> None:
+        attended = self.attention(residual.normed(self.attention_norm), step)
+        residual.add(attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        mapped = self.mlp(residual.normed(self.mlp_norm))
+        residual.add(mapped if self.mlp_post_norm is None else self.mlp_post_norm(mapped))
 
 
 class ParallelLayer(DecoderLayer):
@@ -150,9 +165,10 @@ class ParallelLayer(DecoderLayer):
 
     __slots__ = ()
 
-    def __call__(self, hidden: Tensor, cache: LayerCache, tables: tuple[Tables, ...]) -> Tensor:
-        normed = self.attention_norm(hidden)
-        return hidden + self.attention(normed, cache, tables) + self.mlp(normed)
+    def __call__(self, residual: Residual, step: Step) -> None:
+        normed = residual.normed(self.attention_norm)
+        residual.add(self.attention(normed, step))
+        residual.add(self.mlp(normed))
 
 
 class Embedding:
@@ -181,8 +197,14 @@ class Output:
 
     __slots__ = ("head", "nbytes", "norm")
 
-    def __init__(self, config: ModelConfig, vectors: Mapping[str, Tensor], head: Linear | None) -> None:
-        self.norm = norm_or_nothing(config, vectors, "norm")
+    def __init__(
+        self,
+        config: ModelConfig,
+        vectors: Mapping[str, Tensor],
+        head: Linear | None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.norm = norm_or_none(config, vectors, "norm", kernels)
         self.head = head
         self.nbytes = sum(vector.nbytes for vector in vectors.values()) + (head.nbytes if head is not None else 0)
 
@@ -197,6 +219,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, context_length: int) -> None:
         self.config = config
         self.form = form
+        self.kernels = kernels_of(form)
         self.device = device
         self.context_length = context_length
         self.rotaries = rotaries(config, context_length, device)
@@ -246,15 +269,18 @@ class Transformer:
         Returns:
             float32 logits of the wanted tokens of all segments, side by side: [outputs of all segments, vocab_size].
         """
-        rows = [
-            row
-            for segment in batch.segments
-            for row in range(segment.start + segment.count - segment.outputs, segment.start + segment.count)
-        ]
-        hidden = self._hidden(batch)
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden[rows]
-        return self._finished(self._head(self._output.norm(hidden)).float())
+        step = self._step(batch)
+        residual = Residual(self._embedding(batch.tokens, self.form.activation_dtype), self.config.residual_multiplier)
+        for layer in self.layers:
+            layer(residual, step)
+        residual.keep(
+            [
+                row
+                for segment in batch.segments
+                for row in range(segment.start + segment.count - segment.outputs, segment.start + segment.count)
+            ]
+        )
+        return self._finished(self._head(residual.normed(self._output.norm)).float())
 
     def _finished(self, logits: Tensor) -> Tensor:
         """Logits, float32 [tokens, vocab_size], after the multiplier and the soft cap that some families have."""
@@ -266,13 +292,12 @@ class Transformer:
             logits = torch.tanh(logits / config.final_softcap) * config.final_softcap + logits * 0
         return logits
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Batch) -> Step:
+        places = [slot for segment in batch.segments for slot in segment.cache.slots(segment.count)]
+        slots = torch.tensor(places, device=self.device)
+        if self.kernels is not None:
+            whole = [rotary.whole(batch.rows) for rotary in self.rotaries]
+            return KernelStep(self.kernels, self.cache, slots, batch.segments, whole)
         dtype = self.form.activation_dtype
-        slots = [slot for segment in batch.segments for slot in segment.cache.slots(segment.count)]
-        slots_tensor = torch.tensor(slots, device=self.device)
-        attention = attention_for(batch.segments, dtype, self.device)
-        tables = tuple(rotary.at(batch.rows, dtype) for rotary in self.rotaries)
-        hidden = self._embedding(batch.tokens, dtype)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, LayerCache(self.cache, index, slots_tensor, attention), tables)
-        return hidden
+        tables = [rotary.at(batch.rows, dtype) for rotary in self.rotaries]
+        return TorchStep(self.cache, slots, batch.segments, tables, dtype)

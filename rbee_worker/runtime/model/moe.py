@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.architecture.config import Activation, ExpertsConfig
 from rbee_worker.runtime.model.layers import gated
 from rbee_worker.runtime.model.linear.linear import Linear
@@ -27,12 +28,14 @@ class Experts:
         router: Tensor,
         router_bias: Tensor | None,
         experts: Sequence[Mapping[str, Linear]],
+        *,
+        kernels: Kernels | None = None,
     ) -> None:
         """``experts``: the matrices ``gate_up`` and ``down`` of each."""
         self.experts = [(matrices["gate_up"], matrices["down"]) for matrices in experts]
         self._router, self._router_bias = router, router_bias
         self._active, self._renormalise = config.active, config.renormalise
-        self._gated: Callable[[Tensor], Tensor] = gated(activation)
+        self._gated: Callable[[Tensor], Tensor] = gated(activation, kernels)
         if config.clamp is not None:
             self._gated = functools.partial(_clamped, limit=config.clamp, alpha=config.alpha)
         self.nbytes = sum(gate_up.nbytes + down.nbytes for gate_up, down in self.experts)

@@ -1,12 +1,12 @@
 """Rotary position embedding (arXiv:2104.09864): frequencies for every scaling, tables, and the rotation itself."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rbee_worker.runtime.architecture.config import LayerTraits, ModelConfig, RopeScaling
+from rbee_worker.kernels.arguments import RotaryTables
+from rbee_worker.runtime.architecture.config import ModelConfig, RopeScaling
 
 Tables = tuple[Tensor, Tensor]
 """Cosines and signed sines of a step's positions, each [tokens, 1, rotary_dim]."""
@@ -22,7 +22,7 @@ class Rotary:
     ``x * cos + swap(x) * [-sin, sin]``; in the interleaved one (Cohere) neighbours are swapped instead of halves.
     """
 
-    __slots__ = ("_cos", "_sin")
+    __slots__ = ("_cos", "_interleaved", "_sin")
 
     def __init__(
         self, rope: RopeScaling, rotary_dim: int, positions: int, device: torch.device, *, interleaved: bool = False
@@ -32,6 +32,7 @@ class Rotary:
             short = inverse_frequencies(rope, rotary_dim)
             angles = torch.cat((torch.outer(torch.arange(rope.original_max_positions).float(), short), angles))
         cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+        self._interleaved = interleaved
         if interleaved:
             self._cos = cos.repeat_interleave(2, dim=-1).to(device)
             self._sin = torch.stack((-sin, sin), dim=-1).flatten(-2).to(device)
@@ -44,6 +45,10 @@ class Rotary:
         cos, sin = self._cos[rows].unsqueeze(1), self._sin[rows].unsqueeze(1)
         return cos.to(dtype), sin.to(dtype)
 
+    def whole(self, rows: Tensor) -> RotaryTables:
+        """All of the tables, and int64 rows [tokens] of them, for the worker's own kernels."""
+        return RotaryTables(self._cos, self._sin, rows, interleaved=self._interleaved)
+
 
 def rotaries(config: ModelConfig, positions: int, device: torch.device) -> tuple[Rotary, ...]:
     """The model's rotary embedding and, where it has one, that of its layers with windows."""
@@ -52,16 +57,13 @@ def rotaries(config: ModelConfig, positions: int, device: torch.device) -> tuple
     return tuple(Rotary(rope, size, positions, device, interleaved=interleaved) for rope in kinds)
 
 
-def rotation(config: ModelConfig, layer: LayerTraits) -> Callable[[Tensor, tuple[Tables, ...]], Tensor]:
-    """How a layer rotates its queries and keys [tokens, heads, head_dim], by one of a step's tables."""
-    if layer.rope == "none":
-        return lambda x, _tables: x
-    index = int(layer.rope == "local")
-    rotate = rotate_neighbours if config.rope_interleaved else rotate_halves
-    size = config.rotary_dim
-    if size == config.head_dim:
-        return lambda x, tables: rotate(x, tables[index])
-    return lambda x, tables: torch.cat((rotate(x[..., :size], tables[index]), x[..., size:]), dim=-1)
+def rotate(x: Tensor, tables: Tables, *, interleaved: bool) -> Tensor:
+    """Rotate the first rotary_dim dimensions of queries and keys [tokens, heads, head_dim]."""
+    rotated = rotate_neighbours if interleaved else rotate_halves
+    size = tables[0].shape[-1]
+    if size == x.shape[-1]:
+        return rotated(x, tables)
+    return torch.cat((rotated(x[..., :size], tables), x[..., size:]), dim=-1)
 
 
 def rotate_halves(x: Tensor, tables: Tables) -> Tensor:

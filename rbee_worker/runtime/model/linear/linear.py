@@ -25,6 +25,7 @@ from torch.nn import functional
 from rbee_worker.config import DTypeName, Quantization
 from rbee_worker.errors import ModelUnsupported, Remedy
 from rbee_worker.kernels.formats import FORMATS, Format
+from rbee_worker.kernels.library import Kernels, cpu_kernels
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import LEVELS, Int8Linear, int8_bytes
 from rbee_worker.runtime.model.linear.stored import StoredLinear, plain_matrix
@@ -215,6 +216,11 @@ def choose_format(
     return LinearFormat("dense", weights, weights)
 
 
+def kernels_of(form: LinearFormat) -> Kernels | None:
+    """The worker's own kernels, if a model in this form runs on them."""
+    return cpu_kernels() if form.native else None
+
+
 def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Linear:
     """A linear layer in the given form from weights [out_features, in_features] on their device."""
     if form.kernel == "packed-fp16":
@@ -222,8 +228,9 @@ def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Line
     if form.quantize == "int8":
         return Int8Linear(weight, bias, form.kernel, form.levels)
     weight = weight.to(form.weight_dtype)
-    if form.native:
-        return StoredLinear([plain_matrix(weight)], bias)
+    kernels = kernels_of(form)
+    if kernels is not None:
+        return StoredLinear(kernels, [plain_matrix(weight)], bias)
     bias = bias.to(form.weight_dtype) if bias is not None else None
     return _SIMPLE_FORMS[form.kernel](weight, bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FLOAT_FORMATS
-from rbee_worker.kernels.library import Kernels, cpu_kernels
+from rbee_worker.kernels.library import Kernels
 
 
 class StoredLinear:
@@ -22,9 +22,9 @@ class StoredLinear:
 
     __slots__ = ("_bias", "_kernels", "_weights", "nbytes")
 
-    def __init__(self, matrices: Sequence[StoredMatrix], bias: Tensor | None) -> None:
+    def __init__(self, kernels: Kernels, matrices: Sequence[StoredMatrix], bias: Tensor | None) -> None:
         """``bias``: [outputs], of any floating dtype."""
-        self._kernels = _kernels()
+        self._kernels = kernels
         self._weights = StoredWeights(matrices)
         self._bias = bias.float() if bias is not None else None
         self.nbytes = self._weights.nbytes + (self._bias.nbytes if self._bias is not None else 0)
@@ -42,9 +42,9 @@ class StoredTable:
 
     __slots__ = ("_kernels", "_weights", "matrix", "nbytes")
 
-    def __init__(self, matrix: StoredMatrix) -> None:
+    def __init__(self, kernels: Kernels, matrix: StoredMatrix) -> None:
         self.matrix = matrix
-        self._kernels = _kernels()
+        self._kernels = kernels
         self._weights = StoredWeights([matrix])
         self.nbytes = self._weights.nbytes
 
@@ -56,10 +56,3 @@ class StoredTable:
 def plain_matrix(weight: Tensor) -> StoredMatrix:
     """Weights [outputs, inputs] of a floating dtype, as they are."""
     return StoredMatrix(weight.contiguous(), FLOAT_FORMATS[weight.dtype], weight.shape[0], weight.shape[1])
-
-
-def _kernels() -> Kernels:
-    kernels = cpu_kernels()
-    if kernels is None:
-        raise RuntimeError("weights are to run as they are stored where there are no kernels")
-    return kernels
