@@ -324,6 +324,7 @@ class EngineConfig:
         prefill_chunk: how many prompt tokens may be prefilled in one step. While sequences decode, an eighth of it.
         kv_cache_memory: bytes of device memory for the KV cache of all sequences; None: what ``max_batch_size`` whole
             contexts need, within a share of the free memory.
+        kv_cache_dtype: of keys and values; ``auto``: that of the activations, or 16 bits with the CPU kernels.
         prefix_cache: whether to keep keys and values, and reuse them for prompts with the same beginning.
         speculate: how many drafts of a sequence prompt lookup may make for one step; 0: none.
         stall_seconds: ``stalled`` is emitted when no byte has arrived for so long.
@@ -336,6 +337,7 @@ class EngineConfig:
     max_batch_size: int = 8
     prefill_chunk: int = 512
     kv_cache_memory: int | None = None
+    kv_cache_dtype: DTypeName = "auto"
     prefix_cache: bool = True
     speculate: int = 0
     stall_seconds: float = 10.0

@@ -337,6 +337,8 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
     if report.kv_cache_tokens:
         rows["context"] = f"{report.context_length:,} tokens"
         rows["KV cache"] = f"{report.kv_cache_tokens:,} tokens, {report.kv_cache_mb:,} MiB"
+        if report.kv_cache_dtype:
+            rows["KV cache"] += f", {report.kv_cache_dtype}"
     rows["peak host memory"] = f"{report.peak_host_mb:,} MiB"
     return rows
 

@@ -55,6 +55,7 @@ class LoadReport:
         context_length: tokens of prompt and output together at most.
         kv_cache_tokens: tokens of all sequences together whose keys and values find room.
         kv_cache_mb: MiB of memory that takes; on a CPU taken as it is filled.
+        kv_cache_dtype: of these keys and values.
         peak_host_mb: the process's peak resident memory in MiB, as the operating system counts it.
     """
 
@@ -76,6 +77,7 @@ class LoadReport:
     context_length: int = 0
     kv_cache_tokens: int = 0
     kv_cache_mb: int = 0
+    kv_cache_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

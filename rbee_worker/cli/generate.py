@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from rbee_worker.display import EventSink
 
 
-_LOCAL_OPTIONS = ("model", "device", "dtype", "quantize", "max_context", "kv_cache_memory", "speculate")
+_LOCAL_OPTIONS = (
+    "model",
+    "device",
+    "dtype",
+    "quantize",
+    "max_context",
+    "kv_cache_memory",
+    "kv_cache_dtype",
+    "speculate",
+)
 
 
 Prompt = Annotated[
@@ -55,6 +64,7 @@ def generate(
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
     speculate: opt.Speculate = opt.ENGINE.speculate,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
@@ -80,6 +90,7 @@ def generate(
             max_context=max_context,
             max_batch_size=1,
             kv_cache_memory=kv_cache_memory,
+            kv_cache_dtype=kv_cache_dtype,
             speculate=speculate,
         )
         _generate_here(request, model, config, json=json, quiet=quiet)

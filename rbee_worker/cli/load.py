@@ -28,6 +28,7 @@ def load(
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
     json: opt.Json = False,
@@ -47,11 +48,16 @@ def load(
     sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=opt.stderr())
     if addr is None:
         config = EngineConfig(
-            device=device, dtype=dtype, quantize=quantize, max_context=max_context, kv_cache_memory=kv_cache_memory
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            max_context=max_context,
+            kv_cache_memory=kv_cache_memory,
+            kv_cache_dtype=kv_cache_dtype,
         )
         load_here(model, config, sink)
         return
-    opt.refuse_with_addr(ctx, "max_context", "kv_cache_memory")
+    opt.refuse_with_addr(ctx, "max_context", "kv_cache_memory", "kv_cache_dtype")
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:

@@ -130,6 +130,15 @@ KVCacheMemory = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+KVCacheDType = Annotated[
+    DTypeName,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar=DTYPE_METAVAR,
+        help="Type of keys and values; auto: 16 bits with the CPU kernels, else that of the activations.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 Speculate = Annotated[
     int,
     typer.Option(

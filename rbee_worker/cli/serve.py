@@ -205,6 +205,7 @@ def serve(
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
     speculate: opt.Speculate = opt.ENGINE.speculate,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -259,6 +260,7 @@ def serve(
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,
         kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         prefix_cache=not no_prefix_cache,
         speculate=speculate,
     )

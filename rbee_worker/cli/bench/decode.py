@@ -70,6 +70,7 @@ def decode(
     quantize: opt.Quantize = opt.ENGINE.quantize,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
     kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
+    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
     runs: Runs = 3,
     tokens: Tokens = 64,
     compare: results.Compare = None,
@@ -100,6 +101,7 @@ def decode(
         quantize=quantize,
         max_context=max_context,
         kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         max_batch_size=max(BATCHES),
         prefix_cache=False,
     )

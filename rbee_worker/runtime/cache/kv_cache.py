@@ -16,13 +16,14 @@ from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS, ROOT, BlockPool
 
 
 class KVCache:
-    """The pool: [layers, 2, kv_heads, positions, head_dim] in the activation dtype.
+    """The pool: [layers, 2, kv_heads, positions, head_dim].
 
     On a CPU the memory is the process's only once it is written.
 
     Attributes:
         pool: which blocks are whose.
         positions: how many positions it holds.
+        dtype: of keys and values.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class KVCache:
         self.pool = BlockPool(blocks, prefix_cache=prefix_cache)
         self.positions = blocks * BLOCK_TOKENS
         shape = (config.num_hidden_layers, 2, config.num_key_value_heads, self.positions, config.head_dim)
+        self.dtype = dtype
         self._data = torch.empty(shape, dtype=dtype, device=device)
 
     @property
@@ -46,12 +48,14 @@ class KVCache:
     def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values [tokens, kv_heads, head_dim] at int64 positions of the pool [tokens].
 
+        They are rounded to the pool's dtype.
+
         Returns:
             As :meth:`layer`.
         """
         all_keys, all_values = self.layer(index)
-        all_keys.index_copy_(1, slots, keys.transpose(0, 1))
-        all_values.index_copy_(1, slots, values.transpose(0, 1))
+        all_keys.index_copy_(1, slots, keys.transpose(0, 1).to(self.dtype))
+        all_values.index_copy_(1, slots, values.transpose(0, 1).to(self.dtype))
         return all_keys, all_values
 
 

@@ -56,7 +56,7 @@ class Needs:
 def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineConfig) -> Needs:
     """What a model takes in a form at a context length."""
     itemsize = form.activation_dtype.itemsize
-    cache = engine.kv_cache_memory or context * config.kv_bytes_per_token(itemsize)
+    cache = engine.kv_cache_memory or context * _bytes_per_token(config, form, engine)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     widths = 4 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
     running = min(engine.prefill_chunk, context) * widths * itemsize
@@ -75,7 +75,7 @@ def limit_context(config: ModelConfig, form: LinearFormat, *, context: int, engi
     """
     if engine.kv_cache_memory is None:
         return context
-    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    per_token = _bytes_per_token(config, form, engine)
     positions = engine.kv_cache_memory // per_token // BLOCK_TOKENS * BLOCK_TOKENS
     if positions < (engine.max_context or BLOCK_TOKENS):
         wanted = engine.max_context or context
@@ -98,11 +98,15 @@ def cache_positions(
     Where nothing was set it takes a share of the ``free`` bytes of its ``device`` at most, but one whole context at
     least.
     """
-    per_token = config.kv_bytes_per_token(form.activation_dtype.itemsize)
+    per_token = _bytes_per_token(config, form, engine)
     if engine.kv_cache_memory is not None:
         return engine.kv_cache_memory // per_token
     share = int(free * (_HOST_SHARE if device == "cpu" else _DEVICE_SHARE)) // per_token
     return min(engine.max_batch_size * context, max(context, share))
+
+
+def _bytes_per_token(config: ModelConfig, form: LinearFormat, engine: EngineConfig) -> int:
+    return config.kv_bytes_per_token(form.cache_dtype(engine.kv_cache_dtype).itemsize)
 
 
 def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:

@@ -55,7 +55,7 @@ from rbee_worker.runtime.machine.devices import (
 )
 from rbee_worker.runtime.machine.storage import Storage, storage_of
 from rbee_worker.runtime.model.decoder import Batch, Transformer
-from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
+from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, name_of
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -444,7 +444,7 @@ def _allocate_cache(plan: LoadPlan, transformer: Transformer, config: EngineConf
     positions = cache_positions(
         plan.config, plan.form, context=plan.context_length, engine=config, free=free, device=plan.device.type
     )
-    transformer.allocate_cache(positions, prefix_cache=config.prefix_cache)
+    transformer.allocate_cache(positions, config.kv_cache_dtype, prefix_cache=config.prefix_cache)
 
 
 def _warm_up(transformer: Transformer) -> None:
@@ -481,6 +481,7 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
         context_length=plan.context_length,
         kv_cache_tokens=transformer.cache.positions,
         kv_cache_mb=transformer.cache.nbytes // MIB,
+        kv_cache_dtype=name_of(transformer.cache.dtype),
         peak_host_mb=peak_host_bytes() // MIB,
     )
 

@@ -60,7 +60,7 @@ class Attention(Protocol):
 
         Args:
             queries: [tokens, heads, head_dim], of all sequences side by side.
-            keys: a layer's cache, [kv_heads, positions, head_dim], the new tokens' included.
+            keys: a layer's cache, [kv_heads, positions, head_dim], the new tokens' included, of any floating dtype.
             values: as keys.
             scores: what is special about the layer.
 
@@ -174,8 +174,8 @@ class GatherAttention:
                 continue
             attended = functional.scaled_dot_product_attention(
                 queries[rows].transpose(0, 1).unsqueeze(0),
-                keys[:, positions].unsqueeze(0),
-                values[:, positions].unsqueeze(0),
+                keys[:, positions].unsqueeze(0).to(queries.dtype),
+                values[:, positions].unsqueeze(0).to(queries.dtype),
                 attn_mask=mask,
                 scale=scores.scale,
                 enable_gqa=keys.shape[0] != queries.shape[1],
@@ -247,7 +247,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, scale:
     """[tokens, heads, head_dim] as the queries."""
     tokens, heads, head_dim = queries.shape
     kv_heads = keys.shape[0]
-    keys, values = keys[:, piece.begin : piece.end].unsqueeze(0), values[:, piece.begin : piece.end].unsqueeze(0)
+    keys, values = (part.unsqueeze(0) for part in _of_piece(queries, keys, values, piece))
     if tokens == 1:
         # The heads that share keys become the query rows of one small product, so keys are not repeated.
         folded = queries.view(1, kv_heads, heads // kv_heads, head_dim)
@@ -264,11 +264,17 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, scale:
     return out.squeeze(0).transpose(0, 1)
 
 
+def _of_piece(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
+    """The keys and values that a piece's queries look at, in their dtype."""
+    begin, end, dtype = piece.begin, piece.end, queries.dtype
+    return keys[:, begin:end].to(dtype), values[:, begin:end].to(dtype)
+
+
 def _attend_part(queries: Tensor, keys: Tensor, values: Tensor, piece: _Piece, scores: Scores) -> tuple[Tensor, Tensor]:
     """As :func:`_attend` in float32, with the logarithm of the sum of exponentials: [tokens, heads, 1]."""
     tokens, heads, head_dim = queries.shape
     kv_heads = keys.shape[0]
-    keys, values = keys[:, piece.begin : piece.end], values[:, piece.begin : piece.end]
+    keys, values = _of_piece(queries, keys, values, piece)
     if scores.softcap is not None:
         return _attend_exactly(queries, keys, values, piece.mask, scores)
     keys, values = keys.unsqueeze(0), values.unsqueeze(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rbee_worker.config import DTypeName
 from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
@@ -243,10 +244,10 @@ class Transformer:
         if part.head is not None:
             self._head = part.head
 
-    def allocate_cache(self, positions: int, *, prefix_cache: bool = True) -> None:
+    def allocate_cache(self, positions: int, dtype: DTypeName = "auto", *, prefix_cache: bool = True) -> None:
         """Take the memory of the KV cache, for ``positions`` tokens of all sequences together."""
-        dtype = self.form.activation_dtype
-        self.cache = KVCache(self.config, positions, dtype, self.device, prefix_cache=prefix_cache)
+        held = self.form.cache_dtype(dtype)
+        self.cache = KVCache(self.config, positions, held, self.device, prefix_cache=prefix_cache)
 
     def new_cache(self, tokens: int = 0) -> SequenceCache:
         """An empty table for one sequence that has so many tokens."""

@@ -57,7 +57,7 @@ class LinearFormat:
     Attributes:
         kernel: ``avx2``, ``avx512``, ``packed-fp16``, ``packed-bf16``, ``widened``, ``dense``, or one of ``int8.py``.
         weight_dtype: of the stored weights; with int8 kernels, of the embedding alone.
-        activation_dtype: of hidden states, keys and values.
+        activation_dtype: of hidden states.
         levels: with int8 kernels, the largest magnitude of a quantized activation.
         as_stored: matrices of a type that the kernels know stay in it; ``weight_dtype`` is that of the others.
         resident_bytes: of a model that runs as stored: bytes of all its weights.
@@ -73,7 +73,7 @@ class LinearFormat:
     @property
     def dtype_name(self) -> str:
         """``float16``, ``bfloat16`` or ``float32``."""
-        return str(self.weight_dtype).removeprefix("torch.")
+        return name_of(self.weight_dtype)
 
     @property
     def quantize(self) -> Quantization:
@@ -90,6 +90,12 @@ class LinearFormat:
         """Whether the worker's own kernels multiply."""
         return self.kernel in ("avx2", "avx512")
 
+    def cache_dtype(self, asked: DTypeName) -> torch.dtype:
+        """That of keys and values: what was asked for, or what suits the form."""
+        if asked != "auto":
+            return _TORCH_DTYPES[asked]
+        return self.weight_dtype if self.native else self.activation_dtype
+
     def blocks_of(self, stored: str) -> Format | None:
         """The format that a matrix of a stored type stays in; None: it becomes ``weight_dtype``."""
         found = FORMATS.get(stored) if self.as_stored else None
@@ -100,6 +106,11 @@ class LinearFormat:
         if self.quantize == "int8":
             return int8_bytes(out_features, in_features, self.kernel)
         return out_features * in_features * self.weight_dtype.itemsize
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float16`` and the like."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Linear(Protocol):

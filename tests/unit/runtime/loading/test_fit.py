@@ -11,7 +11,16 @@ from rbee_worker.errors import OutOfMemory, Remedy
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.table import parse_config
 from rbee_worker.runtime.engine.engine import Engine
-from rbee_worker.runtime.loading.fit import Needs, Way, check_fit, check_host, limit_context, needs, weights_bytes
+from rbee_worker.runtime.loading.fit import (
+    Needs,
+    Way,
+    cache_positions,
+    check_fit,
+    check_host,
+    limit_context,
+    needs,
+    weights_bytes,
+)
 from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
@@ -83,6 +92,18 @@ def test_the_message_has_the_figures() -> None:
     assert "100 MiB of 101 MiB are free" in error.message
     assert "at a context of 8,192 tokens" in error.message
     assert "No option makes it fit" in (error.hint or "")
+
+
+def test_the_cache_takes_the_width_that_was_asked_for() -> None:
+    config, form = parse(), choose_format(CPU, "float32")
+    narrow = replace(ENGINE, kv_cache_dtype="float16")
+    assert needs(config, form, 4096, ENGINE).cache == 2 * needs(config, form, 4096, narrow).cache
+    memory = replace(narrow, kv_cache_memory=8 * MIB)
+    sizes = [
+        cache_positions(config, form, context=4096, engine=engine, free=0, device="cpu")
+        for engine in (replace(memory, kv_cache_dtype="auto"), memory)
+    ]
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_a_shorter_context_is_proposed_and_is_the_longest_that_fits() -> None:

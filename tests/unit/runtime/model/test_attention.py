@@ -43,11 +43,11 @@ def positions_of(segment: Segment) -> Tensor:
     return torch.cat([torch.arange(*run) for run in segment.cache.runs(segment.count)])
 
 
-def check(segments: list[Segment], kv_heads: int, *ways: Scores) -> None:
+def check(segments: list[Segment], kv_heads: int, *ways: Scores, cached: torch.dtype = torch.float32) -> None:
     generator = torch.Generator().manual_seed(len(segments))
     tokens = sum(segment.count for segment in segments)
     queries = torch.randn(tokens, HEADS, DIM, generator=generator)
-    keys, values = torch.randn(2, kv_heads, BLOCKS * BLOCK_TOKENS, DIM, generator=generator)
+    keys, values = torch.randn(2, kv_heads, BLOCKS * BLOCK_TOKENS, DIM, generator=generator).to(cached)
     attentions = (RunAttention(segments, torch.float32), GatherAttention(segments, CPU))
     for way in ways or (PLAIN,):
         expected = torch.cat(
@@ -157,6 +157,13 @@ def test_sequences_that_share_a_prefix_read_it_together() -> None:
     ]
     assert [(len(piece.rows), piece.end - piece.begin) for piece in shared] == [(3, len(prompt))]
     check(segments, 2)
+
+
+@pytest.mark.parametrize("cached", [torch.float16, torch.bfloat16])
+def test_a_cache_may_be_narrower_than_the_activations(cached: torch.dtype) -> None:
+    pool = scattered_pool(2)
+    segments = [Segment(cache_of(pool, 37, 1), 0, 1), Segment(cache_of(pool, 40, 130), 1, 130)]
+    check(segments, 2, PLAIN, *WAYS["all at once"], cached=cached)
 
 
 @pytest.mark.cpu_forms
