@@ -85,17 +85,23 @@ class ReadState:
             Stopped: the reading was closed.
             ModelMalformed: the system reports an error.
         """
-        if self.stop.is_set():
-            raise Stopped
-        self.reading = path.name
         thread = threading.get_ident()
-        self._in_system.add(thread)
+        with self._lock:
+            if self.stop.is_set():
+                raise Stopped
+            self._in_system.add(thread)
+        self.reading = path.name
         try:
             yield
         except OSError as error:
             raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
         finally:
             self._in_system.discard(thread)
+
+    def end(self) -> None:
+        """Let no thread begin another such call."""
+        with self._lock:
+            self.stop.set()
 
     def in_system(self, thread: threading.Thread) -> bool:
         """Whether a thread is in such a call."""
@@ -379,13 +385,14 @@ class WeightReader:
     def close(self) -> None:
         """Stop the threads at their next chunk and drop what they hold; one that hangs in a read is left behind."""
         with self._changed:
-            self.state.stop.set()
+            self.state.end()
             self._done.clear()
             self._changed.notify_all()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
-            while thread.is_alive() and (time.monotonic() < deadline or not self.state.in_system(thread)):
-                thread.join(0.01)
+            thread.join(max(deadline - time.monotonic(), 0))
+            if not self.state.in_system(thread):
+                thread.join()  # it computes, and reads no more
 
     def _run(self) -> None:
         try:
@@ -397,7 +404,7 @@ class WeightReader:
             traceback.clear_frames(error.__traceback__)
             with self._changed:
                 self._failure = self._failure or error
-                self.state.stop.set()
+                self.state.end()
                 self._changed.notify_all()
         if self.state.stop.is_set():
             trim_host_memory()  # whoever closed the reader may not have waited for this thread

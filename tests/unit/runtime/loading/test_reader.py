@@ -20,8 +20,9 @@ from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.loading import load as load_module
+from rbee_worker.runtime.loading.parts import PartBuilder
 from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
-from rbee_worker.runtime.loading.reader import RawFile, ReadState, TensorReader, WeightReader, open_raw
+from rbee_worker.runtime.loading.reader import RawFile, ReadState, Stopped, TensorReader, WeightReader, open_raw
 from rbee_worker.runtime.machine.storage import Storage
 from rbee_worker.runtime.model.decoder import DecoderLayer, Embedding, Output, Part
 from rbee_worker.runtime.model.linear.linear import choose_format
@@ -261,6 +262,27 @@ def test_closing_ends_threads_that_do_not_hang(path: Path) -> None:
     reader = reader_of(path)
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weight-reader")]
+
+
+def test_closing_waits_for_a_thread_that_computes(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    monkeypatch.setattr(PartBuilder, "build", lambda *_, **__: gate.wait())
+    reader = reader_of(path)
+    assert gate.reached.wait(30)
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    closing.join(1)  # far longer than a thread that reads is waited for
+    assert closing.is_alive()
+    gate.open()
+    closing.join(30)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weight-reader")]
+
+
+def test_no_call_of_the_system_begins_once_the_reading_ends(path: Path) -> None:
+    state = ReadState(plan(path))
+    state.end()
+    with pytest.raises(Stopped), state.system_call(path):
+        pytest.fail("it began")
+    assert not state.in_system(threading.current_thread())
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate, cancel: Cancellation, **config: float):
