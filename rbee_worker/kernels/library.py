@@ -356,7 +356,6 @@ def attends(head_dim: int, dtype: torch.dtype) -> bool:
     return head_dim % 8 == 0 and dtype in FLOAT_FORMATS
 
 
-@functools.cache
 def cpu_kernels() -> Kernels | None:
     """The kernels of this process; None where it computes with torch alone. Why, says :func:`missing_reason`."""
     choice = _choose()

@@ -14,7 +14,7 @@ from rbee_worker.errors import DeviceUnavailable
 from rbee_worker.kernels import arguments, library
 from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FORMATS, Format
-from rbee_worker.kernels.library import Kernels, Variant, cpu_kernels, missing_reason
+from rbee_worker.kernels.library import Kernels, Variant, missing_reason
 from tests.unit.kernels.matrices import HERE, MISSING, columns_of, make_matrix, normal
 
 needs_a_variant = pytest.mark.skipif(not HERE, reason="; ".join(MISSING.values()))
@@ -23,8 +23,7 @@ needs_a_variant = pytest.mark.skipif(not HERE, reason="; ".join(MISSING.values()
 @pytest.fixture(autouse=True)
 def chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice, which a process makes once, is made in the test; what was chosen before comes back after it."""
-    for chosen in (library._choose, cpu_kernels):
-        monkeypatch.setattr(library, chosen.__name__, chosen.__wrapped__)
+    monkeypatch.setattr(library, "_choose", library._choose.__wrapped__)
     monkeypatch.setenv("RBEE_KERNELS", "auto")
 
 
