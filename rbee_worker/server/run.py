@@ -1,6 +1,7 @@
 """The ``serve`` command: bind, serve, load, drain."""
 
 import asyncio
+import contextvars
 import functools
 import logging
 import math
@@ -180,7 +181,10 @@ class Server(uvicorn.Server):
         self._signalled = True
         if self._loop is not None and self.started:
             grace = self._limits.shutdown_grace_seconds
-            self._loop.call_soon_threadsafe(lambda: self._spawn(self._drain(grace, signal.Signals(sig).name)))
+            self._loop.call_soon_threadsafe(
+                lambda: self._spawn(self._drain(grace, signal.Signals(sig).name)),
+                context=contextvars.Context(),  # not of the request that the signal interrupted
+            )
 
     def reload(self) -> None:
         """Read keys and certificates again; what is wrong with them is logged, and the old ones stay."""

@@ -1,5 +1,6 @@
 """The end of a server: draining, the second signal, the load that fails."""
 
+import contextvars
 import resource
 import signal
 import time
@@ -11,6 +12,7 @@ from rbee_worker.config import EngineConfig, ServerConfig
 from rbee_worker.errors import DeviceUnavailable, InvalidRequest, OutOfMemory, Unavailable
 from rbee_worker.events import LoadFailed, Resolving
 from rbee_worker.server import run
+from rbee_worker.server.http.middleware import CorrelationFilter, correlation_id
 
 PROGRESS = "/v1/loading/progress"
 REQUEST = {"prompt": "p"}
@@ -38,6 +40,18 @@ def test_a_signal_lets_running_streams_finish(start, stand_in):
     assert server.worker.calls == {"start": 1, "drain": 1, "close": 1}
     assert server.server.exit_code == 0
     assert server.server._captured_signals == []  # uvicorn would raise these again
+
+
+def test_what_a_server_says_of_its_end_is_not_of_the_request_that_the_signal_interrupted(start, caplog, monkeypatch):
+    monkeypatch.setattr(caplog.handler, "filters", [CorrelationFilter()])
+    caplog.set_level("INFO")
+    server = start()
+    context = contextvars.copy_context()
+    context.run(correlation_id.set, "of-a-request")
+    context.run(server.server.handle_exit, signal.SIGTERM, None)  # a handler runs in whatever runs on its thread
+    join(server)
+    (said,) = [record for record in caplog.records if "shutting down" in record.message]
+    assert not hasattr(said, "correlation_id")
 
 
 def test_after_the_grace_streams_end_with_their_terminal_frame(start, stand_in):
