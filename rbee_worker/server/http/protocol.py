@@ -72,13 +72,22 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """End it: at once when it is idle, else behind its answer; called when the server stops.
+        """End it: at once when it is idle, else behind its answer; called when the server stops."""
+        super().shutdown()
+        self._part()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End it: no request came for too long."""
+        super().timeout_keep_alive_handler()
+        self._part()
+
+    def _part(self) -> None:
+        """Do not wait for an idle client once the connection is closed.
 
         Over TLS the transport says goodbye and then waits for the client's goodbye (30 s), which an idle client never
         sends: it does not read. Nothing obliges a server to wait, so once all is written, reading is ended, upon which
         the transport closes.
         """
-        super().shutdown()
         encrypted = self.transport.get_extra_info("ssl_object") is not None
         if encrypted and self.transport.is_closing() and not self.transport.get_write_buffer_size():
             with contextlib.suppress(OSError):  # the client was faster
@@ -110,6 +119,7 @@ class LimitedProtocol(H11Protocol):
             self._refuse(RequestTimeout(f"The request's head did not arrive within {seconds:g} s."))
         else:  # no byte has come, so there is nothing to answer
             self.transport.close()
+            self._part()
 
     def _refuse(self, error: RbeeError) -> None:
         """Answer outside of any request, and close the connection."""

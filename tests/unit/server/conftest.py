@@ -20,6 +20,7 @@ from rbee_worker.runtime.engine.stats import EngineStats
 from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server.app import create_app
 from rbee_worker.server.http.listen import listen
+from rbee_worker.server.http.tls import certificate
 from rbee_worker.server.run import Server, http_config
 
 SECONDS = 10.0
@@ -277,7 +278,8 @@ class Running:
         self.sockets = listen(config)
         self.port = self.sockets[0].getsockname()[1]
         app = create_app(worker, config, **app_options)
-        self.server = Server(http_config(app, config), worker, config, streams=app.state.streams, first_load=first_load)
+        http = http_config(app, config, certificate(config))
+        self.server = Server(http, worker, config, streams=app.state.streams, first_load=first_load)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": self.sockets})
         self.thread.start()
         self.wait(lambda: self.server.started)

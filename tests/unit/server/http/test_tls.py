@@ -1,7 +1,9 @@
 """Certificates: what is said of those that will not do, and reading them again."""
 
 import contextlib
+import socket
 import ssl
+import time
 
 import pytest
 import trustme
@@ -120,6 +122,23 @@ def test_reading_again(issue, authority):
     with pytest.raises(InvalidRequest):
         ours.reload()
     assert presented(ours.context, authority) == renewed
+
+
+@pytest.mark.parametrize("request_", [b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["silent", "idle"])
+def test_a_connection_that_is_closed_does_not_wait_for_its_client(issue, authority, start, request_):
+    cert, key = issue()
+    server = start(tls_cert=cert, tls_key=key, header_seconds=1, idle_seconds=1)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    with server.connect() as sock, client.wrap_socket(sock, server_hostname="localhost") as encrypted:
+        encrypted.sendall(request_)
+        began = time.monotonic()
+        with socket.socket(fileno=encrypted.fileno()) as below:  # who reads here leaves every goodbye unanswered
+            below.settimeout(60)
+            while below.recv(4096):
+                pass
+            below.detach()
+        assert time.monotonic() - began < 20  # TLS itself would wait for 30 s
 
 
 def test_a_password_is_not_shown():
