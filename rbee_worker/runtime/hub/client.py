@@ -218,7 +218,15 @@ class HubClient:
             raise ValueError("its listing names no commit")
 
         def path(name: str) -> Path | None:
-            found = self._hub.try_to_load_from_cache(self._model.repo, name, cache_dir=self.cache, revision=info.sha)
+            try:
+                found = self._hub.try_to_load_from_cache(
+                    self._model.repo, name, cache_dir=self.cache, revision=info.sha
+                )
+            except OSError as error:
+                raise ModelError(
+                    f"{self._model}: the hub's cache cannot be read: {error.filename}: {error.strerror}.",
+                    hint="Mend or remove it, or set HF_HOME to another folder.",
+                ) from error
             return Path(found) if isinstance(found, str) else None
 
         siblings = {file.rfilename: file for file in info.siblings or ()}

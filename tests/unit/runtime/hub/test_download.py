@@ -69,6 +69,17 @@ def test_chat_templates_in_their_folder_are_fetched(hub: HubServer) -> None:
     assert names_below(folder()) == NEEDED | templates.keys()
 
 
+def test_a_cache_with_a_file_where_a_folder_should_be_is_told(hub: HubServer, tmp_path: Path) -> None:
+    repo = tmp_path / "cache" / "models--org--tiny"
+    repo.mkdir(parents=True)
+    (repo / "snapshots").write_text("")
+    with pytest.raises(ModelError) as told:
+        folder()
+    assert told.value.message == f"org/tiny: the hub's cache cannot be read: {repo}/snapshots: Not a directory."
+    assert told.value.hint == "Mend or remove it, or set HF_HOME to another folder."
+    assert hub.fetched() == set()
+
+
 @pytest.mark.parametrize("name", [f"{FOLDER}/../../a.jinja", f"{FOLDER}//a.jinja", f"/{FOLDER}/a.jinja", "../a.jinja"])
 def test_paths_that_lead_elsewhere_are_not_followed(hub: HubServer, tmp_path: Path, name: str) -> None:
     hub.repos["org/tiny"].files[name] = b"not needed"
