@@ -23,23 +23,38 @@ SPREAD := -n 2 --dist worksteal --durations 20
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 COVERAGE := $(BIN)/coverage
 
+# The tests start the program many times. Without bytecode on the disk, each start would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Where the tests marked cpu_forms stand: the runs for them alone do not collect the others.
 CPU_FORMS := tests/reference tests/unit/runtime/model
+
+# Of these, what our own kernels have no part in: int8 is multiplied by torch with them too.
+WITHOUT_KERNELS := --ignore tests/reference/test_int8.py
+
+# One process for each of those runs.
+FORMS := OMP_NUM_THREADS=1 $(BIN)/pytest --durations 5 -m "cpu_forms and not slow" $(CPU_FORMS)
 
 # What torch and its libraries may use of the CPU: no more than AVX2. A CPU with AVX-512 then runs the other forms of
 # the linear layers too.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-all test-avx2 coverage lint docs wheel snapshots clean
+.PHONY: demo test forms-avx2 forms-kernels test-all test-avx2 coverage lint docs wheel snapshots clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker generate --model $(MODEL) --temperature 0 --prompt "$(PROMPT)"
 
-test: lint
+# What keeps one core busy runs side by side, then what keeps both.
+test: $(READY)
+	$(MAKE) --jobs 2 lint forms-avx2 forms-kernels
 	$(PYTEST) -m "not slow"
-	$(AVX2) $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
-	RBEE_KERNELS=auto $(PYTEST) -m "cpu_forms and not slow" $(CPU_FORMS)
+
+forms-avx2: $(READY)
+	$(AVX2) $(FORMS)
+
+forms-kernels: $(READY)
+	RBEE_KERNELS=auto $(FORMS) $(WITHOUT_KERNELS)
 
 test-all: lint
 	$(PYTEST) --hypothesis-profile "at length"

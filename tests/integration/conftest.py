@@ -56,7 +56,12 @@ def forks(env: Mapping[str, str]) -> bool:
 
 def start(*arguments: str, **env: str) -> "subprocess.Popen[str] | Forked":
     """Start the program, its output piped: forked where that makes no difference, else as it is installed."""
-    command, own = [PROGRAM, *arguments], environment(**env)
+    return start_command([PROGRAM, *arguments], **env)
+
+
+def start_command(command: list[str], **env: str) -> "subprocess.Popen[str] | Forked":
+    """The same for a command that begins with the program, or with the interpreter and ``-c``."""
+    own = environment(**env)
     if forks(own):
         return Forked(fork_server(), command, own)
     pipe = subprocess.PIPE
@@ -67,7 +72,17 @@ def run(
     *arguments: str, stdin: str | None = None, timeout: float = SECONDS, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, its output piped."""
-    process = start(*arguments, **env)
+    return end_of(start(*arguments, **env), stdin, timeout)
+
+
+def run_code(code: str, *arguments: str, timeout: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own to its end, its output piped."""
+    return end_of(start_command([sys.executable, "-c", code, *arguments]), None, timeout)
+
+
+def end_of(
+    process: "subprocess.Popen[str] | Forked", stdin: str | None, timeout: float
+) -> subprocess.CompletedProcess[str]:
     out, err = process.communicate(stdin, timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
@@ -126,14 +141,9 @@ class Served:
 def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> Iterator[Served]:
     """Start ``rbee-worker serve`` on a port of the system's choice; with ``wait``, until the first load has ended.
 
-    ``command`` is run in its place.
+    ``command`` is run in its place, as by :func:`start_command`.
     """
-    process: subprocess.Popen[str] | Forked
-    if command:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment())
-    else:
-        process = start("serve", "--addr", "127.0.0.1:0", *arguments)
+    process = start_command(list(command or [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]))
     assert process.stderr is not None
     log: list[str] = []
     try:

@@ -232,7 +232,12 @@ if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()
-    if serve(sys.argv[1]) is not None:
+    order = serve(sys.argv[1])
+    if order is not None and order["arguments"][1:2] == ["-c"]:
+        del sys.argv[0]
+        code = sys.argv.pop(1)
+        exec(code, {"__name__": "__main__"})  # noqa: S102  (a test's own)
+    elif order is not None:
         from rbee_worker.cli import main
 
         main()

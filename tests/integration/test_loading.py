@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import write_tiny_model
 
-from .conftest import run
+from .conftest import run, run_code
 
 NOBODY = 65534
 INDEX = "model.safetensors.index.json"
@@ -88,9 +87,8 @@ def assert_named(path: Path) -> None:
         "try:\n    [None for _ in Engine().load(sys.argv[1])]\n"
         "except RbeeError as error:\n    print(error.code, error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = run_code(program, str(path))
+    assert done.returncode == 0, done.stderr
     assert "model.safetensors" in done.stdout
     assert "Permission denied" in done.stdout
 
@@ -136,8 +134,7 @@ for dtype in sys.argv[2:]:
 def test_cancelled_loads_leave_nothing_behind(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
     path = write_tiny_model(tmp_path / "model", **sizes)
-    command = [sys.executable, "-c", MEMORY, str(path), "float32", "float16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = run_code(MEMORY, str(path), "float32", "float16", timeout=250)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         before, most, after = map(int, line.split())
@@ -176,9 +173,7 @@ print("cancelled")
 
 def test_a_process_ends_though_a_read_never_returns(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK, str(path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_code(STUCK, str(path))
     assert (done.returncode, done.stdout) == (0, "cancelled\n"), done.stderr
 
 

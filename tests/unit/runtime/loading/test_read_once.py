@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,6 @@ from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
 from rbee_worker.runtime.loading.load import load_model
 
-folder, opened = Path(sys.argv[1]).parent, collections.Counter()
-
 def note(event, arguments):
     if event != "open" or not isinstance(arguments[0], str) or Path(arguments[0]).parent != folder:
         return
@@ -30,30 +29,43 @@ def note(event, arguments):
     opened[name] += 1
 
 sys.addaudithook(note)
-*_, last = load_model(sys.argv[2], EngineConfig(device="cpu"), Cancellation(), lambda model: None)
-print(json.dumps([last.stage, opened]))
+for model in map(Path, sys.argv[1:]):
+    folder, opened = model if model.is_dir() else model.parent, collections.Counter()
+    *_, last = load_model(str(model), EngineConfig(device="cpu"), Cancellation(), lambda model: None)
+    print(json.dumps([last.stage, opened]))
 """
 
 
-def opened(inside: Path, model: Path) -> dict[str, int]:
-    """How often each file beside ``inside`` is opened by a load of ``model``."""
-    command = [sys.executable, "-c", COUNTING, str(inside), str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    stage, counts = json.loads(done.stdout)
-    assert stage == "ready"
-    counts.pop("weights")
-    return dict(counts)
+def written(path: Path, **changes: Any) -> Path:
+    write_tiny_model(path, chat_template=CHAT_TEMPLATE, **changes)
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (path / name).write_text("{}")
+    return path
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_folder(tmp_path: Path, *, quantized: bool) -> None:
-    # Where a method is named, the loader asks for it; these tensors are all plain.
-    method = {"quantization_config": {"quant_method": "fp8"}} if quantized else {}
-    path = write_tiny_model(tmp_path / "m", chat_template=CHAT_TEMPLATE, **method)
-    (path / "generation_config.json").write_text("{}")
-    (path / "special_tokens_map.json").write_text("{}")
-    (path / "added_tokens.json").write_text("{}")
-    assert opened(path / "config.json", path) == {
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, files: SimpleNamespace) -> dict[str, dict[str, int]]:
+    """By model, how often a load opens each file beside it."""
+    folder = tmp_path_factory.mktemp("read-once")
+    models = {
+        "plain": written(folder / "plain"),
+        # Where a method is named, the loader asks for it; these tensors are all plain.
+        "quantized": written(folder / "quantized", quantization_config={"quant_method": "fp8"}),
+        "gguf": files.write_gguf(folder / "model.gguf"),
+    }
+    command = [sys.executable, "-c", COUNTING, *map(str, models.values())]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    counts = {}
+    for name, line in zip(models, lines, strict=True):
+        stage, counts[name] = json.loads(line)
+        assert stage == "ready"
+        counts[name].pop("weights")
+    return counts
+
+
+@pytest.mark.parametrize("name", ["plain", "quantized"])
+def test_a_folder(opened: dict[str, dict[str, int]], name: str) -> None:
+    assert opened[name] == {
         "added_tokens.json": 1,
         "config.json": 1,
         "generation_config.json": 1,
@@ -64,6 +76,5 @@ def test_a_folder(tmp_path: Path, *, quantized: bool) -> None:
     }
 
 
-def test_a_gguf_file(tmp_path: Path, files: SimpleNamespace) -> None:
-    path = files.write_gguf(tmp_path / "model.gguf")
-    assert opened(path, path) == {"headers": 1}
+def test_a_gguf_file(opened: dict[str, dict[str, int]]) -> None:
+    assert opened["gguf"] == {"headers": 1}
