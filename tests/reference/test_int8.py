@@ -20,6 +20,7 @@ from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import hadamard, quantize_weight, rotate
 from rbee_worker.runtime.model.linear.linear import DenseLinear
 from tests.engines import loaded
+from tests.tiny import write_tiny_model
 
 from .conftest import answer
 from .test_logits import CONFIGS, logits_of, random_prompts, relative_error, transformer_of
@@ -190,9 +191,11 @@ def test_a_sequence_is_the_same_bits_alone_and_in_a_ragged_batch(tiny_llama: Cal
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_report_says_what_was_saved(model_dir: Path, dtype: str) -> None:
-    engine, report = load_int8(model_dir, dtype)
-    plain = loaded(model_dir, dtype, max_context=256)
+def test_the_report_says_what_was_saved(tmp_path: Path, dtype: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "tie_word_embeddings": True}
+    path = write_tiny_model(tmp_path / "model", **sizes)
+    engine, report = load_int8(path, dtype)
+    plain = loaded(path, dtype, max_context=256)
     assert engine.model is not None
     assert plain.model is not None
     assert (report.quantize, report.dtype) == ("int8", dtype)
