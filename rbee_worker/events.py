@@ -42,7 +42,7 @@ class LoadReport:
             With ``quantize``: the embedding's.
         quantize: ``none``, or ``int8`` when the matrices were quantized as they were loaded.
         saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
-        kernel: the form the linear layers run in (see ``runtime/model/linear/linear.py``).
+        kernel: the form in which the linear layers run, such as ``packed-bf16``.
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.
@@ -54,8 +54,8 @@ class LoadReport:
         device_mb: MiB of weights resident per device.
         context_length: tokens of prompt and output together at most.
         kv_cache_tokens: tokens of all sequences together whose keys and values find room.
-        kv_cache_mb: MiB of memory that takes; on a CPU taken as it is filled.
-        kv_cache_dtype: of these keys and values.
+        kv_cache_mb: MiB of memory for them; on a CPU it is taken as they are written.
+        kv_cache_dtype: their dtype.
         peak_host_mb: the process's peak resident memory in MiB, as the operating system counts it.
     """
 
@@ -121,7 +121,7 @@ class LoadingToVram(LoadingEvent):
         device: ``cuda:0``, ``cpu``, ``mps``.
         bytes_loaded: bytes of the model's files read so far; ``bytes_total``: all of them.
         bytes_per_second: mean rate since reading began.
-        eta_seconds: remaining bytes over that rate; None until a rate is known.
+        eta_seconds: remaining bytes over that rate; null until a rate is known.
     """
 
     stage: ClassVar[str] = "loading_to_vram"
@@ -163,7 +163,7 @@ class Ready(LoadingEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed(LoadingEvent):
-    """Terminal: the load failed; ``code`` is a code of ``rbee_worker.errors``."""
+    """Terminal: the load failed; ``code`` is that of the error."""
 
     stage: ClassVar[str] = "error"
     terminal: ClassVar[bool] = True
@@ -220,7 +220,7 @@ class PromptProgress(InferenceEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A token and the model's natural log-probability of it; None for a first one, which nothing predicts.
+    """A token and the model's natural log-probability of it; null for the first of a prompt, which nothing predicts.
 
     Attributes:
         id: token id.
@@ -291,7 +291,7 @@ class End(InferenceEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceFailed(InferenceEvent):
-    """Terminal: the job failed; ``code`` is a code of ``rbee_worker.errors``."""
+    """Terminal: the job failed; ``code`` is that of the error."""
 
     event: ClassVar[str] = "error"
     terminal: ClassVar[bool] = True

@@ -115,7 +115,9 @@ class LoadingBody(Body):
         Annotated[NonEmptyText, AfterValidator(_device), Shown({"pattern": f"^({_DEVICE.pattern})$"})] | None,
         Field(description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; by default that of `serve`."),
     ] = None
-    dtype: Annotated[DTypeName | None, Field(description="Of the weights; by default that of `serve`.")] = None
+    dtype: Annotated[DTypeName | None, Field(description="The dtype of the weights; by default that of `serve`.")] = (
+        None
+    )
     quantize: Annotated[
         Quantization | None,
         Field(description="`int8` quantizes the weights as they are loaded; by default that of `serve`."),

@@ -83,7 +83,7 @@ class Health(TypedDict):
     state: State
     vram_bytes: VramBytes
     reason: NotRequired[Annotated[str, Field(description="Why the worker is unhealthy.")]]
-    code: NotRequired[Annotated[str, Field(description="Of the error of the load that failed.")]]
+    code: NotRequired[Annotated[str, Field(description="The code of the error with which the load failed.")]]
 
 
 class Life(TypedDict):

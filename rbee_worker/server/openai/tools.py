@@ -11,7 +11,7 @@ from rbee_worker.server.http.fields import Body, NonEmptyText, Text
 class Function(Body):
     """A function that the model may call; without ``parameters`` it takes none."""
 
-    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    name: Annotated[NonEmptyText, Field(description="The name of the function.")]
     description: Annotated[Text | None, Field(description="What it is for, for the model.")] = None
     parameters: Annotated[
         dict[str, Any] | None, Field(description="JSON schema of the arguments; without it there are none.")
@@ -27,7 +27,7 @@ def _arguments(value: Any) -> Any:
 class FunctionCall(Body):
     """The function of an earlier tool call, and the JSON text of its arguments."""
 
-    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    name: Annotated[NonEmptyText, Field(description="The name of the function.")]
     arguments: Annotated[
         Text,
         BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any]),

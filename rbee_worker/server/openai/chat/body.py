@@ -35,7 +35,7 @@ class TextPart(Body):
 class ToolCall(Body):
     """A tool call of an earlier answer."""
 
-    id: Annotated[Text | None, Field(description="Of the call.")] = None
+    id: Annotated[Text | None, Field(description="The id of the call.")] = None
     type: Annotated[Literal["function"], KIND] = "function"
     function: Annotated[FunctionCall, Field(description="The function.")]
 
@@ -108,7 +108,7 @@ class ToolBody(Body):
 class FunctionName(Body):
     """The function that must be called."""
 
-    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    name: Annotated[NonEmptyText, Field(description="The name of the function.")]
 
 
 class NamedTool(Body):

@@ -102,7 +102,7 @@ class NamedFunction(Body):
     """The function that must be called, or one that may be."""
 
     type: Annotated[Literal["function"], KIND]
-    name: Annotated[NonEmptyText, Field(description="Of the function.")]
+    name: Annotated[NonEmptyText, Field(description="The name of the function.")]
 
 
 class AllowedTools(Body):

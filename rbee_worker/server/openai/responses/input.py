@@ -60,7 +60,7 @@ class FunctionCallItem(FunctionCall):
     """A tool call of an earlier answer."""
 
     type: Annotated[Literal["function_call"], KIND]
-    call_id: Annotated[NonEmptyText, Field(description="The call that this is, or answers.")]
+    call_id: Annotated[NonEmptyText, Field(description="The id of the call that this is, or that this answers.")]
 
     def to_call(self) -> dict[str, Any]:
         """The call in the form of messages."""
@@ -72,7 +72,7 @@ class FunctionCallOutputItem(Body):
     """What a tool call gave."""
 
     type: Annotated[Literal["function_call_output"], KIND]
-    call_id: Annotated[NonEmptyText, Field(description="The call that this is, or answers.")]
+    call_id: Annotated[NonEmptyText, Field(description="The id of the call that this is, or that this answers.")]
     output: Annotated[Content, Field(description="What the call gave.")]
 
 
