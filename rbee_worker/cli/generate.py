@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from rbee_worker.display import EventSink
 
 
-_LOCAL_OPTIONS = (
-    "model",
-    "device",
-    "dtype",
-    "quantize",
-    "max_context",
-    "kv_cache_memory",
-    "kv_cache_dtype",
-    "speculate",
-)
-
-
 Prompt = Annotated[
     str,
     typer.Option(
@@ -48,6 +36,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, 
 
 
 @sampling_options
+@opt.engine_options
 def generate(
     ctx: typer.Context,
     *,
@@ -59,12 +48,7 @@ def generate(
     regex: Regex = None,
     grammar: Grammar = None,
     model: opt.ModelOption = None,
-    device: opt.Device = opt.ENGINE.device,
-    dtype: opt.DType = opt.ENGINE.dtype,
-    quantize: opt.Quantize = opt.ENGINE.quantize,
-    max_context: opt.MaxContext = opt.ENGINE.max_context,
-    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
-    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
+    engine: dict[str, Any],
     speculate: opt.Speculate = opt.ENGINE.speculate,
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
@@ -83,19 +67,10 @@ def generate(
         raise InvalidRequest("--system: no effect with --raw, which uses no chat template.", hint="Leave out one.")
     request = GenerationRequest.from_text(read_prompt(prompt), system=system, raw=raw, sampling=params)
     if addr is None:
-        config = EngineConfig(
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            max_context=max_context,
-            max_batch_size=1,
-            kv_cache_memory=kv_cache_memory,
-            kv_cache_dtype=kv_cache_dtype,
-            speculate=speculate,
-        )
+        config = EngineConfig(**engine, max_batch_size=1, speculate=speculate)
         _generate_here(request, model, config, json=json, quiet=quiet)
     else:
-        opt.refuse_with_addr(ctx, *_LOCAL_OPTIONS)
+        opt.refuse_with_addr(ctx, "model", *engine, "speculate")
         _generate_there(request, addr, api_key, json=json, quiet=quiet)
 
 

@@ -1,7 +1,7 @@
 """``rbee-worker load``. ``generate`` uses its functions too."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from rbee_worker.runtime.engine.engine import Engine
 
 
+@opt.engine_options
 def load(
     ctx: typer.Context,
     model: opt.ModelArgument = None,
     *,
-    device: opt.Device = opt.ENGINE.device,
-    dtype: opt.DType = opt.ENGINE.dtype,
-    quantize: opt.Quantize = opt.ENGINE.quantize,
-    max_context: opt.MaxContext = opt.ENGINE.max_context,
-    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
-    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
+    engine: dict[str, Any],
     addr: opt.RemoteAddr = None,
     api_key: opt.RemoteKey = None,
     json: opt.Json = False,
@@ -47,30 +43,16 @@ def load(
 
     sink = loading_sink(json=json, quiet=quiet, report=True, out=opt.stdout(), err=opt.stderr())
     if addr is None:
-        config = EngineConfig(
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            max_context=max_context,
-            kv_cache_memory=kv_cache_memory,
-            kv_cache_dtype=kv_cache_dtype,
-        )
-        load_here(model, config, sink)
+        load_here(model, EngineConfig(**engine), sink)
         return
-    opt.refuse_with_addr(ctx, "max_context", "kv_cache_memory", "kv_cache_dtype")
+    shared = ("device", "dtype", "quantize")
+    opt.refuse_with_addr(ctx, *(name for name in engine if name not in shared))
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:
         # Where an option is not given here, the worker's own option applies.
-        said = opt.given(ctx, "device", "dtype", "quantize")
-        load_there(
-            client,
-            model,
-            sink,
-            device=device if "device" in said else None,
-            dtype=dtype if "dtype" in said else None,
-            quantize=quantize if "quantize" in said else None,
-        )
+        said = {name: engine[name] for name in opt.given(ctx, *shared)}
+        load_there(client, model, sink, **said)
 
 
 def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "Engine":

@@ -1,10 +1,13 @@
 """Options that several commands share. Defaults come from ``rbee_worker.config``; help is plain text."""
 
+import functools
+import inspect
 import io
 import os
 import re
 import sys
-from typing import Annotated, TextIO
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -19,6 +22,8 @@ from rbee_worker.config import (
     ServerConfig,
 )
 from rbee_worker.errors import InvalidRequest
+
+T = TypeVar("T")
 
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
@@ -189,6 +194,44 @@ RemoteKey = Annotated[
         "--api-key", metavar="KEY", envvar="RBEE_API_KEY", help="The worker's API key.", rich_help_panel=REMOTE_PANEL
     ),
 ]
+
+
+def in_place_of(name: str, options: Sequence[inspect.Parameter], command: Callable[..., T]) -> Callable[..., T]:
+    """Replace the parameter ``name`` of ``command`` by options, whose values it then gets as one dict by name."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> T:
+        values = {option.name: given.pop(option.name) for option in options}
+        # Only an option that may be repeated gives a list.
+        taken = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return command(**given, **{name: taken})
+
+    signature = inspect.signature(command)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += options if parameter.name == name else [parameter]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
+    return run
+
+
+def engine_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Replace the parameter ``engine`` of ``command`` by the options of every command that runs a model.
+
+    ``command`` then gets their values as ``engine``: keyword arguments of :class:`~rbee_worker.config.EngineConfig`.
+    """
+    kinds: dict[str, Any] = {
+        "device": Device,
+        "dtype": DType,
+        "quantize": Quantize,
+        "max_context": MaxContext,
+        "kv_cache_memory": KVCacheMemory,
+        "kv_cache_dtype": KVCacheDType,
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=getattr(ENGINE, name), annotation=kind) for name, kind in kinds.items()
+    ]
+    return in_place_of("engine", options, command)
 
 
 def given(ctx: typer.Context, *names: str) -> list[str]:

@@ -1,13 +1,12 @@
 """Makes the options for sampling parameters from their ``Param`` in ``rbee_worker.config``."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from rbee_worker.cli.options import SAMPLING_PANEL
+from rbee_worker.cli.options import SAMPLING_PANEL, in_place_of
 from rbee_worker.config import PARAMS, SamplingParams
 
 T = TypeVar("T")
@@ -20,23 +19,8 @@ def sampling_options(command: Callable[..., T]) -> Callable[..., T]:
     :class:`~rbee_worker.config.SamplingParams`, which checks them.
     """
     kinds, defaults = get_type_hints(SamplingParams), SamplingParams()
-    options = {
-        name: _option(name, kinds[name], getattr(defaults, name)) for name, param in PARAMS.items() if param.option
-    }
-
-    @functools.wraps(command)
-    def run(**given: Any) -> T:
-        values = {name: given.pop(name) for name in options}
-        # Only an option that may be repeated gives a list.
-        sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return command(**given, sampling=sampling)
-
-    signature = inspect.signature(command)
-    parameters: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
-        parameters += options.values() if parameter.name == "sampling" else [parameter]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
-    return run
+    options = [_option(name, kinds[name], getattr(defaults, name)) for name, param in PARAMS.items() if param.option]
+    return in_place_of("sampling", options, command)
 
 
 def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:

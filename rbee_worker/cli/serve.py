@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -193,6 +193,7 @@ ExitOnLoadError = Annotated[
 ]
 
 
+@opt.engine_options
 def serve(
     *,
     addr: Addr = DEFAULT_ADDR,
@@ -200,12 +201,7 @@ def serve(
     no_load: NoLoad = False,
     allow_model: AllowModel = None,
     served_model_name: ServedModelName = None,
-    device: opt.Device = opt.ENGINE.device,
-    dtype: opt.DType = opt.ENGINE.dtype,
-    quantize: opt.Quantize = opt.ENGINE.quantize,
-    max_context: opt.MaxContext = opt.ENGINE.max_context,
-    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
-    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
+    engine: dict[str, Any],
     speculate: opt.Speculate = opt.ENGINE.speculate,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -252,18 +248,13 @@ def serve(
         hold_requests=hold_requests,
         exit_on_load_error=exit_on_load_error,
     )
-    engine = EngineConfig(
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        max_context=max_context,
+    config = EngineConfig(
+        **engine,
         max_batch_size=max_batch_size,
         prefill_chunk=prefill_chunk,
-        kv_cache_memory=kv_cache_memory,
-        kv_cache_dtype=kv_cache_dtype,
         prefix_cache=not no_prefix_cache,
         speculate=speculate,
     )
     from rbee_worker.server.run import serve as run  # noqa: PLC0415 - starlette, uvicorn
 
-    return run(server, engine, model, load=not no_load)
+    return run(server, config, model, load=not no_load)

@@ -62,15 +62,11 @@ Tokens = Annotated[
 ]
 
 
+@opt.engine_options
 def decode(
     *,
     model: opt.ModelOption = None,
-    device: opt.Device = opt.ENGINE.device,
-    dtype: opt.DType = opt.ENGINE.dtype,
-    quantize: opt.Quantize = opt.ENGINE.quantize,
-    max_context: opt.MaxContext = opt.ENGINE.max_context,
-    kv_cache_memory: opt.KVCacheMemory = opt.ENGINE.kv_cache_memory,
-    kv_cache_dtype: opt.KVCacheDType = opt.ENGINE.kv_cache_dtype,
+    engine: dict[str, Any],
     runs: Runs = 3,
     tokens: Tokens = 64,
     compare: results.Compare = None,
@@ -95,20 +91,11 @@ def decode(
     former = results.read_former(compare, "decode") if compare is not None else None
     from rbee_worker.display import loading_sink  # noqa: PLC0415 - rich
 
-    config = EngineConfig(
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        max_context=max_context,
-        kv_cache_memory=kv_cache_memory,
-        kv_cache_dtype=kv_cache_dtype,
-        max_batch_size=max(BATCHES),
-        prefix_cache=False,
-    )
+    config = EngineConfig(**engine, max_batch_size=max(BATCHES), prefix_cache=False)
     sink = _Kept(loading_sink(json=False, quiet=json, report=False, out=opt.stdout(), err=opt.stderr()))
-    engine = load_here(model, config, sink)
+    with_model = load_here(model, config, sink)
     with interrupts(), _saying(quiet=json) as say:
-        result = measure(engine, sink.report, runs, tokens, say)
+        result = measure(with_model, sink.report, runs, tokens, say)
     results.tell(result, former, as_json=json)
 
 
