@@ -106,7 +106,7 @@ FLOAT_FORMATS: Mapping[torch.dtype, Format] = MappingProxyType(
 _FAR_ABOVE = 1.5
 """A scale so many times the mean of its token's is that of an outlier."""
 
-_GROUP = 8
+_TOGETHER = 4
 """Blocks that are refined together."""
 
 
@@ -114,7 +114,7 @@ def quantize_activations(x: Tensor) -> Tensor:
     """What the block formats make of activations: bytes in blocks of 32, with a scale each.
 
     ``scale = max |x| / 127`` and ``round(x * (1 / scale))``, half to even, in float32. Where a scale is more than 1.5
-    times the mean of the token's, the blocks of its group of eight get a second byte in the same way, for what the
+    times the mean of the token's, the four blocks around it get a second byte in the same way, for what the
     first one left.
 
     Args:
@@ -127,7 +127,7 @@ def quantize_activations(x: Tensor) -> Tensor:
     coarse, scale = _to_bytes(blocks)
     fine, _ = _to_bytes((blocks.double() - coarse).float())
     outlying = scale[..., 0].double() * scale.shape[1] > _FAR_ABOVE * scale[..., 0].double().sum(-1, keepdim=True)
-    whole = functional.pad(outlying, (0, -outlying.shape[1] % _GROUP)).view(x.shape[0], -1, _GROUP)
+    whole = functional.pad(outlying, (0, -outlying.shape[1] % _TOGETHER)).view(x.shape[0], -1, _TOGETHER)
     refined = whole.any(-1, keepdim=True).expand(whole.shape).flatten(1)[:, : outlying.shape[1], None]
     return torch.where(refined, coarse + fine, coarse).view(x.shape)
 

@@ -29,16 +29,27 @@ inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v,
 
 // The low nibbles of 16 bytes, then the high ones.
 inline __m256i nibbles(const uint8_t* p) {
-  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return low_nibbles(_mm256_set_m128i(_mm_srli_epi16(v, 4), v));
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return low_nibbles(_mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)));
 }
 
-// Eight float16 that lie `stride` bytes apart.
-template <int stride>
-inline __m256 halves(const uint8_t* p) {
-  uint16_t bits[kGroup];
-  for (int b = 0; b < kGroup; ++b) std::memcpy(bits + b, p + b * stride, 2);
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+// Two float16 that lie at the beginning of each of eight blocks of `size` bytes: as eight first ones, and eight second.
+struct Heads {
+  __m256 first, second;
+};
+
+template <int size>
+inline Heads heads(const uint8_t* p) {
+  const auto four = [&](int b) {
+    const auto two = [&](int i) {
+      return _mm_unpacklo_epi32(_mm_loadu_si32(p + i * size), _mm_loadu_si32(p + (i + 1) * size));
+    };
+    return _mm_unpacklo_epi64(two(b), two(b + 2));
+  };
+  const __m256i both = _mm256_set_m128i(four(4), four(0));
+  const __m256i first = _mm256_and_si256(both, _mm256_set1_epi32(0xffff)), second = _mm256_srli_epi32(both, 16);
+  const __m256i sorted = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(sorted)), _mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1))};
 }
 
 // Of every format: how large its bytes are, whether they are signed (such a one has no offsets), whether the halves of a
@@ -48,7 +59,7 @@ struct Q8_0 {
   static constexpr bool kSigned = !simd::kLargeProducts, kHalves = false;
   static constexpr int kLargest = 255, kTogether = 1, kBytes = 34;
   static void unpack(const uint8_t* p, Group& to) {
-    to.scales = halves<kBytes>(p);
+    to.scales = heads<kBytes>(p).first;
     if constexpr (!kSigned) to.offsets = _mm256_mul_ps(to.scales, _mm256_set1_ps(-128.0f));
     for (int b = 0; b < kGroup; ++b) {
       const __m256i v = load32(p + b * kBytes + 2);
@@ -61,7 +72,7 @@ struct Q4_0 {
   static constexpr bool kSigned = false, kHalves = false;
   static constexpr int kLargest = 15, kTogether = 1, kBytes = 18;
   static void unpack(const uint8_t* p, Group& to) {
-    to.scales = halves<kBytes>(p);
+    to.scales = heads<kBytes>(p).first;
     to.offsets = _mm256_mul_ps(to.scales, _mm256_set1_ps(-8.0f));
     for (int b = 0; b < kGroup; ++b) to.bytes[b] = nibbles(p + b * kBytes + 2);
   }
@@ -71,8 +82,9 @@ struct Q4_1 {
   static constexpr bool kSigned = false, kHalves = false;
   static constexpr int kLargest = 15, kTogether = 1, kBytes = 20;
   static void unpack(const uint8_t* p, Group& to) {
-    to.scales = halves<kBytes>(p);
-    to.offsets = halves<kBytes>(p + 2);
+    const Heads found = heads<kBytes>(p);
+    to.scales = found.first;
+    to.offsets = found.second;
     for (int b = 0; b < kGroup; ++b) to.bytes[b] = nibbles(p + b * kBytes + 4);
   }
 };

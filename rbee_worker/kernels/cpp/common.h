@@ -64,3 +64,18 @@ struct Halves {
 inline Halves halves_of(__m256i low, __m256i high) {
   return {_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)};
 }
+
+// Calls f(i) for i in [0, n), each a constant, so that arrays which it indexes can stay in registers.
+template <int n, class F>
+inline __attribute__((always_inline)) void each(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+// Four bytes as one number.
+inline int32_t word(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return four;
+}

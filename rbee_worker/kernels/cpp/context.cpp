@@ -26,6 +26,8 @@ namespace {
 #include "simd_avx2.h"
 #endif
 #include "blocks.h"
+#include "floats.h"
+#include "bytes.h"
 #include "linear.h"
 #include "rows.h"
 #include "functions.h"

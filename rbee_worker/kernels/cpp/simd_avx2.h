@@ -114,4 +114,24 @@ inline Halves block_sums(const __m256i* w, const uint8_t* x) {
   return halves_of(fours[0], fours[1]);
 }
 
+// The sums of w x over Fours fours of bytes, of T tokens, a lane for each row: exact. w: [Fours, lanes, 4]; x: [T, 256].
+template <class Format, int T, int Fours>
+inline __attribute__((always_inline)) void dots(const int8_t* w, const int8_t* x, Floats (&to)[T]) {
+  constexpr int kPair = 2 * 127 * (Format::kSigned ? 128 : Format::kLargest);
+  constexpr int kTogether = 32767 / kPair < Fours ? 32767 / kPair : Fours;  // sums that 16 bits hold
+  each<T>([&](auto t) __attribute__((always_inline)) {
+    __m256i words = _mm256_setzero_si256(), sum = words;
+    each<Fours>([&](auto q) __attribute__((always_inline)) {
+      const __m256i ws = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + q * 32));
+      const __m256i xs = _mm256_set1_epi32(word(x + t * 256 + q * 4));
+      const __m256i products = Format::kSigned ? _mm256_maddubs_epi16(_mm256_abs_epi8(ws), _mm256_sign_epi8(xs, ws))
+                                               : _mm256_maddubs_epi16(ws, xs);
+      words = q % kTogether == 0 ? products : _mm256_add_epi16(words, products);
+      if (q % kTogether == kTogether - 1 || q == Fours - 1)
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+    });
+    to[t] = _mm256_cvtepi32_ps(sum);
+  });
+}
+
 }  // namespace simd

@@ -101,4 +101,18 @@ inline Halves block_sums(const __m256i* w, const uint8_t* x) {
   return halves_of(fours[0], fours[1]);
 }
 
+// The sums of w x over Fours fours of bytes, of T tokens, a lane for each row: exact. w: [Fours, lanes, 4]; x: [T, 256].
+template <class Format, int T, int Fours>
+inline __attribute__((always_inline)) void dots(const int8_t* w, const int8_t* x, Floats (&to)[T]) {
+  __m512i sums[T];
+  each<T>([&](auto t) __attribute__((always_inline)) { sums[t] = _mm512_setzero_si512(); });
+  each<Fours>([&](auto q) __attribute__((always_inline)) {
+    const __m512i ws = _mm512_load_si512(w + q * 64);
+    each<T>([&](auto t) __attribute__((always_inline)) {
+      sums[t] = _mm512_dpbusd_epi32(sums[t], ws, _mm512_set1_epi32(word(x + t * 256 + q * 4)));
+    });
+  });
+  each<T>([&](auto t) __attribute__((always_inline)) { to[t] = _mm512_cvtepi32_ps(sums[t]); });
+}
+
 }  // namespace simd
