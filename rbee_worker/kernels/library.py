@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rbee_worker.cgroup import cpu_limit
 from rbee_worker.errors import DeviceUnavailable
 from rbee_worker.kernels.arguments import Attention, Norm, RotaryTables, Rotation, Segments, StoredWeights, check
 from rbee_worker.kernels.formats import FLOAT_FORMATS
@@ -419,8 +420,9 @@ def _destroy(destroy: Callable[[int], object], context: int, process: int) -> No
 
 
 def _threads() -> int:
-    """As many as torch uses, on the cores that this process may use."""
-    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    """As many as torch uses, on the cores that this process may use, within a container's quota of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads()
+    return max(1, min(torch.get_num_threads(), cores, cpu_limit() or cores))
 
 
 def _module(variant: Variant) -> str:

@@ -48,6 +48,7 @@ from rbee_worker.runtime.machine.devices import (
     DeviceInfo,
     device_info,
     host_info,
+    limit_threads,
     list_devices,
     peak_host_bytes,
     resolve_device,
@@ -227,6 +228,7 @@ def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, N
     """What follows ``resolving``, but for the events of an end without a model."""
     config, cancel, plan = asked.config, asked.cancel, asked.plan
     held = 0
+    limit_threads()
     try:
         _check(cancel)
         if plan is None:

@@ -1,5 +1,5 @@
 """The machine that the worker runs on.
 
-``devices`` has the devices and their memory, ``cgroup`` the memory limits of a container, ``storage`` the file systems
-and how to read from them.
+``devices`` has the devices and their memory, ``storage`` the file systems and how to read from them. The limits of a
+container are in ``rbee_worker.cgroup``.
 """

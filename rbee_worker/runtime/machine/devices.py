@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from rbee_worker.cgroup import cpu_limit, memory_limit
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.runtime.machine.cgroup import memory_limit
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,19 @@ def resolve_device(name: str) -> torch.device:
             f"Device {name} is not available: {found} found.", hint="Use one that is here, or auto."
         )
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def limit_threads() -> None:
+    """Let torch use no more threads than a container has cores' time for. Imports torch.
+
+    torch counts the cores of the machine. With more threads than its quota, a container is stopped for a part of every
+    period, and every operator waits for it. ``OMP_NUM_THREADS`` is a user's word, and stays.
+    """
+    import torch  # noqa: PLC0415
+
+    cores = cpu_limit()
+    if cores is not None and cores < torch.get_num_threads() and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(cores)
 
 
 def peak_host_bytes() -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rbee_worker.cgroup import cpu_limit
 from rbee_worker.errors import DeviceUnavailable
 from rbee_worker.kernels import arguments, library
 from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
@@ -39,8 +40,20 @@ def test_the_best_variant_is_chosen_with_the_threads_of_torch() -> None:
     kernels = library.cpu_kernels()
     assert kernels is not None
     assert kernels.variant == HERE[-1]
-    assert kernels.threads == min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    assert kernels.threads == min(torch.get_num_threads(), len(os.sched_getaffinity(0)), cpu_limit() or 2**16)
     assert missing_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("torch_s", "cores", "quota", "threads"), [(8, 6, None, 6), (8, 6, 3, 3), (2, 6, 3, 2), (8, 6, 9, 6), (1, 6, 1, 1)]
+)
+def test_threads_keep_to_cores_quota_and_torch_s_number(
+    monkeypatch: pytest.MonkeyPatch, torch_s: int, cores: int, quota: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_s)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
+    monkeypatch.setattr(library, "cpu_limit", lambda: quota)
+    assert library._threads() == threads
 
 
 def test_a_forced_variant_is_chosen(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:

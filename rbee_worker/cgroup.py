@@ -1,5 +1,6 @@
-"""The memory limit of a container, from Linux control groups (versions 1 and 2)."""
+"""The limits of a container, memory and processor time, from Linux control groups (versions 1 and 2)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,21 @@ def memory_limit(root: Path = Path("/")) -> CgroupMemory | None:
     Args:
         root: the folder that holds ``proc`` and ``sys``.
     """
-    found = [memory for folder in _folders(root) if (memory := _read(folder)) is not None]
+    found = [memory for folder in _folders(root, "memory") if (memory := _memory(folder)) is not None]
     return min(found, key=lambda memory: memory.free_bytes, default=None)
 
 
-def _folders(root: Path) -> Iterator[Path]:
+def cpu_limit(root: Path = Path("/")) -> int | None:
+    """The cores whose time this process may use, by the smallest quota of its groups, rounded up. None: no limit.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
+    found = [cores for folder in _folders(root, "cpu") if (cores := _cores(folder)) is not None]
+    return max(1, math.ceil(min(found))) if found else None
+
+
+def _folders(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's groups and of their ancestors. The limit of each one applies."""
     try:
         text = (root / "proc/self/cgroup").read_text()
@@ -41,8 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
             mount = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
+        elif controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controller
         else:
             continue
         folder = mount / path.lstrip("/")
@@ -50,7 +61,7 @@ def _folders(root: Path) -> Iterator[Path]:
         yield from (parent for parent in (folder, *folder.parents) if parent.is_relative_to(mount))
 
 
-def _read(folder: Path) -> CgroupMemory | None:
+def _memory(folder: Path) -> CgroupMemory | None:
     """A group's memory, from the files of version 2 or 1. None: no limit, or no such files."""
     for limit_name, usage_name, cache_key in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -65,4 +76,16 @@ def _read(folder: Path) -> CgroupMemory | None:
         if limit == "max" or int(limit) >= _NO_LIMIT:
             return None
         return CgroupMemory(int(limit), max(usage - int(stat.get(cache_key, 0)), 0))
+    return None
+
+
+def _cores(folder: Path) -> float | None:
+    """A group's processor time over real time, from the files of version 2 or 1. None: no limit, or no such files."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            # Version 2 writes "max" for no limit, version 1 writes -1.
+            return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
     return None
