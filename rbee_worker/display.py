@@ -329,6 +329,8 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
         rows["stored as"] = report.stored_as
     if report.runs_as:
         rows["runs as"] = report.runs_as
+    if report.cpu_kernels:
+        rows["CPU kernels"] = report.cpu_kernels
     rows |= {name.replace("_", " "): f"{seconds:.2f} s" for name, seconds in report.phases.items()}
     rows["read"] = f"{report.bytes_read / MIB:,.1f} MiB at {report.bytes_per_second / MB:,.0f} MB/s"
     if report.storage:

@@ -43,6 +43,7 @@ class LoadReport:
         quantize: ``none``, or ``int8`` when the matrices were quantized as they were loaded.
         saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
         kernel: the form in which the linear layers run, such as ``packed-bf16``.
+        cpu_kernels: the worker's own kernels that run in this process, or why none do; empty where no CPU is used.
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
         storage: the file system that held them, and how it was read: ``ext4, local``.
@@ -72,6 +73,7 @@ class LoadReport:
     storage: str = ""
     stored_as: str = ""
     runs_as: str = ""
+    cpu_kernels: str = ""
     quantize: str = "none"
     saved_mb: int = 0
     context_length: int = 0

@@ -49,23 +49,27 @@ def devices(
     log_level: opt.LogLevel = "warning",
     log_format: opt.LogFormat = "text",
 ) -> None:
-    """List the devices that a model can run on, with their memory.
+    """List the devices that a model can run on, with their memory; and the CPU kernels, or why there are none.
 
     Example: rbee-worker devices --json
     """
     log.configure(log_level, log_format)
     from rbee_worker.runtime.machine.devices import list_devices  # noqa: PLC0415 - torch
+    from rbee_worker.runtime.model.linear.cpu import describe_kernels  # noqa: PLC0415
 
     found = list_devices()
+    kernels = describe_kernels()
     if json:
         for device in found:
-            _write_json(device.to_dict())
+            _write_json(device.to_dict() | ({"cpu_kernels": kernels} if device.name == "cpu" else {}))
         return
     table = _table("device", "description", ">used", ">free", ">total")
     for device in found:
         sizes = (device.used_bytes, device.free_bytes, device.total_bytes)
         _add(table, device.name, device.description, *map(size_text, sizes))
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    console.print(f"CPU kernels: {kernels}", markup=False, highlight=False)
 
 
 def size_text(nbytes: int) -> str:

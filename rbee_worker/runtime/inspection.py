@@ -1,17 +1,23 @@
 """What a model is and how much memory it needs, from headers and configs only. Does not import torch."""
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rbee_worker.kernels.choice import BLOCK_TYPES, expected_variant
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes, parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
+from rbee_worker.runtime.formats.as_stored import NO_KERNEL, resident_bytes, runs_as
+from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 from rbee_worker.runtime.source import ModelSource
 
 _CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}
 """Bytes of an element of the KV cache on a CPU, by dtype of the weights. A CPU computes in float32 with float16 and
-int8 weights; on a GPU the element is half as large."""
+int8 weights; on a GPU, and where the CPU kernels run, an element is half as large with float16."""
+_KERNELS_ITEMSIZE = 2
+"""Bytes of an element of the KV cache where the CPU kernels run."""
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of an element of the weights."""
 
@@ -20,7 +26,8 @@ _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class MemoryNeed:
     """Bytes that a model takes on a CPU: weights, and the KV cache of one full context.
 
-    ``dtype`` is that of the weights; ``int8`` means matrices quantized to int8, and the rest in 16 bits.
+    ``dtype`` is that of the weights; ``int8`` means matrices quantized to int8, and the rest in 16 bits; ``as stored``
+    means matrices in the blocks of their file, where the CPU kernels multiply by these, and the rest as they need it.
     """
 
     dtype: str
@@ -41,6 +48,7 @@ class Inspection:
         file_bytes: bytes of all tensors in the files.
         dequantized_bytes: bytes of all weights in 16 bits.
         stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
+        runs_as: what the matrices are multiplied as on this machine's CPU; where blocks are decoded, why.
         dtypes: stored dtype -> bytes.
         context_length: tokens that ``memory`` is computed for.
         max_context_length: the longest context that the model can run with, in tokens.
@@ -67,6 +75,7 @@ class Inspection:
     file_bytes: int
     dequantized_bytes: int
     stored_as: str
+    runs_as: str
     dtypes: dict[str, int]
     context_length: int
     max_context_length: int
@@ -91,7 +100,8 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
     """
     config = source.model_config
     checkpoint = source.checkpoint
-    _, stored_as = source.weights
+    weights, stored_as = source.weights
+    stored = _AsStored.of(config, weights)
     length = config.context(context)
     return Inspection(
         name=source.name,
@@ -114,20 +124,69 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
         file_bytes=checkpoint.total_bytes,
         dequantized_bytes=2 * parameters(config),
         stored_as=stored_as,
+        runs_as=stored.runs_as,
         dtypes=dict(checkpoint.dtypes),
         context_length=length,
         max_context_length=config.longest_context,
         chat_template="default" in source.chat_templates,
         memory=[
-            *(_need(dtype, size, config, length) for dtype, size in _ITEMSIZES.items()),
+            *stored.needs(config, length),
+            *(_need(dtype, size, config, length, kernels=stored.kernels) for dtype, size in _ITEMSIZES.items()),
             _int8_need(config, length),
         ],
     )
 
 
-def _need(dtype: str, itemsize: int, config: ModelConfig, context: int) -> MemoryNeed:
+@dataclass(frozen=True, slots=True)
+class _AsStored:
+    """Stored tensors that a model needs, and the kernels that will run: the choice of ``choose_format``, for a CPU.
+
+    Attributes:
+        tensors: all but a head that is the embedding, and what no model needs.
+        kernels: whether the CPU kernels run.
+    """
+
+    tensors: list[TensorInfo]
+    kernels: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, checkpoint: Checkpoint) -> "_AsStored":
+        architecture = ARCHITECTURES[config.architecture]
+        head = architecture.head if config.tie_word_embeddings else None
+        tensors = [
+            info
+            for name, info in checkpoint.tensors.items()
+            if name != head and not name.endswith(architecture.ignored_suffixes)
+        ]
+        return cls(tensors, expected_variant() is not None)
+
+    def stays(self, stored: str) -> bool:
+        """Whether matrices of a stored type are multiplied as they are."""
+        return self.kernels and stored in BLOCK_TYPES
+
+    @property
+    def runs_as(self) -> str:
+        """As the load report has it."""
+        if not self.kernels:
+            return runs_as(self.tensors, self.stays, "float16 or bfloat16", "no CPU kernels")
+        plain = Counter({"F16": 0, "BF16": 0})
+        for info in self.tensors:
+            plain[info.dtype] += info.nbytes
+        return runs_as(self.tensors, self.stays, "bfloat16" if plain["BF16"] > plain["F16"] else "float16", NO_KERNEL)
+
+    def needs(self, config: ModelConfig, context: int) -> list[MemoryNeed]:
+        """The need with blocks as they are stored; none where there are no such blocks."""
+        if not any(self.stays(info.dtype) for info in self.tensors):
+            return []
+        weights = resident_bytes(self.tensors, self.stays, matrix_itemsize=2, vector_itemsize=4)
+        cache = context * config.kv_bytes_per_token(_KERNELS_ITEMSIZE)
+        return [MemoryNeed("as stored", weights, cache, weights + cache)]
+
+
+def _need(dtype: str, itemsize: int, config: ModelConfig, context: int, *, kernels: bool) -> MemoryNeed:
     weights = parameters(config) * itemsize
-    cache = context * config.kv_bytes_per_token(_CACHE_ITEMSIZES[dtype])
+    element = _KERNELS_ITEMSIZE if kernels and dtype == "float16" else _CACHE_ITEMSIZES[dtype]
+    cache = context * config.kv_bytes_per_token(element)
     return MemoryNeed(dtype, weights, cache, weights + cache)
 
 

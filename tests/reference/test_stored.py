@@ -15,7 +15,9 @@ from torch.nn import functional
 from rbee_worker.kernels.formats import FORMATS, quantize_activations
 from rbee_worker.kernels.library import cpu_kernels, missing_reason
 from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.model.linear.linear import DenseLinear
+from rbee_worker.runtime.source import resolve
 from tests.engines import loaded
 from tests.unit.kernels.matrices import make_matrix, set_scales
 
@@ -93,12 +95,18 @@ def test_blocks_are_multiplied_as_they_are_stored(
     assert relative_error(logits(as_stored), twin(path)) < ALIKE
     matrices = sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
     assert matrices < transformer_of(as_stored).nbytes < 1.05 * matrices + 2**16
+    inspected = inspect_model(resolve(str(path)), None)
+    need, cache = inspected.memory[0], transformer_of(as_stored).cache
+    assert (need.dtype, need.weights_bytes) == ("as stored", transformer_of(as_stored).nbytes)
+    assert need.kv_cache_bytes * cache.positions == cache.nbytes * inspected.context_length
 
 
 def test_the_default_model_runs_as_it_is_stored_and_knows_the_capital_of_france(gguf_path: Path) -> None:
     engine = Engine()
     *_, ready = engine.load(str(gguf_path))
     assert (ready.report.runs_as, ready.report.kernel) == ("Q4_1, Q8_0", cpu_kernels().variant)
+    assert ready.report.cpu_kernels.startswith(f"{cpu_kernels().variant}, ")
+    assert inspect_model(resolve(str(gguf_path)), None).runs_as == "Q4_1, Q8_0"
     assert ready.report.device_mb["cpu"] * 2**20 < 1.1 * gguf_path.stat().st_size
     assert "Paris" in answer(engine, "What is the capital of France?")
 
@@ -108,6 +116,7 @@ def test_a_type_without_a_kernel_is_decoded_and_that_is_said(tmp_path: Path) -> 
     engine = Engine()
     *_, ready = engine.load(str(path))
     assert ready.report.runs_as == "Q8_0, float16 (Q5_0 decoded: no kernel multiplies by it)"
+    assert inspect_model(resolve(str(path)), None).runs_as == ready.report.runs_as
     exact = logits(loaded(path, "float32"))
     assert 1e-3 < relative_error(logits(engine), exact) < 0.12  # bytes for activations, in a model of random weights
 

@@ -12,7 +12,7 @@ VARIES = {
     "uptime_seconds", "decode_time_ms", "prefill_time_ms", "tokens_per_second", "bytes_per_second", "speed_mbps",
     "downloading", "resolving", "loading_to_vram", "warming_up",
     # the machine
-    "description", "storage", "kernel", "cpu", "total_bytes", "used_bytes", "free_bytes", "vram_bytes",
+    "description", "storage", "kernel", "cpu_kernels", "cpu", "total_bytes", "used_bytes", "free_bytes", "vram_bytes",
     "vram_mb", "vram_mb_freed", "vram_bytes_freed", "vram_total_mb",
     "kv_cache_tokens", "kv_cache_mb", "peak_host_mb",
     # how far something has come, how text is cut, how likely it is

@@ -83,7 +83,10 @@ def load(
         return
     from rich.console import Console  # noqa: PLC0415
 
-    Console(file=opt.stdout()).print(table(source.name, results))
+    console = Console(file=opt.stdout())
+    console.print(table(source.name, results))
+    if results[0]["cpu_kernels"]:
+        console.print(f"CPU kernels: {results[0]['cpu_kernels']}", markup=False, highlight=False)
 
 
 def read(files: Sequence[Path], *, keep: bool = False) -> float:
@@ -143,6 +146,7 @@ def measure(model: str | None, files: Sequence[Path], engine: EngineConfig) -> d
         "model": told["model"],
         "dtype": told["dtype"],
         "kernel": told["kernel"],
+        "cpu_kernels": told["cpu_kernels"],
         "storage": told["storage"],
         "read_seconds": round(read_seconds, 3),
         "copy_seconds": round(copy_seconds, 3),
@@ -207,9 +211,8 @@ def _child(model: str | None, config: EngineConfig) -> None:
     for _ in range(EVENT_REPEATS):
         to_json(replace(sample, seq=0))
     each = (time.perf_counter() - began) / EVENT_REPEATS
-    told = {
-        name: getattr(ready.report, name) for name in ("model", "dtype", "kernel", "storage", "phases", "device_mb")
-    }
+    names = ("model", "dtype", "kernel", "cpu_kernels", "storage", "phases", "device_mb")
+    told = {name: getattr(ready.report, name) for name in names}
     told |= {"ready_seconds": round(seconds, 3), "events_percent": round(100 * each * len(events) / seconds, 3)}
     sys.stdout.write(jsonlib.dumps({key: dict(v) if isinstance(v, Mapping) else v for key, v in told.items()}) + "\n")
     sys.stdout.flush()

@@ -31,13 +31,16 @@ def machine() -> dict[str, str | int]:
 
 
 def torch_machine() -> dict[str, str | int]:
-    """The same, with torch: its version, its threads, and the instructions that it uses."""
+    """The same, with torch: its version, threads and instructions; and the CPU kernels, or why there are none."""
     import torch  # noqa: PLC0415
+
+    from rbee_worker.runtime.model.linear.cpu import describe_kernels  # noqa: PLC0415
 
     return machine() | {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": describe_kernels(),
     }
 
 

@@ -224,6 +224,8 @@ def table(result: Result, former: Former | None, ratios: Mapping[str, Spread]) -
 def remarks(result: Result, former: Former | None) -> Iterable[str]:
     """Lines below the table: the machine, what was left out and why, and what the ratios stand on."""
     yield describe(result.machine)
+    if "cpu_kernels" in result.machine:
+        yield f"CPU kernels: {result.machine['cpu_kernels']}"
     yield from result.notes
     for key, why in result.left_out.items():
         yield f"left out: {result.figures[key].label}: {why}"

@@ -120,19 +120,6 @@ def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
     return total + table + head + config.hidden_size * form.activation_dtype.itemsize
 
 
-def resident_bytes(groups: Sequence[WeightGroup], form: LinearFormat) -> int:
-    """Bytes of all weights of a model that runs as it is stored: its matrices in their blocks."""
-    total = 0
-    for group in groups:
-        for info in group.tensors.values():
-            if form.blocks_of(info.dtype) is not None:
-                total += info.nbytes
-            else:
-                dtype = form.weight_dtype if len(info.shape) > 1 else form.activation_dtype
-                total += info.parameters * dtype.itemsize
-    return total
-
-
 def _layer_bytes(config: ModelConfig, form: LinearFormat, index: int) -> int:
     matrices, others = 0, 0
     for role, shape in layer_shapes(config, index).items():

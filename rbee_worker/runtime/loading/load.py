@@ -3,8 +3,7 @@
 import functools
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -30,6 +29,8 @@ from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
+from rbee_worker.runtime.formats.as_stored import NO_KERNEL, resident_bytes, runs_as
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.hub.download import DownloadProgress
 from rbee_worker.runtime.loading.fit import (
@@ -38,10 +39,9 @@ from rbee_worker.runtime.loading.fit import (
     check_fit,
     check_host,
     limit_context,
-    resident_bytes,
     weights_bytes,
 )
-from rbee_worker.runtime.loading.plan import PLAIN_DTYPES, WeightGroup, plan_weights
+from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
 from rbee_worker.runtime.machine.devices import (
     MIB,
@@ -56,6 +56,7 @@ from rbee_worker.runtime.machine.devices import (
 )
 from rbee_worker.runtime.machine.storage import Storage, storage_of
 from rbee_worker.runtime.model.decoder import Batch, Transformer
+from rbee_worker.runtime.model.linear.cpu import describe_kernels
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, name_of
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
@@ -274,7 +275,8 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     device = resolve_device(config.device)
     form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes)
     if form.as_stored:
-        form = replace(form, resident_bytes=resident_bytes(groups, form))
+        sizes = {"matrix_itemsize": form.weight_dtype.itemsize, "vector_itemsize": form.activation_dtype.itemsize}
+        form = replace(form, resident_bytes=resident_bytes(_stored(groups), form.keeps, **sizes))
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 
@@ -463,14 +465,14 @@ def _warm_up(transformer: Transformer) -> None:
 
 
 def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
-    tensors = [info for group in plan.groups for info in group.tensors.values()]
-    read, seconds = sum(info.nbytes for info in tensors), phases["loading_to_vram"]
+    read, seconds = sum(info.nbytes for info in _stored(plan.groups)), phases["loading_to_vram"]
     return LoadReport(
         model=plan.source.name,
         architecture=plan.config.architecture,
         parameters=parameters(plan.config),
         dtype=plan.form.dtype_name,
         kernel=plan.form.kernel,
+        cpu_kernels=describe_kernels() if plan.device.type == "cpu" else "",
         quantize=plan.form.quantize,
         saved_mb=_saved_bytes(plan) // MIB,
         phases=dict(phases),
@@ -488,27 +490,21 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
     )
 
 
+def _stored(groups: Iterable[WeightGroup]) -> Iterator[TensorInfo]:
+    return (info for group in groups for info in group.tensors.values())
+
+
 def _runs_as(plan: LoadPlan) -> str:
     """What the matrices are multiplied as, the most bytes first; and why not as the blocks that a file holds."""
     form = plan.form
     other = "int8" if form.quantize == "int8" else form.dtype_name
-    sizes: Counter[str] = Counter()
-    decoded: dict[str, None] = {}
-    for info in (info for group in plan.groups for info in group.tensors.values() if len(info.shape) > 1):
-        blocks = form.blocks_of(info.dtype)
-        sizes[other if blocks is None else blocks.name] += info.nbytes
-        if blocks is None and info.file.suffix == ".gguf" and info.dtype not in PLAIN_DTYPES:
-            decoded[info.dtype] = None
-    names = ", ".join(name for name, _ in sizes.most_common())
-    if not decoded:
-        return names
     if form.as_stored:
-        why = "no kernel multiplies by it" if len(decoded) == 1 else "no kernel multiplies by them"
-    elif form.native or form.quantize != "none":
+        why = NO_KERNEL
+    elif form.native or form.quantize != "none" or plan.device.type != "cpu" or missing_reason() is None:
         why = f"{other} was asked for"
     else:
-        why = missing_reason() or f"{other} was asked for"
-    return f"{names} ({', '.join(decoded)} decoded: {why.removesuffix('.')})"
+        why = "no CPU kernels"
+    return runs_as(_stored(plan.groups), form.keeps, other, why)
 
 
 def _saved_bytes(plan: LoadPlan) -> int:

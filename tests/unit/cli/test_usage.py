@@ -1,5 +1,6 @@
 """The program itself: version, help, options, usage errors."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from rbee_worker import __version__
+from rbee_worker.runtime.model.linear.cpu import describe_kernels
 from tests.unit.cli.harness import ROOT, Script, run
 
 
@@ -113,6 +115,14 @@ def test_devices_are_a_table():
     assert head.split() == ["device", "description", "used", "free", "total"]
     assert cpu.split()[0] == "cpu"
     assert len(re.findall(r"[\d,.]+ [MG]iB", cpu)) == 3
+    assert lines[-1] == f"CPU kernels: {describe_kernels()}"
+
+
+def test_devices_say_the_kernels_in_json_too():
+    result = run("devices", "--json")
+    kernels = {device["name"]: device.get("cpu_kernels") for device in map(json.loads, result.stdout.splitlines())}
+    assert kernels.pop("cpu") == describe_kernels()
+    assert set(kernels.values()) <= {None}
 
 
 def test_python_m(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

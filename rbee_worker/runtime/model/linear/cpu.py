@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rbee_worker.kernels.library import cpu_kernels
+from rbee_worker.errors import DeviceUnavailable
+from rbee_worker.kernels.library import cpu_kernels, missing_reason
 from rbee_worker.runtime.model.linear.int8 import LEVELS, REDUCED_LEVELS, fbgemm_product, plain_product
 
 
@@ -47,6 +48,17 @@ def cpu_features() -> CpuFeatures:
         bf16_arithmetic=_has_bf16_arithmetic(),
         int8_levels=_exact_int8_levels() if fbgemm else None,
     )
+
+
+def describe_kernels() -> str:
+    """The worker's own kernels that run in this process, or why none do: ``avx512, 8 threads``. For people."""
+    try:
+        kernels = cpu_kernels()
+    except DeviceUnavailable as error:
+        return f"none. {error.message}"
+    if kernels is None:
+        return f"none. {missing_reason()}"
+    return f"{kernels.variant}, {kernels.threads} thread{'s' if kernels.threads > 1 else ''}"
 
 
 def _runs_packed_bf16() -> bool:

@@ -101,6 +101,10 @@ class LinearFormat:
         found = FORMATS.get(stored) if self.as_stored else None
         return found if found is not None and found.in_blocks else None
 
+    def keeps(self, stored: str) -> bool:
+        """Whether a matrix of a stored type stays in it."""
+        return self.blocks_of(stored) is not None
+
     def linear_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a matrix [out_features, in_features] at rest."""
         if self.quantize == "int8":

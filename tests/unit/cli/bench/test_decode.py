@@ -8,6 +8,7 @@ import pytest
 from rbee_worker.cli.bench import decode, machine
 from rbee_worker.errors import InferenceError
 from rbee_worker.runtime.model.decoder import Transformer
+from rbee_worker.runtime.model.linear.cpu import describe_kernels
 from tests.engines import loaded
 from tests.tiny import write_tiny_model
 from tests.unit.cli.harness import run
@@ -31,6 +32,7 @@ def test_every_figure_is_taken_in_every_round(model: str, tmp_path: Path) -> Non
     told = json.loads(done.stdout)
     assert list(told["figures"]) == list(decode.FIGURES)
     assert told["left_out"] == {}
+    assert told["machine"]["cpu_kernels"] == describe_kernels()
     for key, figure in told["figures"].items():
         assert len(figure["values"]) == 2, key
         assert 0 < figure["min"] <= figure["median"] <= figure["max"], key
@@ -46,6 +48,7 @@ def test_every_figure_is_taken_in_every_round(model: str, tmp_path: Path) -> Non
         assert figure.label in again.stdout
     assert "now / before" in again.stdout
     assert "torch thread" in again.stdout
+    assert f"CPU kernels: {describe_kernels()}\n" in again.stdout
     assert "ready: tiny" in again.stderr
 
 

@@ -16,7 +16,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     figures = iter(range(1, 100))
 
     def measured(*_: object) -> dict[str, object]:
-        return {"dtype": "float32", "kernel": "dense", "storage": "disk"} | dict.fromkeys(bench.FIGURES, next(figures))
+        told = {"dtype": "float32", "kernel": "dense", "cpu_kernels": "none. No compiler.", "storage": "disk"}
+        return told | dict.fromkeys(bench.FIGURES, next(figures))
 
     monkeypatch.setattr(bench, "measure", measured)
     return str(write_tiny_model(tmp_path / "tiny"))
@@ -32,6 +33,7 @@ def test_the_table_shows_every_figure_with_its_median_and_range(model: str) -> N
     done = run("bench", "load", model, "--runs", "3")
     assert done.exit_code == 0
     assert "tiny: float32, dense, from disk; 3 runs" in done.stdout
+    assert done.stdout.endswith("CPU kernels: none. No compiler.\n")
     for figure in bench.FIGURES.values():
         assert figure in done.stdout
     assert done.stdout.count("2 (1-3)") == len(bench.FIGURES)
