@@ -70,6 +70,8 @@ ModelOption = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+BesideOption = Annotated[str | None, typer.Argument(metavar="MODEL", help="The same as --model.")]
+"""MODEL as an argument of a command that has :data:`ModelOption` too; :func:`either` tells which was given."""
 Device = Annotated[
     str,
     typer.Option(
@@ -232,6 +234,17 @@ def engine_options(command: Callable[..., T]) -> Callable[..., T]:
         inspect.Parameter(name, keyword, default=getattr(ENGINE, name), annotation=kind) for name, kind in kinds.items()
     ]
     return in_place_of("engine", options, command)
+
+
+def either(ctx: typer.Context, argument: str | None, option: str | None) -> str | None:
+    """The model, of the argument ``MODEL`` and ``--model``; the argument goes before the environment.
+
+    Raises:
+        InvalidRequest: both are given.
+    """
+    if argument is not None and given(ctx, "model"):
+        raise InvalidRequest("MODEL and --model: the model is given twice.", hint="Leave out one.")
+    return option if argument is None else argument
 
 
 def given(ctx: typer.Context, *names: str) -> list[str]:

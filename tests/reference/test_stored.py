@@ -125,3 +125,10 @@ def test_a_type_without_a_kernel_is_decoded_and_that_is_said(tmp_path: Path) -> 
 def test_what_is_asked_for_is_done(wanted: dict[str, Any], tmp_path: Path) -> None:
     engine = loaded(stored(tmp_path / "model.gguf", Type.Q4_0), **wanted)
     assert not transformer_of(engine).form.as_stored
+
+
+def test_a_token_reads_all_but_the_stored_embedding(tmp_path: Path) -> None:
+    path = stored(tmp_path / "model.gguf", Type.Q4_K, Type.Q6_K)
+    model = loaded(path, "auto").model
+    sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors}
+    assert model.nbytes - model.bytes_per_token == sizes["token_embd.weight"]

@@ -64,6 +64,8 @@ Tokens = Annotated[
 
 @opt.engine_options
 def decode(
+    ctx: typer.Context,
+    argument: opt.BesideOption = None,
     *,
     model: opt.ModelOption = None,
     engine: dict[str, Any],
@@ -85,9 +87,10 @@ def decode(
     larger than the caches. Beside it stands the rate of the weights: the bytes that one token has to read, times the
     tokens a second at a context of 128. Prints median (min-max) of the rounds.
 
-    Example: rbee-worker bench decode -m model.safetensors --runs 5 --compare before.json
+    Example: rbee-worker bench decode model.safetensors --runs 5 --compare before.json
     """
     log.configure(log_level, log_format)
+    model = opt.either(ctx, argument, model)
     former = results.read_former(compare, "decode") if compare is not None else None
     from rbee_worker.display import loading_sink  # noqa: PLC0415 - rich
 
@@ -125,7 +128,7 @@ def measure(engine: "Engine", report: LoadReport, runs: int, tokens: int, say: S
             f"{tokens} tokens after it.",
             hint="Give a smaller --tokens.",
         )
-    weights = bytes_per_token(loaded)
+    weights = loaded.bytes_per_token
     memory = ReadRate(loaded.device)
     meter = Meter(engine, loaded.config.vocab_size)
     say("warming up")
@@ -250,22 +253,6 @@ class Meter:
                 raise InferenceError(event.message)
 
 
-def bytes_per_token(loaded: "LoadedModel") -> int:
-    """Bytes of weights that one token alone reads.
-
-    All of them but an embedding of which it takes one row, and the experts that it does not go through.
-    """
-    config, form = loaded.config, loaded.transformer.form
-    skipped = 0.0
-    if not config.tie_word_embeddings or form.packed:
-        skipped += config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
-    if config.experts is not None:
-        unused = 1 - config.experts.active / config.experts.count
-        layers = zip(config.layers, loaded.transformer.layers, strict=True)
-        skipped += sum(unused * layer.mlp.nbytes for traits, layer in layers if traits.experts)
-    return round(loaded.nbytes - skipped)
-
-
 def _facts(report: LoadReport, loaded: "LoadedModel", weights: int) -> dict[str, Any]:
     return {
         "name": report.model,
@@ -275,6 +262,7 @@ def _facts(report: LoadReport, loaded: "LoadedModel", weights: int) -> dict[str,
         "quantize": report.quantize,
         "kernel": report.kernel,
         "stored_as": report.stored_as,
+        "runs_as": report.runs_as,
         "context_length": report.context_length,
         "weights_bytes": loaded.nbytes,
         "weights_bytes_per_token": weights,

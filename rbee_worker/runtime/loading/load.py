@@ -75,6 +75,7 @@ class LoadedModel:
         name: as shown to users.
         grammars: compiles what generated text must match.
         context_length: tokens of prompt and output together at most.
+        embedding_bytes: bytes of the embedding where it is used.
     """
 
     name: str
@@ -83,13 +84,15 @@ class LoadedModel:
     grammars: GrammarCompiler
     transformer: Transformer
     context_length: int
+    embedding_bytes: int
 
     @classmethod
     def of(cls, plan: "LoadPlan", transformer: Transformer) -> Self:
         """The model that a plan has become."""
         grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
         name, context = plan.source.name, plan.context_length
-        return cls(name, plan.config, plan.tokenizer, grammars, transformer, context)
+        embedding = _resident_bytes([group for group in plan.groups if group.kind == "embedding"], plan.form)
+        return cls(name, plan.config, plan.tokenizer, grammars, transformer, context, embedding)
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +103,22 @@ class LoadedModel:
     def nbytes(self) -> int:
         """Bytes of device memory that the weights take."""
         return self.transformer.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one token alone reads.
+
+        All of them but an embedding that is not the head, of which it takes one row, and the experts that it does not
+        go through.
+        """
+        skipped = 0.0
+        if not self.config.tie_word_embeddings or self.transformer.form.packed:
+            skipped += self.embedding_bytes
+        if self.config.experts is not None:
+            unused = 1 - self.config.experts.active / self.config.experts.count
+            layers = zip(self.config.layers, self.transformer.layers, strict=True)
+            skipped += sum(unused * layer.mlp.nbytes for traits, layer in layers if traits.experts)
+        return round(self.nbytes - skipped)
 
 
 class _Timeline:
@@ -275,8 +294,7 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     device = resolve_device(config.device)
     form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes)
     if form.as_stored:
-        sizes = {"matrix_itemsize": form.weight_dtype.itemsize, "vector_itemsize": form.activation_dtype.itemsize}
-        form = replace(form, resident_bytes=resident_bytes(_stored(groups), form.keeps, **sizes))
+        form = replace(form, resident_bytes=_resident_bytes(groups, form))
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
 
@@ -492,6 +510,12 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
 
 def _stored(groups: Iterable[WeightGroup]) -> Iterator[TensorInfo]:
     return (info for group in groups for info in group.tensors.values())
+
+
+def _resident_bytes(groups: Iterable[WeightGroup], form: LinearFormat) -> int:
+    """Bytes of weights where they are used: matrices in their blocks or in the form's dtype, but not quantized."""
+    matrix, vector = form.weight_dtype.itemsize, form.activation_dtype.itemsize
+    return resident_bytes(_stored(groups), form.keeps, matrix_itemsize=matrix, vector_itemsize=vector)
 
 
 def _runs_as(plan: LoadPlan) -> str:

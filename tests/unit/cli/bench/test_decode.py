@@ -103,4 +103,14 @@ def test_the_bytes_of_a_token_are_without_an_embedding_that_is_no_head(
 ) -> None:
     engine = loaded(write_tiny_model(tmp_path / "m", tie_word_embeddings=tied))
     assert engine.model is not None
-    assert engine.model.nbytes - decode.bytes_per_token(engine.model) == rows * 64 * 4
+    assert engine.model.nbytes - engine.model.bytes_per_token == rows * 64 * 4
+
+
+def test_the_model_is_the_argument_or_the_option_and_not_both(model: str) -> None:
+    brief = ("--max-context", "100", "--tokens", "1", "--runs", "1", "--json", "--device", "cpu")
+    for given, env in (([model], {"RBEE_MODEL": "nowhere"}), ([], {"RBEE_MODEL": model}), (["-m", model], {})):
+        done = run("bench", "decode", *given, *brief, env=env)
+        assert json.loads(done.stdout)["model"]["name"] == "tiny"
+    done = run("bench", "decode", model, "-m", model, *brief)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "MODEL and --model: the model is given twice." in done.stderr
