@@ -62,19 +62,25 @@ class WorkerClient:
         self._http.close()
 
     def load(
-        self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+        self,
+        model: str | None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        mmap: bool | None = None,
     ) -> Iterator[LoadingEvent]:
         """Start a load, then iterate its events. The request is sent by the call, not by the first iteration.
 
-        For an argument of None the worker uses its own: the model that it was started with, its device, dtype and
-        quantization.
+        For an argument of None the worker uses its own: the model that it was started with, its device, dtype,
+        quantization and mapping.
 
         Raises:
             Conflict: another load is running.
             Forbidden: the worker's ``--allow-model`` does not allow this model.
             ModelError: the model cannot be loaded. The iterator may raise it too, after the ``error`` event.
         """
-        body = {"model": model, "device": device, "dtype": dtype, "quantize": quantize}
+        body = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "mmap": mmap}
         with self._reaching():
             response = self._http.post("/v1/loading", json={k: v for k, v in body.items() if v is not None})
         if not response.is_success:

@@ -319,6 +319,7 @@ class EngineConfig:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         dtype: of the weights; ``auto``: the best for the device. With ``quantize``: of the embedding.
         quantize: ``int8`` quantizes the matrices to int8 while they are loaded (see docs/quantization.md).
+        mmap: whether matrices that run as they are stored are used where their files are mapped, on local storage.
         max_context: context length in tokens; None: the model's default.
         max_batch_size: how many sequences may run in one step.
         prefill_chunk: how many prompt tokens may be prefilled in one step. While sequences decode, an eighth of it.
@@ -333,6 +334,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: DTypeName = "auto"
     quantize: Quantization = "none"
+    mmap: bool = False
     max_context: int | None = None
     max_batch_size: int = 8
     prefill_chunk: int = 512

@@ -335,6 +335,8 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
     rows["read"] = f"{report.bytes_read / MIB:,.1f} MiB at {report.bytes_per_second / MB:,.0f} MB/s"
     if report.storage:
         rows["from"] = report.storage
+    if report.mapped_mb:
+        rows["mapped"] = f"{report.mapped_mb:,} MiB of weights; the others were read"
     rows |= {f"memory on {device}": f"{mb:,} MiB" for device, mb in report.device_mb.items()}
     if report.kv_cache_tokens:
         rows["context"] = f"{report.context_length:,} tokens"

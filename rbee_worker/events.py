@@ -46,13 +46,15 @@ class LoadReport:
         cpu_kernels: the worker's own kernels that run in this process, or why none do; empty where no CPU is used.
         phases: seconds per phase, in order: ``resolving``, ``downloading`` (when something was fetched),
             ``loading_to_vram``, ``warming_up``.
-        storage: the file system that held them, and how it was read: ``ext4, local``.
+        storage: the file system that held them, and how it was read: ``ext4, local``. With ``mmap`` it ends in
+            ``mapped`` or ``not mapped``.
         stored_as: what the files hold: ``BF16``, or ``gptq 4-bit, groups of 128, dequantized``.
         runs_as: what the matrices are multiplied as: ``Q4_K, Q6_K``, ``bfloat16``, ``int8``; where that differs from
             the blocks that a file holds, why.
         bytes_read: bytes read from the model's files.
         bytes_per_second: ``bytes_read`` over the seconds of ``loading_to_vram``.
         device_mb: MiB of weights resident per device.
+        mapped_mb: MiB of these that are used where their files are mapped; the system may drop and read them again.
         context_length: tokens of prompt and output together at most.
         kv_cache_tokens: tokens of all sequences together whose keys and values find room.
         kv_cache_mb: MiB of memory for them; on a CPU it is taken as they are written.
@@ -76,6 +78,7 @@ class LoadReport:
     cpu_kernels: str = ""
     quantize: str = "none"
     saved_mb: int = 0
+    mapped_mb: int = 0
     context_length: int = 0
     kv_cache_tokens: int = 0
     kv_cache_mb: int = 0

@@ -23,18 +23,19 @@ def inspect(
     model: opt.ModelArgument = None,
     *,
     max_context: opt.MaxContext = opt.ENGINE.max_context,
+    mmap: opt.Mmap = opt.ENGINE.mmap,
     json: opt.Json = False,
     log_level: opt.LogLevel = "warning",
     log_format: opt.LogFormat = "text",
 ) -> None:
-    """Show what a model is and the memory it needs, from its headers and config alone.
+    """Show what a model is and the memory it needs, from its headers and config alone; with --mmap, what is mapped.
 
     Example: rbee-worker inspect model.safetensors --max-context 8192
     """
     log.configure(log_level, log_format)
     from rbee_worker.runtime.inspection import inspect_model  # noqa: PLC0415
 
-    found = inspect_model(resolve_shown(model, quiet=json), max_context)
+    found = inspect_model(resolve_shown(model, quiet=json), max_context, mmap=mmap)
     if json:
         _write_json(found.to_dict())
         return

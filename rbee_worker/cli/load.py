@@ -45,7 +45,7 @@ def load(
     if addr is None:
         load_here(model, EngineConfig(**engine), sink)
         return
-    shared = ("device", "dtype", "quantize")
+    shared = ("device", "dtype", "quantize", "mmap")
     opt.refuse_with_addr(ctx, *(name for name in engine if name not in shared))
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
@@ -83,6 +83,7 @@ def load_there(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    mmap: bool | None = None,
 ) -> None:
     """Let a worker load a model, and show the events with ``sink``.
 
@@ -95,6 +96,7 @@ def load_there(
         device: None: the worker's own setting.
         dtype: None: the worker's own setting.
         quantize: None: the worker's own setting.
+        mmap: None: the worker's own setting.
 
     Raises:
         Interrupted: a signal came.
@@ -112,7 +114,7 @@ def load_there(
                 yield event
 
     with interrupts(), sink:
-        events = client.load(model, device=device, dtype=dtype, quantize=quantize)
+        events = client.load(model, device=device, dtype=dtype, quantize=quantize, mmap=mmap)
         try:
             show(unseen(events), sink)
         except Interrupted:

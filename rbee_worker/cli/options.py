@@ -100,6 +100,14 @@ Quantize = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Mmap = Annotated[
+    bool,
+    typer.Option(
+        "--mmap",
+        help="Use weights that run as they are stored where their file is mapped, on a local disk.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 MaxContext = Annotated[
     int | None,
     typer.Option(
@@ -225,6 +233,7 @@ def engine_options(command: Callable[..., T]) -> Callable[..., T]:
         "device": Device,
         "dtype": DType,
         "quantize": Quantize,
+        "mmap": Mmap,
         "max_context": MaxContext,
         "kv_cache_memory": KVCacheMemory,
         "kv_cache_dtype": KVCacheDType,
@@ -261,7 +270,11 @@ def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
     """
     if wrong := given(ctx, *names):
         options = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        there = " or `rbee-worker load --addr`" if {"model", "device", "dtype", "quantize"}.issuperset(wrong) else ""
+        there = (
+            " or `rbee-worker load --addr`"
+            if {"model", "device", "dtype", "quantize", "mmap"}.issuperset(wrong)
+            else ""
+        )
         raise InvalidRequest(
             f"{options}: no effect with --addr, where the model is the worker's.",
             hint=f"Give it to `rbee-worker serve`{there} instead, or leave --addr out.",

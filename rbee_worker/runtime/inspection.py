@@ -5,12 +5,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rbee_worker.errors import InvalidRequest
 from rbee_worker.kernels.choice import BLOCK_TYPES, expected_variant
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes, parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
-from rbee_worker.runtime.formats.as_stored import NO_KERNEL, resident_bytes, runs_as
+from rbee_worker.runtime.formats.as_stored import NO_KERNEL, can_be_mapped, resident_bytes, runs_as
 from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
+from rbee_worker.runtime.machine.storage import storage_of
 from rbee_worker.runtime.source import ModelSource
 
 _CACHE_ITEMSIZES = {"bfloat16": 2, "float16": 4, "float32": 4, "int8": 4}
@@ -53,6 +55,8 @@ class Inspection:
         context_length: tokens that ``memory`` is computed for.
         max_context_length: the longest context that the model can run with, in tokens.
         chat_template: whether the model has a chat template.
+        mapped_bytes: bytes of matrices that a load with ``mmap`` would use where their files are mapped; None: not
+            asked for.
     """
 
     name: str
@@ -81,22 +85,24 @@ class Inspection:
     max_context_length: int
     chat_template: bool
     memory: list[MemoryNeed]
+    mapped_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON object; the keys are the names of the fields."""
-        return asdict(self)
+        """As a JSON object; the keys are the names of the fields, without those that are None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def inspect_model(source: ModelSource, context: int | None) -> Inspection:
+def inspect_model(source: ModelSource, context: int | None, *, mmap: bool = False) -> Inspection:
     """Inspect a model. Only headers and configs are read.
 
     Args:
         source: the model.
         context: tokens to compute the KV cache for; None: the model's default context.
+        mmap: whether to say what would be mapped.
 
     Raises:
         ModelError: the files are malformed or unsupported.
-        InvalidRequest: the context is longer than the model's longest.
+        InvalidRequest: the context is longer than the model's longest; nothing can be mapped in this process.
     """
     config = source.model_config
     checkpoint = source.checkpoint
@@ -134,6 +140,7 @@ def inspect_model(source: ModelSource, context: int | None) -> Inspection:
             *(_need(dtype, size, config, length, kernels=stored.kernels) for dtype, size in _ITEMSIZES.items()),
             _int8_need(config, length),
         ],
+        mapped_bytes=stored.mapped_bytes(weights) if mmap else None,
     )
 
 
@@ -165,14 +172,34 @@ class _AsStored:
         return self.kernels and stored in BLOCK_TYPES
 
     @property
+    def plain(self) -> str:
+        """The stored type of the 16-bit matrices that stay as they are; the others become this."""
+        sizes = Counter({"F16": 0, "BF16": 0})
+        for info in self.tensors:
+            sizes[info.dtype] += info.nbytes
+        return "BF16" if sizes["BF16"] > sizes["F16"] else "F16"
+
+    @property
     def runs_as(self) -> str:
         """As the load report has it."""
         if not self.kernels:
             return runs_as(self.tensors, self.stays, "float16 or bfloat16", "no CPU kernels")
-        plain = Counter({"F16": 0, "BF16": 0})
-        for info in self.tensors:
-            plain[info.dtype] += info.nbytes
-        return runs_as(self.tensors, self.stays, "bfloat16" if plain["BF16"] > plain["F16"] else "float16", NO_KERNEL)
+        return runs_as(self.tensors, self.stays, {"F16": "float16", "BF16": "bfloat16"}[self.plain], NO_KERNEL)
+
+    def mapped_bytes(self, checkpoint: Checkpoint) -> int:
+        """Stored bytes of matrices that are used where their files are mapped; none on a network.
+
+        Raises:
+            InvalidRequest: there are no kernels.
+        """
+        if not self.kernels:
+            raise InvalidRequest(
+                "mmap: only weights that run as they are stored can be mapped; here there are no CPU kernels.",
+                hint="They are off, were not built, or do not run on this CPU. Load the model without mmap.",
+            )
+        if storage_of(checkpoint.files[0]).network:
+            return 0
+        return sum(info.nbytes for info in self.tensors if can_be_mapped(info, self.stays, self.plain))
 
     def needs(self, config: ModelConfig, context: int) -> list[MemoryNeed]:
         """The need with blocks as they are stored; none where there are no such blocks."""

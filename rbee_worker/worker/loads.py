@@ -74,7 +74,13 @@ class Loads:
         return self.broadcast.subscribe()
 
     def begin(
-        self, model: str | None, *, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+        self,
+        model: str | None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        mmap: bool | None = None,
     ) -> bool:
         """Begin to load a model; any thread may call this, and pays for reading headers when a model is resident.
 
@@ -93,15 +99,16 @@ class Loads:
             device=device or self._config.device,
             dtype=cast("DTypeName", dtype or self._config.dtype),
             quantize=cast("Quantization", quantize or self._config.quantize),
+            mmap=self._config.mmap if mmap is None else mmap,
         )
         cancel = self._claim.take("load")  # first, so that what is resident stays as it is found now
         before = self.broadcast, self.error
         try:
             resident = self._engine.model
             plan = plan_local(model, config) if resident is not None else None
-            beside = plan is None or has_room(plan, config)
+            beside = plan is None or has_room(plan, config, resident)
             # A model that would not even fit in the resident one's place is no reason to give that up: its load fails.
-            swaps = plan is not None and not beside and has_room(plan, config, resident)
+            swaps = plan is not None and not beside and has_room(plan, config, resident, instead=True)
             keeps = resident is not None and not swaps
             make_room = functools.partial(self._engine.unload, cancel) if swaps else None
             install = functools.partial(self._engine.install, cancel=cancel)

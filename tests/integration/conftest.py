@@ -138,12 +138,12 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str, wait: bool = True, command: Sequence[str] = ()) -> Iterator[Served]:
+def serving(*arguments: str, wait: bool = True, command: Sequence[str] = (), **env: str) -> Iterator[Served]:
     """Start ``rbee-worker serve`` on a port of the system's choice; with ``wait``, until the first load has ended.
 
-    ``command`` is run in its place, as by :func:`start_command`.
+    ``command`` is run in its place, as by :func:`start_command`; ``env`` comes to its environment.
     """
-    process = start_command(list(command or [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]))
+    process = start_command(list(command or [PROGRAM, "serve", "--addr", "127.0.0.1:0", *arguments]), **env)
     assert process.stderr is not None
     log: list[str] = []
     try:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import write_tiny_model
 
-from .conftest import PROGRAM, SECONDS, RawConnection, Served, environment, run, serving, start
+from .conftest import PROGRAM, SECONDS, WITHOUT_AVX512, RawConnection, Served, environment, run, serving, start
 
 QUESTION = "What is the capital of France?"
 
@@ -93,6 +93,23 @@ def test_failures_are_one_message_and_an_exit_code(arguments: tuple[str, ...], c
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "env", "message"),
+    [
+        ("sse", {}, "RBEE_KERNELS is 'sse'; it may be auto, torch, avx2, avx512."),
+        ("avx512", WITHOUT_AVX512, "RBEE_KERNELS is 'avx512'. This CPU lacks avx512."),
+    ],
+)
+def test_kernels_that_cannot_be_had_are_a_wrong_usage(
+    tiny: Path, kernels: str, env: dict[str, str], message: str
+) -> None:
+    done = run("load", str(tiny), RBEE_KERNELS=kernels, **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: {message}\nhint: `rbee-worker devices` lists what there is.\n" in done.stderr
+    devices = run("devices", RBEE_KERNELS=kernels, **env)
+    assert (devices.returncode, devices.stdout.splitlines()[-1]) == (0, f"CPU kernels: none. {message}")
 
 
 def interrupted(*arguments: str, when: bytes, stream: str) -> tuple[int, str, str]:

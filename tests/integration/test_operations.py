@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import write_tiny_model
+from tests.unit.kernels.matrices import HERE, MISSING
 
 from .conftest import RawConnection, Served, events_of, run, serving
 
@@ -157,6 +160,31 @@ def test_what_cannot_fit_is_refused_before_any_memory_is_taken(tmp_path: Path) -
     with serving("--model", str(giant), "--dtype", "float32") as worker:
         assert worker.events()[-1]["code"] == "OUT_OF_MEMORY"
         assert httpx.get(f"{worker.url}/health").status_code == 503
+
+
+@pytest.mark.skipif(not HERE, reason="; ".join(MISSING.values()))
+def test_mapping_is_asked_for_on_the_command_line_and_over_http(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    model = write_tiny_model(tmp_path / "model", **sizes)
+    weights = model / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    asking = ("generate", "-m", str(model), "--prompt", "x", "--temperature", "0", "--max-tokens", "8")
+    read, mapped = run(*asking, RBEE_KERNELS="auto"), run(*asking, "--mmap", RBEE_KERNELS="auto")
+    assert (read.returncode, mapped.returncode, mapped.stdout) == (0, 0, read.stdout)
+    refused = run(*asking, "--mmap", RBEE_KERNELS="torch")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "there are no CPU kernels (RBEE_KERNELS is torch)" in refused.stderr
+    inspected = json.loads(run("inspect", str(model), "--mmap", "--json", RBEE_KERNELS="auto").stdout)
+    with serving("--model", str(model), "--mmap", RBEE_KERNELS="auto") as worker:
+        first = worker.events()[-1]["report"]
+        assert httpx.post(f"{worker.url}/v1/loading", json={"mmap": False}).status_code == 202
+        second = worker.events()[-1]["report"]
+        assert run("load", "--addr", worker.url, "--mmap", "--quiet").returncode == 0
+        third = worker.events()[-1]["report"]
+    mapped_mb = inspected["mapped_bytes"] // 2**20
+    assert [report["mapped_mb"] for report in (first, second, third)] == [mapped_mb, 0, mapped_mb]
+    assert mapped_mb > 0
+    assert [report["storage"].endswith(", mapped") for report in (first, second, third)] == [True, False, True]
 
 
 def test_int8_is_asked_for_on_the_command_line_and_over_http(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ def prepare(model: LoadedModel | None, request: GenerationRequest, config: Engin
 
     Raises:
         InvalidRequest, ContextTooLong, ModelNotLoaded: as :meth:`Engine.submit`.
+        InferenceError: a file that weights are mapped from was changed.
     """
     if model is None:
         raise ModelNotLoaded("Model not loaded", hint="Load one first.", retry_after=1)
+    model.check_files()
     prompt = _prompt_ids(model, request)
     longest = model.context_length - 1
     if len(prompt) > longest:

@@ -1,9 +1,12 @@
-"""A model whose matrices stay in the blocks of its file: what they run as, and the memory that they take."""
+"""Matrices that stay as they are stored: what they run as, the memory that they take, and which can be mapped."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
+from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
+
+MATRIX_DIMENSIONS = 2
 
 NO_KERNEL = "no kernel multiplies by"
 """Why a type is decoded although the kernels run."""
@@ -50,3 +53,16 @@ def resident_bytes(
         itemsize = matrix_itemsize if len(info.shape) > 1 else vector_itemsize
         total += info.nbytes if stays(info.dtype) else info.parameters * itemsize
     return total
+
+
+def can_be_mapped(info: TensorInfo, stays: Callable[[str], bool], plain: str) -> bool:
+    """Whether a matrix can be used where its file is mapped: its bytes are what is multiplied, in their order.
+
+    Args:
+        info: the stored tensor.
+        stays: whether blocks of a stored type are multiplied as they are.
+        plain: the stored type of matrices that are multiplied in 16 bits as they are.
+    """
+    if isinstance(info, QuantizedTensor) or len(info.shape) != MATRIX_DIMENSIONS or info.rope_heads or info.shift:
+        return False
+    return stays(info.dtype) or (info.dtype == plain and info.offset % DTYPE_BYTES[plain] == 0)

@@ -11,7 +11,7 @@ import torch
 
 from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
-from rbee_worker.errors import Cancelled, OutOfMemory, RbeeError, Setting, sentence
+from rbee_worker.errors import Cancelled, InvalidRequest, OutOfMemory, RbeeError, Remedy, Setting, sentence
 from rbee_worker.escape import one_line, reason
 from rbee_worker.events import (
     LoadCancelled,
@@ -41,6 +41,7 @@ from rbee_worker.runtime.loading.fit import (
     limit_context,
     weights_bytes,
 )
+from rbee_worker.runtime.loading.mapping import MappedFile
 from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import ReadState, WeightReader
 from rbee_worker.runtime.machine.devices import (
@@ -76,6 +77,8 @@ class LoadedModel:
         grammars: compiles what generated text must match.
         context_length: tokens of prompt and output together at most.
         embedding_bytes: bytes of the embedding where it is used.
+        mapped_bytes: bytes of weights that are used where their files are mapped.
+        mapped_files: these files.
     """
 
     name: str
@@ -85,14 +88,24 @@ class LoadedModel:
     transformer: Transformer
     context_length: int
     embedding_bytes: int
+    mapped_bytes: int
+    mapped_files: tuple[MappedFile, ...]
 
     @classmethod
-    def of(cls, plan: "LoadPlan", transformer: Transformer) -> Self:
+    def of(cls, plan: "LoadPlan", transformer: Transformer, read: ReadState) -> Self:
         """The model that a plan has become."""
         grammars = GrammarCompiler(plan.tokenizer, plan.config.vocab_size)
-        name, context = plan.source.name, plan.context_length
-        embedding = _resident_bytes([group for group in plan.groups if group.kind == "embedding"], plan.form)
-        return cls(name, plan.config, plan.tokenizer, grammars, transformer, context, embedding)
+        return cls(
+            plan.source.name,
+            plan.config,
+            plan.tokenizer,
+            grammars,
+            transformer,
+            plan.context_length,
+            embedding_bytes=_resident_bytes([group for group in plan.groups if group.kind == "embedding"], plan.form),
+            mapped_bytes=read.bytes_mapped,
+            mapped_files=read.mapped_files,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +116,15 @@ class LoadedModel:
     def nbytes(self) -> int:
         """Bytes of device memory that the weights take."""
         return self.transformer.nbytes
+
+    def check_files(self) -> None:
+        """See whether the files that weights are mapped from are as they were.
+
+        Raises:
+            InferenceError: one of them is not.
+        """
+        for file in self.mapped_files:
+            file.check_unchanged()
 
     @property
     def bytes_per_token(self) -> int:
@@ -156,6 +178,7 @@ class LoadPlan:
         context_length: tokens of prompt and output together at most.
         storage: what the files lie on, and how it is read.
         stored_as: how the weights are stored, for people.
+        mapped: whether matrices that run as they are stored are used where their files are mapped.
     """
 
     source: ModelSource
@@ -167,6 +190,7 @@ class LoadPlan:
     context_length: int
     storage: Storage
     stored_as: str
+    mapped: bool
 
 
 class _CancelledWith(Exception):
@@ -258,17 +282,17 @@ def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, N
         check_room(plan, config)
         transformer = Transformer(plan.config, plan.form, plan.device, plan.context_length)
         timeline.enter("loading_to_vram")
-        yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
+        read = yield from _read_weights(plan, transformer, timeline, config.stall_seconds, cancel)
         held = transformer.nbytes
         _check(cancel)
         timeline.enter("warming_up")
         yield timeline.event(WarmingUp)
-        _allocate_cache(plan, transformer, config)
+        _allocate_cache(plan, transformer, config, read.bytes_mapped)
         _warm_up(transformer)
         timeline.enter("")
-        report = _report(plan, transformer, timeline.phases)
+        report = _report(plan, config, transformer, timeline.phases, read.bytes_mapped)
         _check(cancel)
-        asked.install(LoadedModel.of(plan, transformer))
+        asked.install(LoadedModel.of(plan, transformer, read))
     except Cancelled as cancelled:
         raise _CancelledWith(held) from cancelled
     yield timeline.event(Ready, report=report)
@@ -284,6 +308,7 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
 
     Raises:
         ModelError: a file is malformed, or the model is not supported.
+        InvalidRequest: the files are to be mapped, and the weights do not run as they are stored.
         OutOfMemory: the limit on the KV cache is too small for the context.
         DeviceUnavailable: the device is not there.
     """
@@ -292,11 +317,31 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     groups = plan_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
     tokenizer = Tokenizer.from_files(source)
     device = resolve_device(config.device)
-    form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes)
+    storage = storage_of(checkpoint.files[0])
+    mapped = config.mmap and not storage.network
+    form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes, mapped=config.mmap)
+    if config.mmap and not form.native:
+        raise _cannot_map(device, form)
     if form.as_stored:
         form = replace(form, resident_bytes=_resident_bytes(groups, form))
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
-    return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage_of(checkpoint.files[0]), stored_as)
+    return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage, stored_as, mapped)
+
+
+def _cannot_map(device: torch.device, form: LinearFormat) -> InvalidRequest:
+    if device.type != "cpu":
+        why, remedies = f"they go to {device}", [Remedy({"device": "cpu"})]
+    elif form.quantize != "none":
+        why, remedies = f"they become {form.quantize} as they are loaded", [Remedy({"quantize": "none"})]
+    elif (missing := missing_reason()) is not None:
+        why, remedies = f"there are no CPU kernels ({missing.removesuffix('.')})", []
+    else:
+        why, remedies = f"they become {form.dtype_name} as they are loaded", [Remedy({"dtype": "auto"})]
+    return InvalidRequest(
+        f"mmap: only weights that run as they are stored can be mapped; here {why}.",
+        hint=None if remedies else "Load the model without mmap.",
+        remedies=remedies,
+    )
 
 
 def plan_local(model: str | None, config: EngineConfig) -> LoadPlan | None:
@@ -323,13 +368,14 @@ def check_room(plan: LoadPlan, config: EngineConfig, freed: int = 0) -> None:
         check_host(name, plan.groups, host_info())
 
 
-def has_room(plan: LoadPlan, config: EngineConfig, resident: LoadedModel | None = None) -> bool:
-    """Whether a model fits into what is free now, beside whatever is loaded; or in the place of a ``resident`` one."""
-    held = 0
+def has_room(plan: LoadPlan, config: EngineConfig, resident: LoadedModel | None, *, instead: bool = False) -> bool:
+    """Whether a model fits into what is free now, beside a ``resident`` one, if there is one; or ``instead`` of it."""
+    freed = 0
     if resident is not None and resident.device == plan.device:
-        held = resident.nbytes + resident.transformer.cache.nbytes
+        freed = resident.nbytes + resident.transformer.cache.nbytes if instead else 0
+        freed -= resident.mapped_bytes  # the system counts these pages as free
     try:
-        check_room(plan, config, held)
+        check_room(plan, config, freed)
     except OutOfMemory:
         return False
     return True
@@ -400,9 +446,9 @@ def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[Way]:
 
 def _read_weights(
     plan: LoadPlan, transformer: Transformer, timeline: _Timeline, stall_seconds: float, cancel: Cancellation
-) -> Generator[LoadingEvent, None, None]:
-    """Place every part, until it is cancelled."""
-    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage)
+) -> Generator[LoadingEvent, None, ReadState]:
+    """Place every part, until it is cancelled; returns what was read, and what is mapped."""
+    reader = WeightReader(plan.groups, plan.config, plan.form, plan.device, plan.storage, mapped=plan.mapped)
     forget = cancel.on_set(reader.interrupt)
     state = reader.state
     progress = _Progress(plan, transformer, state, timeline, device_info(plan.device).total_bytes // MIB)
@@ -415,7 +461,7 @@ def _read_weights(
             stall_due = max(state.last_byte_at, stalled_at) + stall_seconds if state.reads else math.inf
             part = reader.next_part(min(event_due, stall_due) - time.monotonic())
             if cancel.is_set():
-                return
+                break
             now = time.monotonic()
             if part is not None:
                 transformer.place(part)
@@ -426,6 +472,7 @@ def _read_weights(
             if state.reads and now - max(state.last_byte_at, stalled_at) >= stall_seconds:
                 stalled_at = now
                 yield timeline.event(Stalled, seconds=round(now - state.last_byte_at, 1), where=state.reading)
+        return state
     finally:
         forget()
         reader.close()
@@ -460,9 +507,9 @@ class _Progress:
         )
 
 
-def _allocate_cache(plan: LoadPlan, transformer: Transformer, config: EngineConfig) -> None:
+def _allocate_cache(plan: LoadPlan, transformer: Transformer, config: EngineConfig, mapped: int) -> None:
     """Take the KV cache's memory, of what is free now that the weights are there."""
-    free = device_info(plan.device).free_bytes
+    free = max(device_info(plan.device).free_bytes - mapped, 0)  # the system counts mapped pages as free
     positions = cache_positions(
         plan.config, plan.form, context=plan.context_length, engine=config, free=free, device=plan.device.type
     )
@@ -482,7 +529,9 @@ def _warm_up(transformer: Transformer) -> None:
         torch.cuda.synchronize(device)
 
 
-def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) -> LoadReport:
+def _report(
+    plan: LoadPlan, asked: EngineConfig, transformer: Transformer, phases: dict[str, float], mapped: int
+) -> LoadReport:
     read, seconds = sum(info.nbytes for info in _stored(plan.groups)), phases["loading_to_vram"]
     return LoadReport(
         model=plan.source.name,
@@ -494,18 +543,25 @@ def _report(plan: LoadPlan, transformer: Transformer, phases: dict[str, float]) 
         quantize=plan.form.quantize,
         saved_mb=_saved_bytes(plan) // MIB,
         phases=dict(phases),
-        storage=str(plan.storage),
+        storage=_storage(plan, asked, mapped),
         stored_as=plan.stored_as,
         runs_as=_runs_as(plan),
         bytes_read=read,
         bytes_per_second=int(read / seconds) if seconds else read,
         device_mb={str(plan.device): transformer.nbytes // MIB},
+        mapped_mb=mapped // MIB,
         context_length=plan.context_length,
         kv_cache_tokens=transformer.cache.positions,
         kv_cache_mb=transformer.cache.nbytes // MIB,
         kv_cache_dtype=name_of(transformer.cache.dtype),
         peak_host_mb=peak_host_bytes() // MIB,
     )
+
+
+def _storage(plan: LoadPlan, asked: EngineConfig, mapped: int) -> str:
+    if not asked.mmap:
+        return str(plan.storage)
+    return f"{plan.storage}, {'mapped' if mapped else 'not mapped'}"
 
 
 def _stored(groups: Iterable[WeightGroup]) -> Iterator[TensorInfo]:

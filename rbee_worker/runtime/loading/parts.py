@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from rbee_worker.kernels.arguments import StoredMatrix
+from rbee_worker.kernels.formats import FLOAT_FORMATS
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear
+from rbee_worker.runtime.formats.as_stored import can_be_mapped
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
 from rbee_worker.runtime.formats.stacked_experts import read_expert
@@ -64,9 +66,18 @@ class RowBlocks:
 class PartBuilder:
     """Builds parts of a decoder, one at a time, reading each tensor to where it is needed."""
 
-    def __init__(self, config: ModelConfig, form: LinearFormat, device: torch.device, read: Read) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        form: LinearFormat,
+        device: torch.device,
+        read: Read,
+        map_in: Callable[[TensorInfo, torch.dtype], Tensor] | None = None,
+    ) -> None:
+        """``map_in``: gives a stored matrix's bytes, uint8 [nbytes], where its file is mapped; None: all are read."""
         self._config, self._form, self._device, self._read = config, form, device, read
         self._kernels = kernels_of(form)
+        self._map_in = map_in
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
         # int8 weights have scales, which hold what float32 holds.
         self._held = form.weight_dtype if form.quantize == "none" else torch.float32
@@ -160,12 +171,19 @@ class PartBuilder:
         return make_linear(self._filled(matrices, staged, self._held), bias, self._form)
 
     def _stored(self, info: TensorInfo) -> StoredMatrix:
-        """A matrix in memory of its own: in the blocks of its file where the form says so, else in 16 bits."""
-        blocks = self._form.blocks_of(info.dtype)
+        """A matrix in memory of its own, or where its file is mapped: in the blocks of the file, or in 16 bits."""
+        form = self._form
+        blocks, held = form.blocks_of(info.dtype), form.weight_dtype
+        mapped = None
+        if self._map_in is not None and can_be_mapped(info, form.keeps, FLOAT_FORMATS[held].name):
+            mapped = self._map_in(info, held if blocks is None else torch.uint8)
         if blocks is None:
-            return plain_matrix(self._plain([info], self._form.weight_dtype))
+            return plain_matrix(self._plain([info], held) if mapped is None else mapped.view(held).view(info.shape))
         rows, columns = info.shape
-        data = empty_on(self._device, (rows, blocks.row_bytes(columns)), torch.uint8)
+        row_bytes = blocks.row_bytes(columns)
+        if mapped is not None:
+            return StoredMatrix(mapped.view(rows, row_bytes), blocks, rows, columns)
+        data = empty_on(self._device, (rows, row_bytes), torch.uint8)
         self._read(info, data, torch.uint8)
         return StoredMatrix(data, blocks, rows, columns)
 

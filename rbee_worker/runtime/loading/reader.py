@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -27,6 +28,7 @@ from rbee_worker.runtime.formats.finite import all_finite, check_finite
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
 from rbee_worker.runtime.formats.quantized.dequantize import read_dequantized
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, files_of
+from rbee_worker.runtime.loading.mapping import MappedFile
 from rbee_worker.runtime.loading.parts import PartBuilder, rows_of
 from rbee_worker.runtime.loading.plan import PLAIN_DTYPES, WeightGroup
 from rbee_worker.runtime.machine.devices import trim_host_memory
@@ -70,6 +72,8 @@ class ReadState:
         infos = [info for group in groups for info in group.tensors.values()]
         self.bytes_total = sum(info.nbytes for info in infos)
         self.bytes_read = 0
+        self.bytes_mapped = 0
+        self.mapped_files: tuple[MappedFile, ...] = ()
         self.started_at = self.last_byte_at = time.monotonic()
         self.reading = ""
         self.stop = threading.Event()
@@ -118,13 +122,26 @@ class ReadState:
             self.bytes_read += nbytes
             self.last_byte_at = time.monotonic()
 
+    def map_file(self, path: Path, descriptor: int) -> MappedFile:
+        """Map a file, and remember it.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
+        mapped = MappedFile(path, descriptor)
+        with self._lock:
+            self.mapped_files += (mapped,)
+        return mapped
+
+    def count_mapped(self, nbytes: int) -> None:
+        """So many bytes are used where their file is mapped."""
+        with self._lock:
+            self.bytes_mapped += nbytes
+
     def check_unchanged(self, path: Path, descriptor: int) -> None:
         """Raise ModelMalformed when a file is not, or no longer, the one that was there when the load began."""
         if _identity(os.fstat(descriptor)) != self._identities[path]:
-            raise ModelMalformed(
-                f"{path.name}: the file was changed while it was being read.",
-                hint="Load it again once whatever writes it is done.",
-            )
+            raise _changed(path)
 
 
 class TensorReader:
@@ -136,6 +153,7 @@ class TensorReader:
         self._state, self._chunk, self._open_file = state, chunk_bytes, open_file
         self._copier = PinnedCopier(device, chunk_bytes) if device.type == "cuda" else Copier()
         self._files: dict[Path, RawFile] = {}
+        self._mapped: dict[Path, MappedFile] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +198,47 @@ class TensorReader:
                 self._read_plain(file, info, target, stored, held)
         self._state.check_unchanged(info.file, file.fileno())
 
+    def map_in(self, info: TensorInfo, held: torch.dtype) -> Tensor:
+        """A stored tensor's bytes where its file is mapped, uint8 [nbytes]; they are in memory.
+
+        Args:
+            info: the stored tensor; its bytes are what is multiplied.
+            held: the dtype of its values; uint8: they are in blocks.
+
+        Raises:
+            ModelMalformed: the file ends early, cannot be read, or has changed; a value or a scale is not finite.
+            Stopped: the reading was closed.
+        """
+        state, file = self._state, self._file(info)
+        state.check_unchanged(info.file, file.fileno())
+        mapped = self._mapped.get(info.file)
+        if mapped is None:
+            with state.system_call(info.file):
+                mapped = self._mapped[info.file] = state.map_file(info.file, file.fileno())
+        for start in range(0, info.nbytes, self._chunk):
+            count = min(self._chunk, info.nbytes - start)
+            try:
+                with state.system_call(info.file):
+                    there = mapped.bring_in(info.offset + start, count)
+            except ModelMalformed:
+                state.check_unchanged(info.file, file.fileno())  # this says more of a file that was cut
+                raise
+            if there:
+                state.count(count)
+            else:  # what has been read is in the system's cache, and the check below touches each page
+                part = replace(info, offset=info.offset + start, nbytes=count)
+                self._read_bytes(file, part, torch.empty(count, dtype=torch.uint8))
+        state.check_unchanged(info.file, file.fileno())
+        raw = mapped.part(info.offset, info.nbytes)
+        if held == torch.uint8:
+            _check_blocks(info, raw)
+        else:
+            for piece in torch.split(raw, _CONVERT_BYTES):
+                check_finite(info, piece.view(held), held)
+        state.check_unchanged(info.file, file.fileno())
+        state.count_mapped(info.nbytes)
+        return raw
+
     def _read_plain(
         self, file: RawFile, info: TensorInfo, target: Tensor, stored: torch.dtype, held: torch.dtype | None
     ) -> None:
@@ -222,11 +281,7 @@ class TensorReader:
             target.copy_(torch.from_numpy(undo_rope_permutation(raw.numpy(), info.shape[0], info.rope_heads)))
         else:
             self._read_bytes(file, info, target.view(-1))
-        if not FORMATS[info.dtype].finite(target):
-            raise ModelMalformed(
-                f"{info.file.name}: tensor {quoted(info.name)} has scales that are not finite.",
-                hint="Download the file again; if it is as its maker wrote it, the model was damaged when it was made.",
-            )
+        _check_blocks(info, target)
 
     def _read_bytes(
         self, file: RawFile, info: TensorInfo, raw: Tensor, start: int = 0, *, counted: bool = True
@@ -329,9 +384,10 @@ class WeightReader:
         device: torch.device,
         storage: Storage,
         *,
+        mapped: bool = False,
         open_file: Callable[[Path], RawFile] | None = None,
     ) -> None:
-        """Begin to read.
+        """Begin to read; ``mapped``: what runs as it is stored is used where its file is mapped.
 
         Raises:
             ModelMalformed: a file is gone.
@@ -342,6 +398,7 @@ class WeightReader:
             raise ModelMalformed(f"{error.filename}: cannot be read: {error.strerror}.") from error
         self._groups, self._config, self._form, self._device = groups, config, form, device
         self._chunk, self._open_file = storage.chunk_bytes, open_file or open_raw
+        self._mapped = mapped
         self._window = storage.readers + _AHEAD
         self._changed = threading.Condition()
         self._taken = self._handed_out = 0
@@ -411,7 +468,8 @@ class WeightReader:
 
     def _work(self) -> None:
         with TensorReader(self.state, self._device, self._chunk, self._open_file) as tensors:
-            builder = PartBuilder(self._config, self._form, self._device, tensors.read)
+            map_in = tensors.map_in if self._mapped else None
+            builder = PartBuilder(self._config, self._form, self._device, tensors.read, map_in)
             while (index := self._next_group()) is not None:
                 last = index >= len(self._groups) - len(self._threads)
                 self._deliver(index, builder.build(self._groups[index], last=last))
@@ -435,3 +493,18 @@ class WeightReader:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> ModelMalformed:
+    return ModelMalformed(
+        f"{path.name}: the file was changed while it was being read.",
+        hint="Load it again once whatever writes it is done.",
+    )
+
+
+def _check_blocks(info: TensorInfo, blocks: Tensor) -> None:
+    if not FORMATS[info.dtype].finite(blocks):
+        raise ModelMalformed(
+            f"{info.file.name}: tensor {quoted(info.name)} has scales that are not finite.",
+            hint="Download the file again; if it is as its maker wrote it, the model was damaged when it was made.",
+        )

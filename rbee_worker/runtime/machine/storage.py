@@ -1,7 +1,7 @@
 """The file system that holds a model's files, and how to read from it. Does not import torch.
 
-Files are always read, never mapped. A layer that is only mapped is not in memory. And a mapped file on a network is
-fetched page by page, in the order in which pages are first used.
+Files are read. With ``mmap`` those on local storage are mapped and brought in (``loading/mapping.py``). A mapped file
+on a network would be fetched page by page, in the order in which pages are first used; so those are always read.
 """
 
 import os

@@ -122,6 +122,10 @@ class LoadingBody(Body):
         Quantization | None,
         Field(description="`int8` quantizes the weights as they are loaded; by default that of `serve`."),
     ] = None
+    mmap: Annotated[
+        bool | None,
+        Field(description="Use weights that run as they are stored where their file is mapped; by default as `serve`."),
+    ] = None
 
 
 class TokenizeBody(Body):

@@ -256,7 +256,12 @@ class Native:
         body = LoadingBody.parse(await read_object(request))
         model = self._models.choose(body.model)
         begin = functools.partial(
-            self._worker.loads.begin, model, device=body.device, dtype=body.dtype, quantize=body.quantize
+            self._worker.loads.begin,
+            model,
+            device=body.device,
+            dtype=body.dtype,
+            quantize=body.quantize,
+            mmap=body.mmap,
         )
         keeps = await anyio.to_thread.run_sync(begin)  # reads headers
         answer: LoadAccepted = {

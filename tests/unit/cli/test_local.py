@@ -28,13 +28,15 @@ from tests.unit.samples import JOB, LOAD, TEXT, layers
 
 
 def test_load_draws_and_reports(engine: Script):
-    result = run("load", "m.gguf", "--device", "cpu", "--dtype", "float32", "--quantize", "int8", "--max-context", "64")
+    result = run(
+        "load", "m.gguf", "--device", "cpu", "--dtype", "float32", "--quantize", "int8", "--mmap", "--max-context", "64"
+    )
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "30/30 layers" in result.stderr
     assert "peak host memory" in result.stderr
     assert engine.models == ["m.gguf"]
-    assert engine.configs == [EngineConfig(device="cpu", dtype="float32", quantize="int8", max_context=64)]
+    assert engine.configs == [EngineConfig(device="cpu", dtype="float32", quantize="int8", mmap=True, max_context=64)]
     assert engine.closed == ["load"]
 
 

@@ -29,10 +29,10 @@ def test_generate_from_a_worker(engine: Script, worker: FakeWorker):
 def test_load_at_a_worker(worker: FakeWorker):
     worker.answers["POST /v1/loading"] = answer(202, {})
     worker.answers["GET /v1/loading/progress"] = stream(frames(*LOAD))
-    result = run("load", "m", "--addr", worker.addr, "--dtype", "float16", "--quantize", "int8", "--json")
+    result = run("load", "m", "--addr", worker.addr, "--dtype", "float16", "--quantize", "int8", "--mmap", "--json")
     assert result.exit_code == 0
     assert result.stdout == "".join(to_json(event) + "\n" for event in LOAD)
-    assert worker.calls[0].body == {"model": "m", "dtype": "float16", "quantize": "int8"}
+    assert worker.calls[0].body == {"model": "m", "dtype": "float16", "quantize": "int8", "mmap": True}
     assert "peak host memory" in run("load", "--addr", worker.addr).stderr
 
 

@@ -35,7 +35,7 @@ def test_serve_passes_its_options_and_its_exit_code(
     args += ["--allow-model", "a", "--allow-model", "b", "--max-queue", "3", "--max-batch-size", "4"]
     args += ["--prefill-chunk", "5", "--keep-alive", "0", "--shutdown-grace", "1.5", "--exit-on-load-error"]
     args += ["--allow-unauthenticated", "--no-load", "--device", "cpu", "--dtype", "float16", "--max-context", "99"]
-    args += ["--quantize", "int8"]
+    args += ["--quantize", "int8", "--mmap"]
     assert run("serve", *args, env={"RBEE_TLS_KEY_PASSWORD": "secret"}).exit_code == 5
     server = ServerConfig(
         host="::1",
@@ -56,7 +56,7 @@ def test_serve_passes_its_options_and_its_exit_code(
         exit_on_load_error=True,
     )
     engine = EngineConfig(
-        device="cpu", dtype="float16", quantize="int8", max_context=99, max_batch_size=4, prefill_chunk=5
+        device="cpu", dtype="float16", quantize="int8", mmap=True, max_context=99, max_batch_size=4, prefill_chunk=5
     )
     assert served == [(server, engine, "m", False)]
 

@@ -87,8 +87,8 @@ class StandInLoads:
         self._play = play
         self._script = progress
 
-    def begin(self, model, *, device=None, dtype=None, quantize=None):
-        self.asked.append((model, device, dtype, quantize))
+    def begin(self, model, *, device=None, dtype=None, quantize=None, mmap=None):
+        self.asked.append((model, device, dtype, quantize, mmap))
         return False
 
     def unload(self):

@@ -332,7 +332,7 @@ def test_a_model_that_does_not_fit_beside_the_old_one_waits_for_its_jobs_and_unl
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
         monkeypatch.setattr(
-            "rbee_worker.worker.loads.has_room", lambda _plan, _config, resident=None: resident is not None
+            "rbee_worker.worker.loads.has_room", lambda _plan, _config, _resident, *, instead=False: instead
         )
         unload, unloads = worker.engine._engine.unload, []
 

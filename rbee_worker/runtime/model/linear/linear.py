@@ -193,7 +193,12 @@ class PackedBf16Linear:
 
 
 def choose_format(
-    device: torch.device, dtype: DTypeName, quantize: Quantization = "none", stored: Mapping[str, int] = NOTHING_STORED
+    device: torch.device,
+    dtype: DTypeName,
+    quantize: Quantization = "none",
+    stored: Mapping[str, int] = NOTHING_STORED,
+    *,
+    mapped: bool = False,
 ) -> LinearFormat:
     """The form for a device, a requested dtype and quantization; ``auto`` takes what is fast and right there.
 
@@ -202,6 +207,7 @@ def choose_format(
         dtype: of the weights. With the worker's own kernels ``auto`` leaves them as they are stored.
         quantize: how matrices are quantized as they are loaded.
         stored: the bytes of each stored type in the model's files.
+        mapped: the files are to be mapped: 16-bit weights are not packed where the worker's own kernels run.
 
     Raises:
         ModelUnsupported: the device has no kernel for the quantization.
@@ -221,7 +227,8 @@ def choose_format(
         return _int8_format(device, weights)
     if device.type == "cpu" and dtype != "float32":
         features = cpu_features()
-        if features.kernels is not None and (as_stored or dtype == "float16" or not features.bf16_arithmetic):
+        own = as_stored or mapped or dtype == "float16" or not features.bf16_arithmetic
+        if features.kernels is not None and own:
             return LinearFormat(features.kernels, weights, torch.float32, as_stored=as_stored)
         if dtype == "float16" and features.packed_fp16:
             return LinearFormat("packed-fp16", weights, torch.float32)

@@ -292,7 +292,7 @@ def test_detokenize(start):
 
 def test_loading_takes_only_the_models_that_were_allowed(start):
     server = start(allow_models=("other",), app_options={"model": "given"})
-    body = {"model": "other", "device": "cuda:1", "dtype": "float16", "quantize": "int8"}
+    body = {"model": "other", "device": "cuda:1", "dtype": "float16", "quantize": "int8", "mmap": True}
     ok = server.ask("POST", "/v1/loading", body)
     assert ok.status == 202
     assert ok.json == {"progress_url": "/v1/loading/progress", "model": "other", "resident_keeps_serving": False}
@@ -301,9 +301,9 @@ def test_loading_takes_only_the_models_that_were_allowed(start):
     refused = server.ask("POST", "/v1/loading", {"model": "/etc/passwd"})
     assert (refused.status, refused.json["error"]["type"]) == (403, "permission_error")
     assert server.worker.loads.asked == [
-        ("other", "cuda:1", "float16", "int8"),
-        ("given", None, None, None),
-        ("given", None, None, None),
+        ("other", "cuda:1", "float16", "int8", True),
+        ("given", None, None, None, None),
+        ("given", None, None, None, None),
     ]
 
 
@@ -311,7 +311,7 @@ def test_loading_the_embedded_default_by_its_name_or_by_none(start):
     server = start()
     for body in ({}, {"model": "SmolLM2-135M-Instruct"}):
         assert server.ask("POST", "/v1/loading", body).json["model"] == "SmolLM2-135M-Instruct"
-    assert server.worker.loads.asked == [(None, None, None, None)] * 2
+    assert server.worker.loads.asked == [(None,) * 5] * 2
 
 
 def test_a_worker_started_without_a_model_asks_for_one(start):

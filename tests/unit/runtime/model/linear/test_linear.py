@@ -164,6 +164,7 @@ def test_auto_leaves_weights_as_they_are_stored_where_there_are_kernels(monkeypa
 def test_a_cpu_that_multiplies_bfloat16_itself_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, replace(NOTHING, kernels="avx512", packed_bf16=True, bf16_arithmetic=True))
     assert choose_format(CPU, "auto", stored={"BF16": 1}).kernel == "packed-bf16"
+    assert choose_format(CPU, "auto", stored={"BF16": 1}, mapped=True).kernel == "avx512"  # packed ones are a copy
     assert choose_format(CPU, "auto", stored={"BF16": 1, "Q8_0": 100}).kernel == "avx512"
 
 
