@@ -32,6 +32,7 @@ from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import load as load_module
 from rbee_worker.runtime.loading import mapping
+from rbee_worker.runtime.loading.fit import needs
 from rbee_worker.runtime.loading.mapping import MappedFile
 from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.loading.reader import ReadState, TensorReader, open_raw
@@ -445,3 +446,30 @@ def test_the_cache_leaves_room_for_mapped_pages(running: tuple[Path, Engine], mo
     loaded(path, "auto", mmap=True, max_context=64)
     loaded(path, "auto", max_context=64)
     assert frees == [16 * MIB - mapped_bytes, 16 * MIB]
+
+
+def test_another_model_does_not_take_the_room_of_mapped_pages(
+    running: tuple[Path, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, engine = running
+    resident = engine.model
+    assert resident is not None
+    config = replace(engine.config, max_context=64)
+    plan = load_module.make_plan(resolve(str(path)), config)
+    needed = needs(plan.config, plan.form, 64, config).total
+    info = replace(load_module.device_info(CPU), free_bytes=needed + resident.mapped_bytes - 1)
+    monkeypatch.setattr(load_module, "device_info", lambda _: info)
+    assert load_module.has_room(plan, config, None)
+    assert not load_module.has_room(plan, config, resident)
+    assert load_module.has_room(plan, config, resident, instead=True)
+
+
+def test_an_unloaded_model_maps_nothing(running: tuple[Path, Engine]) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not list mappings")
+    path, engine = running
+    assert str(path) in maps.read_text()
+    engine.unload()
+    gc.collect()
+    assert str(path) not in maps.read_text()
