@@ -5,6 +5,10 @@
 The JSON has ``model``, ``tokens``, ``prefills``, ``contexts``, ``batches``, ``batch_prompt`` and ``longest``, for
 speed; or ``model`` and ``ids``, for perplexity. Prints one line of JSON: figures by the keys of ``rbee-worker bench
 decode``.
+
+With ``windows``, lists of tokens, it has ``nll``: the negative log-likelihood of each token after a window's first.
+Then ``logits`` may name a file for the logits of all of them (.npy), and ``threads``, ``batch`` (tokens of a pass) and
+``repack`` say how they are computed. The cache is float32, so that only weights and activations are rounded.
 """
 
 import json
@@ -24,10 +28,13 @@ UBATCH = 512
 class Peer:
     """A model and a context."""
 
-    def __init__(self, path: str, context: int, sequences: int) -> None:
+    def __init__(self, path: str, context: int, sequences: int, **how: Any) -> None:
+        """``how``: ``threads``; ``repack``: weights may be laid out anew; ``exact``: its cache is float32."""
         lib.llama_backend_init()
         began = time.perf_counter()
-        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        loading = lib.llama_model_default_params()
+        loading.use_extra_bufts = how.get("repack", True)
+        self.model = lib.llama_model_load_from_file(path.encode(), loading)
         if not self.model:
             sys.exit(f"llama.cpp cannot load {path}")
         params = lib.llama_context_default_params()
@@ -37,7 +44,10 @@ class Peer:
         params.n_seq_max = sequences
         # One pool for all sequences: else each gets its share of the context.
         params.kv_unified = True
-        params.n_threads = params.n_threads_batch = threads()
+        params.n_threads = params.n_threads_batch = how.get("threads") or threads()
+        if how.get("exact"):
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = lib.llama_init_from_model(self.model, params)
         self.load_seconds = time.perf_counter() - began
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
@@ -96,11 +106,21 @@ class Peer:
 
     def perplexity(self, ids: list[int]) -> float:
         """Of the tokens after the first."""
+        return float(np.exp(np.mean(unlikely(self.logits(ids, len(ids)), ids))))
+
+    def logits(self, ids: list[int], batch: int) -> np.ndarray:
+        """Of each token, float32 [tokens, vocabulary]; so many tokens a pass."""
         self.clear()
-        logits = np.stack(self.run([(token, place, 0, True) for place, token in enumerate(ids)]))[:-1].astype(float)
-        logits -= logits.max(1, keepdims=True)
-        likely = logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(1))
-        return float(np.exp(-likely.mean()))
+        rows = [(token, place, 0, True) for place, token in enumerate(ids)]
+        passes = (self.run(rows[begin : begin + batch]) for begin in range(0, len(rows), batch))
+        return np.concatenate([np.stack(found) for found in passes])
+
+
+def unlikely(logits: np.ndarray, ids: list[int]) -> np.ndarray:
+    """The negative log-likelihood of each token after the first."""
+    logits = logits[:-1].astype(float)
+    logits -= logits.max(1, keepdims=True)
+    return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(ids) - 1), ids[1:]]
 
 
 def threads() -> int:
@@ -109,7 +129,26 @@ def threads() -> int:
     return int(told) if told.isdecimal() else len(os.sched_getaffinity(0))
 
 
-def measure(wanted: dict[str, Any]) -> dict[str, float]:
+def judge(wanted: dict[str, Any]) -> dict[str, list[float]]:
+    windows: list[list[int]] = wanted["windows"]
+    longest = max(map(len, windows))
+    how = {key: wanted[key] for key in ("threads", "repack") if key in wanted}
+    peer = Peer(wanted["model"], longest + 1, 1, exact=True, **how)
+    nll: list[float] = []
+    kept = []
+    for ids in windows:
+        logits = peer.logits(ids, wanted.get("batch", longest))
+        nll += unlikely(logits, ids).tolist()
+        if "logits" in wanted:
+            kept.append(logits)
+    if "logits" in wanted:
+        np.save(wanted["logits"], np.concatenate(kept))
+    return {"nll": nll}
+
+
+def measure(wanted: dict[str, Any]) -> dict[str, Any]:
+    if "windows" in wanted:
+        return judge(wanted)
     if ids := wanted.get("ids"):
         peer = Peer(wanted["model"], len(ids) + 1, 1)
         return {"perplexity": peer.perplexity(ids), "weights_bytes": lib.llama_model_size(peer.model)}
