@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rbee_worker.runtime.convert import convert
 from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES
@@ -30,6 +30,17 @@ CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 CASES: dict[str, Case] = {
     "qwen2": Case("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": Case("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3moe": Case(
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
     "phi3": Case("Phi3", {"sliding_window": 11, "partial_rotary_factor": 0.5}),
     "gemma2": Case("Gemma2", GEMMA | CAPS, offset_norms=True),
     "gemma3": Case("Gemma3", GEMMA | {"num_hidden_layers": 7}, offset_norms=True, config_class="Gemma3TextConfig"),
@@ -40,8 +51,11 @@ SCALED: dict[str, Case] = {
     ),
     "phi3": Case("Phi3", rope(**LONG) | {"original_max_position_embeddings": 20, "head_dim": 8}),
 }
-
-
+EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 Stored = tuple[np.ndarray[Any, Any], gguf.GGMLQuantizationType | None]
 
 
@@ -83,6 +97,7 @@ def write(path: Path, arch: str, model: PreTrainedModel, store: Callable[[str, T
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    _add_experts(writer, arch, config)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -90,7 +105,7 @@ def write(path: Path, arch: str, model: PreTrainedModel, store: Callable[[str, T
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["a b"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (part for item in model.state_dict().items() for part in _parts(*item)):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         shift = 1.0 if arch.startswith("gemma") and name.endswith("norm.weight") else 0.0
@@ -99,6 +114,20 @@ def write(path: Path, arch: str, model: PreTrainedModel, store: Callable[[str, T
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return path
+
+
+def _add_experts(writer: gguf.GGUFWriter, arch: str, config: PreTrainedConfig) -> None:
+    for key, name in EXPERTS.items():
+        if hasattr(config, name):
+            writer.add_uint32(f"{arch}.{key}", getattr(config, name))
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """transformers has gate and up of all experts in one tensor, GGUF in two."""
+    if name.endswith(".gate_up_proj") and tensor.dim() > 2:
+        halves = zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)
+        return [(name.replace("gate_up_proj", f"{role}_proj.weight"), half.contiguous()) for role, half in halves]
+    return [(f"{name}.weight" if tensor.dim() > 2 else name, tensor)]
 
 
 @pytest.mark.parametrize(("arch", "case"), [*CASES.items(), *SCALED.items()])

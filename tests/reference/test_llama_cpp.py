@@ -8,12 +8,16 @@ It needs an interpreter with llama-cpp-python, in an environment of its own:
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.benchmarks import exactness
+
+from .test_families import fill
+from .test_gguf_families import CASES, write
 
 PYTHON = os.environ.get("LLAMA_CPP_PYTHON", "")
 TOKENS = 96
@@ -42,6 +46,14 @@ def test_logits_are_nearer_to_the_weights_than_llama_cpp_s(
 def test_so_are_the_default_model_s(gguf_path: Path, model_dir: Path, tmp_path: Path) -> None:
     ids = exactness.tokens_of_text(model_dir)[:TOKENS]
     check(exactness.compare(gguf_path, ids, PYTHON, tmp_path))
+
+
+def test_a_mixture_of_experts_is_the_one_that_llama_cpp_has(tmp_path: Path) -> None:
+    case = replace(CASES["qwen3moe"], changes=CASES["qwen3moe"].changes | {"vocab_size": 257})  # as many as tokens
+    path = write(tmp_path / "model.gguf", "qwen3moe", fill(case).eval())
+    wanted = {"windows": [list(range(TOKENS))], "logits": str(tmp_path / "logits.npy")}
+    mine = exactness.ours("torch", path, "float32", **wanted)["logits"]
+    assert exactness.relative_error(mine, exactness.theirs(PYTHON, path, **wanted)["logits"]) < 1e-5
 
 
 def check(found: exactness.Comparison) -> None:

@@ -1,5 +1,6 @@
 """GGUF files that run as they are stored, against the same files decoded to float32."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from torch.nn import functional
 from rbee_worker.kernels.formats import FORMATS, quantize_activations
 from rbee_worker.kernels.library import cpu_kernels, missing_reason
 from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES
 from rbee_worker.runtime.inspection import inspect_model
-from rbee_worker.runtime.model.linear.linear import DenseLinear
+from rbee_worker.runtime.model.linear.linear import DenseLinear, Linear
+from rbee_worker.runtime.model.linear.stored import StoredLinear
+from rbee_worker.runtime.model.moe import Experts
 from rbee_worker.runtime.source import resolve
 from tests.engines import loaded
 from tests.unit.kernels.matrices import make_matrix, set_scales
@@ -33,6 +37,18 @@ pytestmark = [
 ]
 
 CASE = Case("Qwen2", {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64})
+EXPERTS = Case(
+    "Qwen3Moe",
+    {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 256,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "head_dim": 64,
+    },
+)
 ALIKE = 2e-2
 """Where float32 sums differ in their last bits, an activation may be rounded to the next byte."""
 
@@ -48,34 +64,45 @@ def blocks(kind: Type, rows: int, columns: int, seed: int) -> np.ndarray[Any, An
     return matrix.data.numpy()
 
 
-def stored(path: Path, *types: Type) -> Path:
+def stored(path: Path, *types: Type, case: Case = CASE) -> Path:
     """A file whose matrices are stored in the given types, in turn."""
     matrices = 0
 
-    def store(_name: str, tensor: Tensor) -> tuple[np.ndarray[Any, Any], Type | None]:
+    def store(name: str, tensor: Tensor) -> tuple[np.ndarray[Any, Any], Type | None]:
         nonlocal matrices
-        if tensor.dim() == 1:
+        if tensor.dim() == 1 or name.endswith("mlp.gate.weight"):  # routers stay float32
             return tensor.numpy(), None
         kind = types[matrices % len(types)]
         matrices += 1
-        return blocks(kind, *tensor.shape, seed=matrices), kind
+        *count, rows, columns = tensor.shape  # of experts, a number of matrices
+        data = blocks(kind, math.prod(count) * rows, columns, seed=matrices)
+        return data.reshape(*count, rows, -1), kind
 
-    return write(path, "qwen2", fill(CASE).eval(), store)
+    arch = next(name for name, known in ARCHITECTURES.items() if known.name == case.architecture)
+    return write(path, arch, fill(case).eval(), store)
 
 
 def logits(engine: Engine) -> Tensor:
     return torch.cat(logits_of(transformer_of(engine), prompts_of(CASE)))
 
 
+def experts_of(engine: Engine) -> list[Experts]:
+    return [layer.mlp for layer in transformer_of(engine).layers if isinstance(layer.mlp, Experts)]
+
+
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Tensor]:
     """Logits of the weights decoded to float32, where every linear layer rounds its activations as the kernels do."""
 
+    routers: list[Linear] = []
+
     def rounded(layer: DenseLinear, x: Tensor) -> Tensor:
-        return functional.linear(quantize_activations(x).float(), layer.weight, layer.bias)
+        exact = any(layer is router for router in routers)
+        return functional.linear(x if exact else quantize_activations(x).float(), layer.weight, layer.bias)
 
     def of(path: Path) -> Tensor:
         engine = loaded(path, "float32")
+        routers.extend(experts.router for experts in experts_of(engine))
         monkeypatch.setattr(DenseLinear, "__call__", rounded)
         return logits(engine)
 
@@ -98,6 +125,53 @@ def test_blocks_are_multiplied_as_they_are_stored(
     inspected = inspect_model(resolve(str(path)), None)
     need = inspected.memory[0]
     assert (need.dtype, need.weights_bytes) == ("as stored", transformer_of(as_stored).nbytes)
+
+
+@pytest.mark.parametrize(
+    "types", [(Type.Q8_0,), (Type.Q4_K, Type.Q6_K)], ids=lambda types: "+".join(kind.name for kind in types)
+)
+def test_experts_are_multiplied_as_they_are_stored(
+    types: tuple[Type, ...], tmp_path: Path, twin: Callable[[Path], Tensor]
+) -> None:
+    path = stored(tmp_path / "model.gguf", *types, case=EXPERTS)
+    as_stored = loaded(path, "auto")
+    ours, expected = logits(as_stored), twin(path)
+    apart = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert apart.quantile(0.9) < ALIKE  # a token that hardly prefers one expert to another may go to that one
+    matrices = sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+    assert matrices < transformer_of(as_stored).nbytes < 1.05 * matrices + 2**16
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
+def test_of_experts_that_no_token_chooses_no_byte_counts(
+    kind: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers are made no numbers: a product that read one of them would be none either."""
+    engine = loaded(stored(tmp_path / "model.gguf", kind, case=EXPERTS), "auto")
+    used: set[int] = set()
+    plain = StoredLinear.__call__
+
+    def noted(layer: StoredLinear, x: Tensor) -> Tensor:
+        used.add(id(layer))
+        return plain(layer, x)
+
+    monkeypatch.setattr(StoredLinear, "__call__", noted)
+    prompts = [[7], [7, 9, 11]]
+    before = torch.cat(logits_of(transformer_of(engine), prompts))
+    matrices = [matrix for experts in experts_of(engine) for pair in experts.experts for matrix in pair]
+    idle = [matrix for matrix in matrices if id(matrix) not in used]
+    assert 0 < len(idle) < len(matrices)
+    for matrix in idle:
+        spoil(matrix)
+    assert torch.equal(torch.cat(logits_of(transformer_of(engine), prompts)), before)
+    spoil(next(matrix for matrix in matrices if id(matrix) in used))
+    assert torch.cat(logits_of(transformer_of(engine), prompts)).isnan().any()
+
+
+def spoil(matrix: Linear) -> None:
+    assert isinstance(matrix, StoredLinear)
+    for part in matrix._weights.matrices:
+        part.data.view(torch.uint8).fill_(0xFF)  # of a float16, of a scale too: not a number
 
 
 def test_the_default_model_runs_as_it_is_stored_and_knows_the_capital_of_france(gguf_path: Path) -> None:

@@ -33,7 +33,7 @@ from rbee_worker.runtime.model.decoder import (
     Part,
     SelfAttention,
 )
-from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of, make_linear
+from rbee_worker.runtime.model.linear.linear import DenseLinear, Linear, LinearFormat, kernels_of, make_linear
 from rbee_worker.runtime.model.linear.stored import StoredLinear, StoredTable, plain_matrix
 from rbee_worker.runtime.model.moe import Experts
 
@@ -122,8 +122,7 @@ class PartBuilder:
                 matrices = [self._stacked(group.tensors, number) for number in numbers]
             else:
                 matrices = [linears(MLP_LINEARS, f"experts.{number}.") for number in numbers]
-            router = vectors["router.weight"], vectors.get("router.bias")
-            mlp = Experts(config.activation, experts, *router, matrices, kernels=self._kernels)
+            mlp = Experts(config.activation, experts, self._router(vectors), matrices, kernels=self._kernels)
         else:
             mlp = MLP(config, linears(MLP_LINEARS), self._kernels)
         attention = SelfAttention(config, group.index, vectors, linears(ATTENTION_LINEARS))
@@ -194,6 +193,12 @@ class PartBuilder:
             weight, bias = read_expert(tensors, role, number, self._read, device=self._device, held=self._held)
             made[role] = make_linear(weight, bias.to(self._form.activation_dtype), self._form)
         return made
+
+    def _router(self, vectors: Mapping[str, Tensor]) -> Linear:
+        weight, bias = vectors["router.weight"], vectors.get("router.bias")
+        if self._kernels is not None:
+            return StoredLinear(self._kernels, [plain_matrix(weight)], bias)
+        return DenseLinear(weight, bias)
 
     def _embedding(self, info: TensorInfo) -> Embedding:
         if self._kernels is not None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.architecture.config import Activation, ExpertsConfig
@@ -16,24 +15,24 @@ from rbee_worker.runtime.model.linear.linear import Linear
 class Experts:
     """The router and the experts. An expert runs once a step, on all the tokens that chose it.
 
-    The router's weights are float32, whatever form the experts' matrices have.
+    The router's weights are float32, whatever form the experts' matrices have. Of the other experts' matrices no byte
+    is touched.
     """
 
-    __slots__ = ("_active", "_gated", "_renormalise", "_router", "_router_bias", "experts", "nbytes")
+    __slots__ = ("_active", "_gated", "_renormalise", "experts", "nbytes", "router")
 
     def __init__(
         self,
         activation: Activation,
         config: ExpertsConfig,
-        router: Tensor,
-        router_bias: Tensor | None,
+        router: Linear,
         experts: Sequence[Mapping[str, Linear]],
         *,
         kernels: Kernels | None = None,
     ) -> None:
-        """``experts``: the matrices ``gate_up`` and ``down`` of each."""
+        """``router``: of float32; ``experts``: the matrices ``gate_up`` and ``down`` of each."""
         self.experts = [(matrices["gate_up"], matrices["down"]) for matrices in experts]
-        self._router, self._router_bias = router, router_bias
+        self.router = router
         self._active, self._renormalise = config.active, config.renormalise
         self._gated: Callable[[Tensor], Tensor] = gated(activation, kernels)
         if config.clamp is not None:
@@ -43,18 +42,29 @@ class Experts:
     def __call__(self, x: Tensor) -> Tensor:
         """Map [tokens, hidden_size] to the same shape and dtype."""
         weights, chosen = self._route(x)
+        weights = weights.to(x.dtype)
         out = torch.zeros_like(x)
-        for number in torch.unique(chosen).tolist():
-            rows, places = torch.where(chosen == number)
-            gate_up, down = self.experts[number]
-            part = down(self._gated(gate_up(x[rows])))
-            out.index_add_(0, rows, part * weights[rows, places].unsqueeze(-1).to(part.dtype))
+        if x.shape[0] == 1:
+            for number, weight in sorted(zip(chosen[0].tolist(), weights[0].tolist(), strict=True)):
+                out += self._expert(number, x) * weight
+            return out
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(chosen.flatten().tolist()):
+            places.setdefault(number, []).append(place)
+        flat = weights.flatten()
+        for number in sorted(places):
+            chosen_by = torch.tensor(places[number], device=x.device)
+            rows = chosen_by // self._active
+            out.index_add_(0, rows, self._expert(number, x[rows]) * flat[chosen_by].unsqueeze(-1))
         return out
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        gate_up, down = self.experts[number]
+        return down(self._gated(gate_up(x)))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of each token's experts and their numbers: float32 and int64, each [tokens, active]."""
-        likely = functional.linear(x.float(), self._router, self._router_bias).softmax(-1)
-        weights, chosen = likely.topk(self._active, dim=-1)
+        weights, chosen = self.router(x.float()).softmax(-1).topk(self._active, dim=-1)
         return weights / weights.sum(-1, keepdim=True) if self._renormalise else weights, chosen
 
 

@@ -20,6 +20,8 @@ class Architecture:
         name: the value of ``architectures`` in config.json.
         model_type: the value of ``model_type`` in config.json.
         block: ggml's name of a tensor inside a block -> its Hugging Face name, both without prefix and suffix.
+        experts: ggml's name of a tensor that holds all experts of a block -> Hugging Face's name of one of them, with
+            ``{}`` for its number. Empty: the family has no mixture of experts.
         outer: ggml's full name of a tensor outside the blocks -> its full Hugging Face name.
         interleaved_rope: tensors of a block whose rows are permuted per head -> the metadata key of the head count.
         biases: whether config.json says which matrices have biases.
@@ -34,6 +36,7 @@ class Architecture:
     name: str
     model_type: str
     block: Mapping[str, str]
+    experts: Mapping[str, str] = field(default_factory=dict)
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     interleaved_rope: Mapping[str, str] = field(default_factory=dict)
     biases: bool = False
@@ -77,6 +80,18 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "qwen2": Architecture(name="Qwen2ForCausalLM", model_type="qwen2", block=_LLAMA_BLOCK),
         "qwen3": Architecture(name="Qwen3ForCausalLM", model_type="qwen3", block=_LLAMA_BLOCK | _HEAD_NORMS),
+        "qwen3moe": Architecture(
+            name="Qwen3MoeForCausalLM",
+            model_type="qwen3_moe",
+            block=_LLAMA_BLOCK | _HEAD_NORMS | {"ffn_gate_inp": "mlp.gate"},
+            experts={f"ffn_{role}_exps": f"mlp.experts.{{}}.{role}_proj" for role in ("gate", "up", "down")},
+            constants={"hidden_act": "silu", "norm_topk_prob": True},
+            numbers={
+                "expert_count": "num_experts",
+                "expert_used_count": "num_experts_per_tok",
+                "expert_feed_forward_length": "moe_intermediate_size",
+            },
+        ),
         "phi3": Architecture(
             name="Phi3ForCausalLM",
             model_type="phi3",

@@ -24,6 +24,7 @@ from rbee_worker.escape import quoted
 from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES, ROPE_FACTORS, Architecture
 from rbee_worker.runtime.formats.gguf.header import GGUFHeader, GGUFTensor, read_header, special_token
+from rbee_worker.runtime.untrusted import MAX_COUNT
 
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
@@ -34,6 +35,8 @@ TENSOR_TYPES: Final = frozenset(
 
 END_OF_TURN_TOKENS: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 """Control tokens that end a turn in every vocabulary that has them. Some files do not name them in the metadata."""
+
+_EXPERTS_DIMENSIONS: Final = 3
 
 _BLOCK: Final = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 
@@ -86,7 +89,8 @@ class GGUFModel:
             ModelMalformed: a shape that does not fit the head count, or no valid head count.
         """
         rope = ("rope_freqs.weight", *ROPE_FACTORS.values())
-        infos = [self._info(tensor) for tensor in self.header.tensors if tensor.name not in rope]
+        tensors = (tensor for tensor in self.header.tensors if tensor.name not in rope)
+        infos = [info for tensor in tensors for info in self._infos(tensor)]
         return Checkpoint(MappingProxyType({info.name: info for info in infos}), (self.path,))
 
     def config(self) -> dict[str, Any]:
@@ -234,7 +238,7 @@ class GGUFModel:
 
     def _refuse_experts(self) -> None:
         experts = self._value("expert_count", 0)
-        if experts:
+        if experts and not self.architecture.experts:
             raise ModelUnsupported(
                 f"{self.path.name}: a mixture of {quoted(experts)} experts in a GGUF file is not supported."
             )
@@ -243,12 +247,41 @@ class GGUFModel:
         roles = (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id"))
         return {key: found[0] for role, key in roles if (found := self.special_token(role)) is not None}
 
-    def _info(self, tensor: GGUFTensor) -> TensorInfo:
+    def _infos(self, tensor: GGUFTensor) -> list[TensorInfo]:
+        """What Hugging Face has for a tensor: one, or one for each expert, whose bytes are side by side in the file."""
+        match = _BLOCK.fullmatch(tensor.name)
+        name = self.architecture.experts.get(match[2]) if match is not None else None
+        if match is None or name is None:
+            return [self._info(tensor)]
+        count = self.count("expert_count")
+        if len(tensor.shape) != _EXPERTS_DIMENSIONS or tensor.shape[0] != count or count > MAX_COUNT:
+            raise self._malformed(
+                f"tensor {quoted(tensor.name)} has shape {list(tensor.shape)}; it must be [experts, outputs, inputs], "
+                f"of {count} experts (at most {MAX_COUNT})."
+            )
+        self._check_type(tensor)
+        layer, part, size = f"model.layers.{int(match[1])}", match[3], tensor.nbytes // count
+        return [
+            TensorInfo(
+                f"{layer}.{name.format(number)}.{part}",
+                tensor.shape[1:],
+                tensor.type.name,
+                self.path,
+                tensor.offset + number * size,
+                size,
+            )
+            for number in range(count)
+        ]
+
+    def _check_type(self, tensor: GGUFTensor) -> None:
         if tensor.type.name not in TENSOR_TYPES:
             raise ModelUnsupported(
                 f"{self.path.name}: tensor {quoted(tensor.name)} is stored as {tensor.type.name}; supported: "
                 f"{', '.join(sorted(TENSOR_TYPES))}."
             )
+
+    def _info(self, tensor: GGUFTensor) -> TensorInfo:
+        self._check_type(tensor)
         heads = 0
         name = self.architecture.outer.get(tensor.name)
         match = _BLOCK.fullmatch(tensor.name)

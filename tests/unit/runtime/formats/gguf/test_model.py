@@ -180,6 +180,26 @@ def test_refuses_features_it_would_get_wrong(
     assert caught.value.message.startswith(f"tiny.gguf: {message}")
 
 
+def test_experts_lie_side_by_side(path: Path, files: SimpleNamespace) -> None:
+    stacked = np.arange(3 * 2 * 32, dtype=np.float32).reshape(3, 2, 32)
+    raw = {"blk.0.ffn_up_exps.weight": (gguf.quantize(stacked, Type.Q8_0), Type.Q8_0)}
+    metadata = {"qwen3moe.expert_count": 3}
+    model = read_gguf(files.write_gguf(path, architecture="qwen3moe", metadata=metadata, raw=raw))
+    for number in range(3):
+        info, data = stored(model, f"model.layers.0.mlp.experts.{number}.up_proj.weight")
+        assert (info.shape, info.dtype, info.rope_heads) == ((2, 32), "Q8_0", 0)
+        np.testing.assert_allclose(dequantize(info, data), stacked[number], atol=1)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 32), (3, 32), (2, 32, 3, 32)])
+def test_experts_are_as_many_as_the_metadata_says(path: Path, files: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    raw = {"blk.0.ffn_up_exps.weight": (np.ones(shape, np.float32), Type.F32)}
+    metadata = {"qwen3moe.expert_count": 3}
+    model = read_gguf(files.write_gguf(path, architecture="qwen3moe", metadata=metadata, raw=raw))
+    with pytest.raises(ModelMalformed, match=r"'blk\.0\.ffn_up_exps\.weight' has shape .* of 3 experts"):
+        _ = model.checkpoint
+
+
 def test_names_an_unknown_architecture(path: Path, files: SimpleNamespace) -> None:
     with pytest.raises(ModelUnsupported, match="the architecture is 'mamba'; supported in GGUF files: llama") as caught:
         read_gguf(files.write_gguf(path, architecture="mamba"))
