@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rbee_worker.config import GenerationRequest, SamplingParams
+from rbee_worker.kernels.library import cpu_kernels, missing_reason
 from rbee_worker.runtime.architecture.table import ARCHITECTURES, parse_config
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.engine.sequence import Sequence
@@ -55,9 +56,9 @@ def fill(case: Case) -> PreTrainedModel:
     return model
 
 
-def save(case: Case, path: Path) -> Path:
+def save(case: Case, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random model of a case, saved by transformers, with a byte-level tokenizer beside it."""
-    fill(case).save_pretrained(path)
+    fill(case).to(dtype).save_pretrained(path)
     byte_tokenizer().save(str(path / "tokenizer.json"))
     return path
 
@@ -149,6 +150,22 @@ def test_sixteen_bits_err_no_more_than_the_reference_does(saved: Callable[[str],
     for dtype in ("bfloat16", "float16"):
         theirs = relative_error(torch.cat(their_logits(reference(path, getattr(torch, dtype)), prompts)), exact)
         assert errors(path, case, dtype) < 1.5 * theirs, dtype
+
+
+@pytest.mark.cpu_forms
+@pytest.mark.skipif(cpu_kernels() is None, reason=f"the kernels do not run here: {missing_reason()}")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
+def test_the_kernels_round_nothing_of_sixteen_bits(name: str, dtype: str, tmp_path: Path) -> None:
+    """The same weights, as they are by the kernels, and made float32 by torch."""
+    case = CASES[name]
+    path = save(case, tmp_path / "model", getattr(torch, dtype))
+    transformer = transformer_of(loaded(path, dtype, max_context=case.context))
+    if dtype == "bfloat16" and cpu_features().bf16_arithmetic:
+        pytest.skip("oneDNN multiplies bfloat16 here")
+    assert transformer.form.native
+    exact = logits_of(transformer_of(loaded(path, max_context=case.context)), prompts_of(case))
+    assert_logits(logits_of(transformer, prompts_of(case)), exact)
 
 
 @pytest.mark.cpu_forms
