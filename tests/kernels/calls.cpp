@@ -158,51 +158,59 @@ void rotate_and_others(Context* context, int32_t format, int64_t size, int64_t h
     check(rbee_gated(context, activation, gate_up.data, tokens, width, y.data) == 0, "status");
 }
 
-void operators(Context* context) {
+// One thread and three take turns: every shape comes with either, and each comes once.
+struct Turns {
+  ~Turns() {
+    for (Context* context : contexts) rbee_destroy(context);
+  }
+  Context* next() { return contexts[turn++ % 2]; }
+  Context* contexts[2] = {rbee_create(1), rbee_create(3)};
+  size_t turn = 0;
+};
+
+void operators(Turns& turns) {
   const std::pair<int32_t, int64_t> formats[] = {{kF32, 4}, {kF16, 2}, {kBF16, 2}};
   for (const auto& [format, size] : formats) {
     for (int64_t head_dim : {8, 24, 64, 72})
       for (int64_t before : {0, 15, 127, 300})
         for (int64_t tokens : {1, 2, 33, 140})
           for (int64_t window : {0, 7, 130})
-            attend(context, format, size, 1 + before % 2, 1 + tokens % 3 * 4, head_dim, before, tokens, window);
+            attend(turns.next(), format, size, 1 + before % 2, 1 + tokens % 3 * 4, head_dim, before, tokens, window);
     for (int64_t head_dim : {4, 8, 10, 17, 64})
-      for (int64_t tokens : {0, 1, 5, 200}) rotate_and_others(context, format, size, head_dim, tokens);
+      for (int64_t tokens : {0, 1, 5, 200}) rotate_and_others(turns.next(), format, size, head_dim, tokens);
   }
 }
 
 void memory() {
   const int64_t tokens[] = {0, 1, 2, 3, 4, 5, 8, 17, 65, 130};
-  for (int threads : {1, 3}) {
-    Context* context = rbee_create(threads);
-    size_t call = 0;
-    for (const Layout& layout : kLayouts)
-      for (int64_t columns : layout.columns)
-        for (int64_t rows : {1, 2, 3, 5, 23, 24, 25, 49}) {
-          const int64_t shift = layout.block > 1 ? columns / layout.block % 4 : 0;
-          const Weights weights(layout, rows, columns, shift);
-          // Every number of tokens comes with every format; not each with each shape.
-          for (int i = 0; i < 3; ++i) multiply(context, {weights.matrix}, tokens[call++ % std::size(tokens)], i != 1);
-          look_up(context, weights.matrix);
-        }
-    // All formats side by side.
-    std::vector<Weights> parts;
-    std::vector<Matrix> matrices;
-    for (const Layout& layout : kLayouts) parts.emplace_back(layout, 1 + parts.size() * 7, 768);
-    for (const Weights& part : parts) matrices.push_back(part.matrix);
-    for (int64_t count : tokens) multiply(context, matrices, count, count % 2 == 0);
-    // What is not a number, or hardly one.
-    for (const Weights& part : parts)
-      for (float value : {std::nanf(""), INFINITY, -INFINITY, std::numeric_limits<float>::max(),
-                          std::numeric_limits<float>::denorm_min(), 1e-37f}) {
-        const Exact<float> x = numbers(5 * 768), y(5 * part.matrix.rows);
-        std::fill(x.data + 768, x.data + 2 * 768, value);
-        x.data[4 * 768 - 1] = value;
-        check(rbee_linear(context, &part.matrix, 1, x.data, 5, nullptr, y.data) == 0, "status");
+  Turns turns;
+  size_t call = 0;
+  for (const Layout& layout : kLayouts)
+    for (int64_t columns : layout.columns)
+      for (int64_t rows : {1, 2, 3, 5, 23, 24, 25, 49}) {
+        const int64_t shift = layout.block > 1 ? columns / layout.block % 4 : 0;
+        const Weights weights(layout, rows, columns, shift);
+        // Every number of tokens comes with every format; not each with each shape.
+        for (int i = 0; i < 3; ++i)
+          multiply(turns.next(), {weights.matrix}, tokens[call++ % std::size(tokens)], i != 1);
+        look_up(turns.contexts[call % 2], weights.matrix);
       }
-    operators(context);
-    rbee_destroy(context);
-  }
+  // All formats side by side.
+  std::vector<Weights> parts;
+  std::vector<Matrix> matrices;
+  for (const Layout& layout : kLayouts) parts.emplace_back(layout, 1 + parts.size() * 7, 768);
+  for (const Weights& part : parts) matrices.push_back(part.matrix);
+  for (int64_t count : tokens) multiply(turns.next(), matrices, count, count % 2 == 0);
+  // What is not a number, or hardly one.
+  for (const Weights& part : parts)
+    for (float value : {std::nanf(""), INFINITY, -INFINITY, std::numeric_limits<float>::max(),
+                        std::numeric_limits<float>::denorm_min(), 1e-37f}) {
+      const Exact<float> x = numbers(5 * 768), y(5 * part.matrix.rows);
+      std::fill(x.data + 768, x.data + 2 * 768, value);
+      x.data[4 * 768 - 1] = value;
+      check(rbee_linear(turns.next(), &part.matrix, 1, x.data, 5, nullptr, y.data) == 0, "status");
+    }
+  operators(turns);
 }
 
 void threads() {
