@@ -5,8 +5,8 @@
 
 ENV is an environment that has llama-cpp-python. Exact are the weights that the file decodes to, in float32, by torch.
 Files: the default model's own, and those that llama.cpp's quantizer makes of a small random model whose widths are
-multiples of 256. Some of its channels are far above the others, as those of trained models are. llama.cpp keeps its
-cache in float32 here, so that both sides round nothing but activations.
+multiples of 256. Some of its channels are far above the others, as those of trained models are. The cache is
+float32 on both sides, so that they round nothing but activations.
 
 The text is from the queries of Newton's Opticks, fourth edition, London 1730 (opticks.txt).
 """

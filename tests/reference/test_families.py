@@ -160,7 +160,7 @@ def test_the_kernels_round_nothing_of_sixteen_bits(name: str, dtype: str, tmp_pa
     """The same weights, as they are by the kernels, and made float32 by torch."""
     case = CASES[name]
     path = save(case, tmp_path / "model", getattr(torch, dtype))
-    transformer = transformer_of(loaded(path, dtype, max_context=case.context))
+    transformer = transformer_of(loaded(path, dtype, max_context=case.context, kv_cache_dtype="float32"))
     if dtype == "bfloat16" and cpu_features().bf16_arithmetic:
         pytest.skip("oneDNN multiplies bfloat16 here")
     assert transformer.form.native

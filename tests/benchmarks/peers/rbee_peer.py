@@ -3,7 +3,7 @@
     python rbee_peer.py JSON
 
 The JSON has ``model``, ``dtype``, ``quantize`` and ``ids``. Or, as for ``llama_cpp_peer.py``, it has ``windows`` in
-their place, and ``logits`` too if these are wanted.
+their place, and ``logits`` too if these are wanted; its cache is then float32.
 """
 
 import json
@@ -47,7 +47,10 @@ def judge(transformer: Transformer, wanted: dict[str, Any]) -> list[float]:
 
 
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
-    engine = Engine(EngineConfig(device="cpu", dtype=wanted["dtype"], quantize=wanted["quantize"]))
+    cache = "float32" if "windows" in wanted else "auto"
+    engine = Engine(
+        EngineConfig(device="cpu", dtype=wanted["dtype"], quantize=wanted["quantize"], kv_cache_dtype=cache)
+    )
     for _ in engine.load(wanted["model"]):
         pass
     assert engine.model is not None

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rbee_worker.kernels.library import cpu_kernels, missing_reason
+from rbee_worker.kernels.library import Kernels, cpu_kernels, missing_reason
 from rbee_worker.runtime.architecture.config import ExpertsConfig
 from rbee_worker.runtime.model.linear.linear import DenseLinear, Linear
 from rbee_worker.runtime.model.linear.stored import StoredLinear, plain_matrix
@@ -19,9 +19,11 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def experts_of(router: Linear, matrices: list[dict[str, Linear]], *, renormalise: bool = True) -> Experts:
+def experts_of(
+    router: Linear, matrices: list[dict[str, Linear]], kernels: Kernels | None = None, *, renormalise: bool = True
+) -> Experts:
     config = ExpertsConfig(count=COUNT, active=ACTIVE, intermediate_size=INNER, renormalise=renormalise)
-    return Experts("silu", config, router, matrices)
+    return Experts("silu", config, router, matrices, kernels=kernels)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
@@ -48,19 +50,23 @@ def test_each_token_goes_through_its_experts(tokens: int, renormalise: bool) -> 
 @pytest.mark.skipif(cpu_kernels() is None, reason=f"the kernels do not run here: {missing_reason()}")
 @pytest.mark.parametrize("stored", ["F16", "BF16", *(form.name for form in BLOCK_FORMATS)])
 def test_a_token_has_the_same_bits_alone_and_beside_others(stored: str) -> None:
+    kernels = cpu_kernels()
+    assert kernels is not None
     blocks = {form.name: form for form in BLOCK_FORMATS}
 
     def linear(rows: int, columns: int, seed: int) -> StoredLinear:
         if stored in blocks:
-            return StoredLinear([make_matrix(blocks[stored], rows, columns, seed)], None)
+            return StoredLinear(kernels, [make_matrix(blocks[stored], rows, columns, seed)], None)
         dtype = torch.float16 if stored == "F16" else torch.bfloat16
-        return StoredLinear([plain_matrix((numbers(rows, columns, seed=seed) * 0.1).to(dtype))], None)
+        return StoredLinear(kernels, [plain_matrix((numbers(rows, columns, seed=seed) * 0.1).to(dtype))], None)
 
     matrices: list[dict[str, Linear]] = [
         {"gate_up": linear(2 * INNER, HIDDEN, number), "down": linear(HIDDEN, INNER, COUNT + number)}
         for number in range(COUNT)
     ]
-    experts = experts_of(StoredLinear([plain_matrix(numbers(COUNT, HIDDEN, seed=90))], None), matrices)
+    experts = experts_of(
+        StoredLinear(kernels, [plain_matrix(numbers(COUNT, HIDDEN, seed=90))], None), matrices, kernels
+    )
     x = numbers(9, HIDDEN, seed=91)
     alone = torch.cat([experts(x[row : row + 1]) for row in range(9)])
     for tokens in range(2, 10):
