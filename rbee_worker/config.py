@@ -10,7 +10,7 @@ from rbee_worker.errors import FieldError, InvalidRequest
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -317,8 +317,9 @@ class EngineConfig:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        dtype: of the weights; ``auto``: the best for the device. With ``quantize``: of the embedding.
-        quantize: ``int8`` quantizes the matrices to int8 while they are loaded (see docs/quantization.md).
+        dtype: of the weights; ``auto``: the best for the device. With ``quantize``: of what is not quantized.
+        quantize: what matrices are quantized to while they are loaded (see docs/quantization.md). ``int4`` needs the
+            CPU kernels.
         mmap: whether matrices that run as they are stored are used where their files are mapped, on local storage.
         max_context: context length in tokens; None: the model's default.
         max_batch_size: how many sequences may run in one step.

@@ -323,7 +323,9 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
         "weights": f"{report.dtype}, {report.kernel}",
     }
     if report.quantize != "none":
-        rows["weights"] = f"{report.quantize} ({report.kernel}), embedding {report.dtype}"
+        # Without the worker's own kernels the embedding is not quantized.
+        embedding = f", embedding {report.dtype}" if report.kernel.endswith("int8") else ""
+        rows["weights"] = f"{report.quantize} ({report.kernel}){embedding}"
         rows["saved"] = f"{report.saved_mb:,} MiB against 16 bits"
     if report.stored_as:
         rows["stored as"] = report.stored_as

@@ -39,8 +39,8 @@ class LoadReport:
         architecture: the Hugging Face architecture name, such as ``LlamaForCausalLM``.
         parameters: number of weights.
         dtype: the dtype the weights are held in (``float16``, ``bfloat16``, ``float32``).
-            With ``quantize``: the embedding's.
-        quantize: ``none``, or ``int8`` when the matrices were quantized as they were loaded.
+            With ``quantize``: of what is not quantized.
+        quantize: ``none``, or ``int8`` or ``int4`` where matrices were to be quantized as they were loaded.
         saved_mb: MiB of weights less than ``quantize`` ``none`` holds in 16 bits on this device; 0 with ``none``.
         kernel: the form in which the linear layers run, such as ``packed-bf16``.
         cpu_kernels: the worker's own kernels that run in this process, or why none do; empty where no CPU is used.

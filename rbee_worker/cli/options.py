@@ -96,7 +96,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="|".join(QUANTIZATIONS),
-        help="int8 halves the memory of 16-bit weights as they are loaded; --dtype is then the embedding's.",
+        help="int8 and int4 shrink weights as they are loaded; int4 needs the CPU kernels. --dtype is then the rest's.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -43,6 +43,11 @@ class Format:
         """Whether weights are quantized in blocks; activations are then rounded to blocks of bytes."""
         return self.block > 1
 
+    @property
+    def bits(self) -> float:
+        """Of a weight, with its share of the scales."""
+        return 8 * self.block_bytes / self.block
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of so many weights.
 

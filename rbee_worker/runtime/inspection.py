@@ -7,6 +7,7 @@ from typing import Any
 
 from rbee_worker.errors import InvalidRequest
 from rbee_worker.kernels.choice import BLOCK_TYPES, expected_variant
+from rbee_worker.kernels.widths import quantized_bytes
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes, parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
@@ -28,7 +29,8 @@ _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class MemoryNeed:
     """Bytes that a model takes on a CPU: weights, and the KV cache of one full context.
 
-    ``dtype`` is that of the weights; ``int8`` means matrices quantized to int8, and the rest in 16 bits; ``as stored``
+    ``dtype`` is that of the weights; ``int8`` means matrices quantized to int8, and the rest in 16 bits; where the CPU
+    kernels run, there is ``int4`` too, and embedding and head are quantized with them; ``as stored``
     means matrices in the blocks of their file, where the CPU kernels multiply by these, and the rest as they need it.
     """
 
@@ -138,7 +140,7 @@ def inspect_model(source: ModelSource, context: int | None, *, mmap: bool = Fals
         memory=[
             *stored.needs(config, length),
             *(_need(dtype, size, config, length, kernels=stored.kernels) for dtype, size in _ITEMSIZES.items()),
-            _int8_need(config, length),
+            *(_quantized_needs(config, length) if stored.kernels else [_int8_need(config, length)]),
         ],
         mapped_bytes=stored.mapped_bytes(weights) if mmap else None,
     )
@@ -215,6 +217,21 @@ def _need(dtype: str, itemsize: int, config: ModelConfig, context: int, *, kerne
     element = _KERNELS_ITEMSIZE if kernels and dtype == "float16" else _CACHE_ITEMSIZES[dtype]
     cache = context * config.kv_bytes_per_token(element)
     return MemoryNeed(dtype, weights, cache, weights + cache)
+
+
+def _quantized_needs(config: ModelConfig, context: int) -> list[MemoryNeed]:
+    """The needs with matrices in the blocks of the CPU kernels, and norms in float32."""
+    needs = []
+    for name, bits in (("int8", 8), ("int4", 4)):
+        table = quantized_bytes(bits, config.vocab_size, config.hidden_size, table=True)
+        weights = table * (1 if config.tie_word_embeddings else 2) + 4 * config.hidden_size
+        for index, count in kinds_of_layers(config):
+            for role, shape in layer_shapes(config, index).items():
+                size = quantized_bytes(bits, shape[0], shape[1]) if is_matrix(role) else 4 * math.prod(shape)
+                weights += count * size
+        cache = context * config.kv_bytes_per_token(_KERNELS_ITEMSIZE)
+        needs.append(MemoryNeed(name, weights, cache, weights + cache))
+    return needs
 
 
 def _int8_need(config: ModelConfig, context: int) -> MemoryNeed:

@@ -187,6 +187,13 @@ def test_mapping_is_asked_for_on_the_command_line_and_over_http(tmp_path: Path) 
     assert [report["storage"].endswith(", mapped") for report in (first, second, third)] == [True, False, True]
 
 
+def test_int4_is_refused_without_kernels_before_anything_is_looked_for(tmp_path: Path) -> None:
+    done = run("load", str(tmp_path / "nowhere"), "--quantize", "int4", "--quiet", RBEE_KERNELS="torch")
+    assert done.returncode == 4
+    assert "int4 needs the worker's own CPU kernels. RBEE_KERNELS is torch." in done.stderr
+    assert "Use --quantize int8 or --quantize none." in " ".join(done.stderr.split())
+
+
 def test_int8_is_asked_for_on_the_command_line_and_over_http(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
     model = write_tiny_model(tmp_path / "model", **sizes)

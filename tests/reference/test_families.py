@@ -177,7 +177,10 @@ def test_int8_errs_by_what_eight_bits_allow(saved: Callable[[str], Path], name: 
     assert 1e-3 < error < allowed * FINEST / (cpu_features().int8_levels or FINEST)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize(
+    "quantize",
+    ["none", "int8", pytest.param("int4", marks=pytest.mark.skipif(cpu_kernels() is None, reason="needs the kernels"))],
+)
 @pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 def test_what_is_needed_is_what_a_load_then_holds(saved: Callable[[str], Path], name: str, quantize: Any) -> None:
     held = transformer_of(loaded(saved(name), "float16", quantize=quantize))

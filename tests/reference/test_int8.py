@@ -1,4 +1,4 @@
-"""int8 weights: what they cost in accuracy, against the same model in float32."""
+"""int8 weights without the worker's own kernels: what they cost in accuracy, against the same model in float32."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -81,9 +81,16 @@ def losses(logits: Tensor, tokens: list[int]) -> Tensor:
 
 def set_levels(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
     """Load int8 as on a CPU whose activations have so many levels; more than 127: in plain arithmetic."""
-    monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), int8_levels=levels))
+    monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), kernels=None, int8_levels=levels))
     if levels > FINEST:
         monkeypatch.setattr(int8, "fbgemm_product", fine_product)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_kernels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), kernels=None))
+        yield
 
 
 @pytest.fixture(scope="module", params=[FINEST, COARSEST], ids=["8-bit activations", "7-bit activations"])

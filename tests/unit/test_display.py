@@ -242,6 +242,7 @@ def test_what_quantizing_saves_is_told():
     rows = report_rows(replace(REPORT, quantize="int8", kernel="int8", saved_mb=1200, stored_as=""))
     assert rows["weights"] == "int8 (int8), embedding float16"
     assert rows["saved"] == "1,200 MiB against 16 bits"
+    assert report_rows(replace(REPORT, quantize="int4", kernel="avx2"))["weights"] == "int4 (avx2)"
     assert "stored as" not in rows
     assert "saved" not in report_rows(REPORT)
 

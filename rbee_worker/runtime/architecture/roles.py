@@ -19,6 +19,12 @@ _BLOCK = 32
 LINEAR = frozenset({"qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down"})
 """Roles of the matrices of linear layers. They are kept in memory in one of the forms of ``model/linear/linear.py``."""
 
+TABLES = frozenset({"embedding", "head"})
+"""Roles of the matrices that have a row for each token."""
+
+STACKED = frozenset(f"experts.{role}{form}" for role in ("gate_up", "down") for form in ("", "_blocks"))
+"""Roles of tensors that hold the matrices of all experts of a layer."""
+
 _NORMS: Mapping[str, tuple[str, ...]] = {
     "before": ("attention_norm", "mlp_norm"),
     "after": ("attention_post_norm", "mlp_post_norm"),

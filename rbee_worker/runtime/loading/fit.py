@@ -6,20 +6,23 @@ What is needed, in bytes:
 - cache: keys and values of one sequence as long as the context, or the memory that was set for the cache (without
   it the cache of all sequences is sized later, from what is left);
 - workspace: the rotary tables, and the larger of what running takes (the activations of one prefill chunk, float32
-  logits of a full batch) and what loading takes on a CPU that packs weights (a float32 copy of the largest fused matrix
-  for each reader).
+  logits of a full batch) and what loading takes where weights are packed (a float32 copy of the largest fused matrix
+  for each reader) or quantized to the kernels' blocks (a float32 copy of a part of one).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rbee_worker.config import EngineConfig
 from rbee_worker.errors import OutOfMemory, Remedy, Setting
+from rbee_worker.kernels.formats import Format
 from rbee_worker.runtime.architecture.config import ModelConfig
-from rbee_worker.runtime.architecture.roles import is_matrix, kinds_of_layers, layer_shapes
+from rbee_worker.runtime.architecture.roles import TABLES, is_matrix, kinds_of_layers, layer_shapes
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.cache.kv_cache import blocks_for
+from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.loading.parts import QUANTIZED_WEIGHTS
 from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.machine.storage import LOCAL_READERS
@@ -62,7 +65,7 @@ def needs(config: ModelConfig, form: LinearFormat, context: int, engine: EngineC
     running = min(engine.prefill_chunk, context) * widths * itemsize
     running += engine.max_batch_size * config.vocab_size * 4
     fused = config.hidden_size * max(heads * config.head_dim, 2 * config.intermediate_size)
-    loading = LOCAL_READERS * fused * 4 if form.packed else 0
+    loading = LOCAL_READERS * 4 * (fused if form.packed else QUANTIZED_WEIGHTS if form.quantize != "none" else 0)
     rotary = (2 + 2 * (config.local_rope is not None)) * context * config.rotary_dim * 4
     return Needs(weights_bytes(config, form), cache, max(running, loading) + rotary)
 
@@ -113,11 +116,41 @@ def weights_bytes(config: ModelConfig, form: LinearFormat) -> int:
     """Bytes of all weights where they are used; a packed head tied to the embedding is a second copy."""
     if form.resident_bytes is not None:
         return form.resident_bytes
-    table = config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
-    own_head = form.packed or not config.tie_word_embeddings
-    head = form.linear_bytes(config.vocab_size, config.hidden_size) if own_head else 0
+    head = form.linear_bytes(config.vocab_size, config.hidden_size, table=True)
+    table = head if form.native else config.vocab_size * config.hidden_size * form.weight_dtype.itemsize
+    if config.tie_word_embeddings and not form.packed:
+        head = 0
     total = sum(count * _layer_bytes(config, form, index) for index, count in kinds_of_layers(config))
     return total + table + head + config.hidden_size * form.activation_dtype.itemsize
+
+
+def resident_bytes(groups: Iterable[WeightGroup], form: LinearFormat) -> int:
+    """Bytes of all weights where they are used, by what is stored: matrices in their blocks or in the form's dtype."""
+    total = 0
+    for role, info in (item for group in groups for item in group.tensors.items()):
+        blocks = stored_blocks(form, role, info)
+        if blocks is not None:
+            total += math.prod(info.shape[:-1]) * blocks.row_bytes(info.shape[-1])
+        else:
+            dtype = form.weight_dtype if role in TABLES or is_matrix(role) else form.activation_dtype
+            total += info.parameters * dtype.itemsize
+    return total
+
+
+def keeps_blocks(groups: Iterable[WeightGroup], form: LinearFormat) -> bool:
+    """Whether a matrix stays in the blocks of its file."""
+    return any(
+        (blocks := stored_blocks(form, role, info)) is not None and blocks.name == info.dtype
+        for group in groups
+        for role, info in group.tensors.items()
+    )
+
+
+def stored_blocks(form: LinearFormat, role: str, info: TensorInfo) -> Format | None:
+    """The blocks that a tensor with this role is held in; None: it is held as numbers."""
+    if role not in TABLES and not is_matrix(role):
+        return None
+    return form.blocks_of(info.dtype, info.shape[-1], table=role in TABLES)
 
 
 def _layer_bytes(config: ModelConfig, form: LinearFormat, index: int) -> int:

@@ -3,14 +3,16 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Self, TypeVar
 
 import torch
 
 from rbee_worker.cancellation import Cancellation
-from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig
+from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig, Quantization
 from rbee_worker.errors import Cancelled, InvalidRequest, OutOfMemory, RbeeError, Remedy, Setting, sentence
 from rbee_worker.escape import one_line, reason
 from rbee_worker.events import (
@@ -27,10 +29,10 @@ from rbee_worker.events import (
 from rbee_worker.kernels.library import missing_reason
 from rbee_worker.panics import panics_as_errors
 from rbee_worker.runtime.architecture.config import ModelConfig
-from rbee_worker.runtime.architecture.roles import parameters
+from rbee_worker.runtime.architecture.roles import STACKED, TABLES, is_matrix, parameters
 from rbee_worker.runtime.architecture.table import ARCHITECTURES
-from rbee_worker.runtime.formats.as_stored import NO_KERNEL, resident_bytes, runs_as
-from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.formats.as_stored import NO_KERNEL, runs_as
+from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
 from rbee_worker.runtime.grammar.compiler import GrammarCompiler
 from rbee_worker.runtime.hub.download import DownloadProgress
 from rbee_worker.runtime.loading.fit import (
@@ -38,7 +40,9 @@ from rbee_worker.runtime.loading.fit import (
     cache_positions,
     check_fit,
     check_host,
+    keeps_blocks,
     limit_context,
+    resident_bytes,
     weights_bytes,
 )
 from rbee_worker.runtime.loading.mapping import MappedFile
@@ -58,12 +62,17 @@ from rbee_worker.runtime.machine.devices import (
 from rbee_worker.runtime.machine.storage import Storage, storage_of
 from rbee_worker.runtime.model.decoder import Batch, Transformer
 from rbee_worker.runtime.model.linear.cpu import describe_kernels
-from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, name_of
+from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, int4_runs, name_of
 from rbee_worker.runtime.source import ModelSource, fetch, locate
 from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 
 _EVENT_SECONDS = 0.5
 _WARM_UP_TOKENS = 16
+
+_SMALLER: Mapping[Quantization, tuple[Quantization, ...]] = MappingProxyType(
+    {"none": ("int8", "int4"), "int8": ("int4",), "int4": ()}
+)
+"""What a model may be quantized to instead, to take less memory."""
 
 EventT = TypeVar("EventT", bound=LoadingEvent)
 
@@ -102,7 +111,7 @@ class LoadedModel:
             grammars,
             transformer,
             plan.context_length,
-            embedding_bytes=_resident_bytes([group for group in plan.groups if group.kind == "embedding"], plan.form),
+            embedding_bytes=resident_bytes([group for group in plan.groups if group.kind == "embedding"], plan.form),
             mapped_bytes=read.bytes_mapped,
             mapped_files=read.mapped_files,
         )
@@ -276,6 +285,8 @@ def _load(asked: _Asked, timeline: _Timeline) -> Generator[LoadingEvent, None, N
     try:
         _check(cancel)
         if plan is None:
+            if config.quantize != "none":  # what does not run here is refused before a model is downloaded
+                choose_format(resolve_device(config.device), config.dtype, config.quantize)
             plan = make_plan((yield from _find(asked.model, timeline, config.stall_seconds, cancel)), config)
         if asked.make_room is not None:
             asked.make_room()
@@ -319,11 +330,9 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     device = resolve_device(config.device)
     storage = storage_of(checkpoint.files[0])
     mapped = config.mmap and not storage.network
-    form = choose_format(device, config.dtype, config.quantize, source.checkpoint.dtypes, mapped=config.mmap)
-    if config.mmap and not form.native:
+    form = _form_of(groups, source.checkpoint.dtypes, device, config, config.quantize)
+    if config.mmap and (not form.native or form.quantize != "none"):
         raise _cannot_map(device, form)
-    if form.as_stored:
-        form = replace(form, resident_bytes=_resident_bytes(groups, form))
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage, stored_as, mapped)
 
@@ -344,6 +353,18 @@ def _cannot_map(device: torch.device, form: LinearFormat) -> InvalidRequest:
     )
 
 
+def _form_of(
+    groups: Sequence[WeightGroup],
+    stored: Mapping[str, int],
+    device: torch.device,
+    config: EngineConfig,
+    quantize: Quantization,
+) -> LinearFormat:
+    """The form of a model's weights, with their size where that depends on what is stored."""
+    form = choose_format(device, config.dtype, quantize, stored, mapped=config.mmap and quantize == "none")
+    return replace(form, resident_bytes=resident_bytes(groups, form)) if keeps_blocks(groups, form) else form
+
+
 def plan_local(model: str | None, config: EngineConfig) -> LoadPlan | None:
     """The plan of a model whose files are here; None where it must be downloaded first, or is wrong: its load tells."""
     try:
@@ -361,7 +382,7 @@ def check_room(plan: LoadPlan, config: EngineConfig, freed: int = 0) -> None:
     """
     place = device_info(plan.device)
     place = replace(place, free_bytes=place.free_bytes + freed)
-    ways = functools.partial(_alternatives, config, place)
+    ways = functools.partial(_alternatives, plan, config, place)
     name, length = plan.source.name, plan.context_length
     check_fit(name, plan.config, plan.form, context=length, engine=config, device=place, alternatives=ways)
     if plan.device.type != "cpu":
@@ -431,16 +452,23 @@ def _find(
         steps.close()
 
 
-def _alternatives(config: EngineConfig, place: DeviceInfo) -> list[Way]:
-    """Other ways to run a model that does not fit: int8 in the same place, and every other device."""
+def _alternatives(plan: LoadPlan, config: EngineConfig, place: DeviceInfo) -> list[Way]:
+    """Other ways to run a model that does not fit: quantized in the same place, and on every other device."""
+    form_of = functools.partial(_form_of, plan.groups, plan.source.checkpoint.dtypes)
     ways: list[Way] = []
     for info in list_devices():
         device = resolve_device(info.name)
         there: dict[Setting, str | int] = {} if info.name == place.name else {"device": info.name}
-        if there:
-            ways.append((there, choose_format(device, config.dtype, config.quantize), info))
-        if config.quantize == "none" and device.type != "mps":
-            ways.append(({**there, "quantize": "int8"}, choose_format(device, config.dtype, "int8"), info))
+        if there and (config.quantize != "int4" or int4_runs(device)):
+            ways.append((there, form_of(device, config, config.quantize), info))
+        least = weights_bytes(plan.config, plan.form)
+        for quantize in _SMALLER[config.quantize]:
+            if int4_runs(device) if quantize == "int4" else device.type != "mps":
+                form = form_of(device, config, quantize)
+                size = weights_bytes(plan.config, form)
+                if there or size < least:  # a model that is stored in fewer bits gains nothing
+                    ways.append(({**there, "quantize": quantize}, form, info))
+                    least = min(size, least)
     return ways
 
 
@@ -568,16 +596,12 @@ def _stored(groups: Iterable[WeightGroup]) -> Iterator[TensorInfo]:
     return (info for group in groups for info in group.tensors.values())
 
 
-def _resident_bytes(groups: Iterable[WeightGroup], form: LinearFormat) -> int:
-    """Bytes of weights where they are used: matrices in their blocks or in the form's dtype, but not quantized."""
-    matrix, vector = form.weight_dtype.itemsize, form.activation_dtype.itemsize
-    return resident_bytes(_stored(groups), form.keeps, matrix_itemsize=matrix, vector_itemsize=vector)
-
-
 def _runs_as(plan: LoadPlan) -> str:
-    """What the matrices are multiplied as, the most bytes first; and why not as the blocks that a file holds."""
+    """What the matrices are multiplied as, the most bytes first; and where that is not what one expects, why."""
     form = plan.form
-    other = "int8" if form.quantize == "int8" else form.dtype_name
+    other = "int8" if form.quantize == "int8" and not form.native else form.dtype_name
+    if form.native and form.quantize != "none":
+        return _quantized_as(plan, other)
     if form.as_stored:
         why = NO_KERNEL
     elif form.native or form.quantize != "none" or plan.device.type != "cpu" or missing_reason() is None:
@@ -585,6 +609,42 @@ def _runs_as(plan: LoadPlan) -> str:
     else:
         why = "no CPU kernels"
     return runs_as(_stored(plan.groups), form.keeps, other, why)
+
+
+def _quantized_as(plan: LoadPlan, other: str) -> str:
+    """The same where the kernels' blocks are made: what was quantized again, what stayed, and what no block fits."""
+    form = plan.form
+    sizes: Counter[str] = Counter()
+    again: dict[str, None] = {}
+    kept: dict[str, None] = {}
+    odd: dict[str, None] = {}
+    for role, info, columns in _matrices(plan):
+        blocks = form.blocks_of(info.dtype, columns, table=role in TABLES)
+        sizes[other if blocks is None else blocks.name] += info.nbytes
+        if blocks is not None and blocks.name == info.dtype:
+            kept[info.dtype] = None
+        elif info.file.suffix == ".gguf" and info.dtype not in DTYPE_BYTES:
+            again[info.dtype] = None
+        if blocks is None:
+            odd[f"rows of {columns} weights are no whole blocks"] = None
+    notes = []
+    if again:
+        notes.append(f"{', '.join(again)} quantized again: {form.quantize} was asked for")
+    if kept:
+        notes.append(f"{', '.join(kept)} as stored: {form.quantize} was asked for, and they are no wider")
+    notes += odd
+    names = ", ".join(name for name, _ in sizes.most_common())
+    return f"{names} ({'; '.join(notes)})" if notes else names
+
+
+def _matrices(plan: LoadPlan) -> Iterator[tuple[str, TensorInfo, int]]:
+    """Role, tensor and columns of each matrix of a table or a linear layer; all experts' may be one."""
+    config = plan.config
+    for role, info in (item for group in plan.groups for item in group.tensors.items()):
+        if role in TABLES or is_matrix(role):
+            yield role, info, info.shape[-1]
+        elif config.experts is not None and role in STACKED:
+            yield role, info, config.hidden_size if "gate_up" in role else config.experts.intermediate_size
 
 
 def _saved_bytes(plan: LoadPlan) -> int:

@@ -13,8 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rbee_worker.errors import ModelUnsupported, Remedy
+from rbee_worker.escape import quoted
 from rbee_worker.kernels.arguments import StoredMatrix
-from rbee_worker.kernels.formats import FLOAT_FORMATS
+from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
+from rbee_worker.kernels.quantize import LARGEST, quantize
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear
 from rbee_worker.runtime.formats.as_stored import can_be_mapped
@@ -42,6 +45,9 @@ _BLOCK_WEIGHTS = 16 * 2**20
 
 _TOGETHER = 8
 """Rows that a quantized head may have packed into one word: blocks end where words do."""
+
+QUANTIZED_WEIGHTS = 4 * 2**20
+"""Weights that are read, in float32, and then quantized to the kernels' blocks, by each reading thread."""
 
 _MMAP_BYTES = 2**20
 
@@ -79,7 +85,7 @@ class PartBuilder:
         self._kernels = kernels_of(form)
         self._map_in = map_in
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
-        # int8 weights have scales, which hold what float32 holds.
+        # Quantized weights have scales, which hold what float32 holds.
         self._held = form.weight_dtype if form.quantize == "none" else torch.float32
 
     def build(self, group: WeightGroup, *, last: bool = False) -> Part:
@@ -169,22 +175,47 @@ class PartBuilder:
         staged = self._staged(sum(info.shape[0] for info in matrices), matrices[0].shape[1])
         return make_linear(self._filled(matrices, staged, self._held), bias, self._form)
 
-    def _stored(self, info: TensorInfo) -> StoredMatrix:
-        """A matrix in memory of its own, or where its file is mapped: in the blocks of the file, or in 16 bits."""
+    def _stored(self, info: TensorInfo, *, table: bool = False) -> StoredMatrix:
+        """A matrix in memory of its own, or where its file is mapped: as it is stored, quantized, or in 16 bits."""
         form = self._form
-        blocks, held = form.blocks_of(info.dtype), form.weight_dtype
+        rows, columns = info.shape
+        blocks, held = form.blocks_of(info.dtype, columns, table=table), form.weight_dtype
         mapped = None
         if self._map_in is not None and can_be_mapped(info, form.keeps, FLOAT_FORMATS[held].name):
             mapped = self._map_in(info, held if blocks is None else torch.uint8)
         if blocks is None:
             return plain_matrix(self._plain([info], held) if mapped is None else mapped.view(held).view(info.shape))
-        rows, columns = info.shape
         row_bytes = blocks.row_bytes(columns)
         if mapped is not None:
             return StoredMatrix(mapped.view(rows, row_bytes), blocks, rows, columns)
         data = empty_on(self._device, (rows, row_bytes), torch.uint8)
-        self._read(info, data, torch.uint8)
+        if info.dtype == blocks.name:
+            self._read(info, data, torch.uint8)
+        else:
+            self._quantize(info, blocks, data)
         return StoredMatrix(data, blocks, rows, columns)
+
+    def _quantize(self, info: TensorInfo, blocks: Format, data: Tensor) -> None:
+        """Fill ``data`` with a matrix's weights in blocks, some rows at a time.
+
+        Raises:
+            ModelUnsupported: a weight is too large for the blocks' scales.
+        """
+        rows, columns = info.shape
+        together = rows // info.rope_heads if info.rope_heads else _TOGETHER
+        step = max(1, QUANTIZED_WEIGHTS // (columns * together)) * together
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            values = self._staged(end - begin, columns)
+            self._read(rows_of(info, begin, end), values, self._held)
+            lowest, highest = (float(bound) for bound in values.aminmax())
+            if max(-lowest, highest) > LARGEST:
+                raise ModelUnsupported(
+                    f"{info.file.name}: tensor {quoted(info.name)} holds {max(lowest, highest, key=abs):g}. "
+                    f"The scales of {blocks.name} are float16 and reach to {LARGEST:g}.",
+                    remedies=[Remedy({"quantize": "none", "dtype": "bfloat16"})],
+                )
+            quantize(values, blocks, data[begin:end])
 
     def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
         """An expert's linear layers, from tensors that hold all experts'."""
@@ -202,7 +233,7 @@ class PartBuilder:
 
     def _embedding(self, info: TensorInfo) -> Embedding:
         if self._kernels is not None:
-            stored = StoredTable(self._kernels, self._stored(info))
+            stored = StoredTable(self._kernels, self._stored(info, table=True))
             tied = StoredLinear(self._kernels, [stored.matrix], None) if self._config.tie_word_embeddings else None
             return Embedding(stored, tied, self._config.embedding_multiplier, shared=True)
         table = self._plain([info], self._form.weight_dtype)
@@ -219,7 +250,7 @@ class PartBuilder:
 
     def _head(self, info: TensorInfo) -> Linear:
         if self._kernels is not None:
-            return StoredLinear(self._kernels, [self._stored(info)], None)
+            return StoredLinear(self._kernels, [self._stored(info, table=True)], None)
         if not self._form.packed:
             return make_linear(self._plain([info], self._form.weight_dtype), None, self._form)
 

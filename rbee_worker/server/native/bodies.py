@@ -120,7 +120,7 @@ class LoadingBody(Body):
     )
     quantize: Annotated[
         Quantization | None,
-        Field(description="`int8` quantizes the weights as they are loaded; by default that of `serve`."),
+        Field(description="`int8` and `int4` quantize the weights as they are loaded; by default that of `serve`."),
     ] = None
     mmap: Annotated[
         bool | None,

@@ -1,7 +1,8 @@
 """Linear layers and the forms they run in, chosen in one place: :func:`choose_format`.
 
-``avx2`` and ``avx512`` keep 16-bit weights as they are stored, and multiply in float32 with the worker's own kernels
-(``rbee_worker/kernels``). They are what an x86 CPU runs where the kernels were built. The other forms are torch's:
+``avx2`` and ``avx512`` keep weights as they are stored, or quantize them to blocks of 8 or 4 bits, and multiply with
+the worker's own kernels (``rbee_worker/kernels``). They are what an x86 CPU runs where the kernels were built. The
+other forms are torch's:
 
 ``packed-fp16`` keeps float16 weights in FBGEMM's blocked layout and multiplies in float32. Batch-1 decode then moves
 two bytes a weight at the memory's speed, and the error against float64 arithmetic on the same float16 weights stays
@@ -13,6 +14,7 @@ the weights are made float32, a block at a time.
 what the CPU can do is asked in ``cpu.py``.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,11 +26,13 @@ from torch.nn import functional
 
 from rbee_worker.config import DTypeName, Quantization
 from rbee_worker.errors import ModelUnsupported, Remedy
+from rbee_worker.kernels.choice import BLOCK_TYPES
 from rbee_worker.kernels.formats import FORMATS, Format
-from rbee_worker.kernels.library import Kernels, cpu_kernels
+from rbee_worker.kernels.library import Kernels, cpu_kernels, missing_reason
+from rbee_worker.kernels.widths import quantized_bytes, quantized_type
 from rbee_worker.runtime.model.linear.cpu import cpu_features
 from rbee_worker.runtime.model.linear.int8 import LEVELS, Int8Linear, int8_bytes
-from rbee_worker.runtime.model.linear.stored import StoredLinear, plain_matrix
+from rbee_worker.runtime.model.linear.stored import StoredLinear, plain_matrix, quantized_matrix
 
 NOTHING_STORED: Mapping[str, int] = MappingProxyType({})
 
@@ -49,6 +53,11 @@ _TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
     "float32": torch.float32,
 }
 
+_BITS: dict[Quantization, int] = {"int4": 4, "int8": 8}
+
+_FOUR_BITS = 5.0
+"""Bits a weight, scales included, of a stored type that is no wider than int4."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearFormat:
@@ -56,9 +65,11 @@ class LinearFormat:
 
     Attributes:
         kernel: ``avx2``, ``avx512``, ``packed-fp16``, ``packed-bf16``, ``widened``, ``dense``, or one of ``int8.py``.
-        weight_dtype: of the stored weights; with int8 kernels, of the embedding alone.
+        weight_dtype: of the stored weights; where they are quantized, of what is not: with torch's int8 forms the
+            embedding, with the worker's own kernels matrices whose rows are no whole blocks.
         activation_dtype: of hidden states.
         levels: with int8 kernels, the largest magnitude of a quantized activation.
+        quantize: what matrices are quantized to while they are loaded.
         as_stored: matrices of a type that the kernels know stay in it; ``weight_dtype`` is that of the others.
         resident_bytes: of a model that runs as stored: bytes of all its weights.
     """
@@ -67,6 +78,7 @@ class LinearFormat:
     weight_dtype: torch.dtype
     activation_dtype: torch.dtype
     levels: int = LEVELS
+    quantize: Quantization = "none"
     as_stored: bool = False
     resident_bytes: int | None = None
 
@@ -74,11 +86,6 @@ class LinearFormat:
     def dtype_name(self) -> str:
         """``float16``, ``bfloat16`` or ``float32``."""
         return name_of(self.weight_dtype)
-
-    @property
-    def quantize(self) -> Quantization:
-        """How weights are quantized while they are loaded: ``int8`` or ``none``."""
-        return "int8" if self.kernel.endswith("int8") else "none"
 
     @property
     def packed(self) -> bool:
@@ -96,17 +103,36 @@ class LinearFormat:
             return _TORCH_DTYPES[asked]
         return self.weight_dtype if self.native else self.activation_dtype
 
-    def blocks_of(self, stored: str) -> Format | None:
-        """The format that a matrix of a stored type stays in; None: it becomes ``weight_dtype``."""
-        found = FORMATS.get(stored) if self.as_stored else None
-        return found if found is not None and found.in_blocks else None
+    def blocks_of(self, stored: str, columns: int, *, table: bool = False) -> Format | None:
+        """The blocks that a matrix is held in; None: it becomes ``weight_dtype``, or an int8 form of torch's.
+
+        Where weights are quantized, a matrix that is stored in blocks no larger than those stays as it is.
+
+        Args:
+            stored: its type in the file.
+            columns: of the matrix.
+            table: it is the embedding or the head.
+        """
+        if not self.native:
+            return None
+        found = FORMATS.get(stored)
+        kept = found if found is not None and found.in_blocks else None
+        if self.quantize == "none" or (self.as_stored and kept is not None):
+            return kept if self.as_stored else None
+        name = quantized_type(_BITS[self.quantize], columns, table=table)
+        if name is None or (kept is not None and kept.bits <= FORMATS[name].bits):
+            return kept
+        return FORMATS[name]
 
     def keeps(self, stored: str) -> bool:
-        """Whether a matrix of a stored type stays in it."""
-        return self.blocks_of(stored) is not None
+        """Whether every matrix of a stored type stays in it, where nothing is quantized."""
+        return self.quantize == "none" and self.as_stored and stored in BLOCK_TYPES
 
-    def linear_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of a matrix [out_features, in_features] at rest."""
+    def linear_bytes(self, out_features: int, in_features: int, *, table: bool = False) -> int:
+        """Bytes of a matrix [out_features, in_features] at rest, if it is not stored in blocks."""
+        if self.native and self.quantize != "none":
+            itemsize = self.weight_dtype.itemsize
+            return quantized_bytes(_BITS[self.quantize], out_features, in_features, table=table, itemsize=itemsize)
         if self.quantize == "int8":
             return int8_bytes(out_features, in_features, self.kernel)
         return out_features * in_features * self.weight_dtype.itemsize
@@ -205,37 +231,57 @@ def choose_format(
     Args:
         device: where the weights go.
         dtype: of the weights. With the worker's own kernels ``auto`` leaves them as they are stored.
-        quantize: how matrices are quantized as they are loaded.
+        quantize: how matrices are quantized as they are loaded. With the worker's own kernels, blocks of a file that
+            are no wider than what is asked for stay as they are.
         stored: the bytes of each stored type in the model's files.
         mapped: the files are to be mapped: 16-bit weights are not packed where the worker's own kernels run.
 
     Raises:
         ModelUnsupported: the device has no kernel for the quantization.
     """
-    as_stored = False
-    if dtype == "auto":
-        if quantize == "int8" and device.type == "cpu":
-            # Only the embedding is held in it: float16 rounds it eight times finer than bfloat16.
-            dtype = "float16"
-        elif device.type == "cpu" and cpu_features().kernels is not None:
+    if quantize == "int4" and not int4_runs(device):
+        raise _no_int4(device)
+    variant = cpu_features().kernels if device.type == "cpu" else None
+    if variant is not None:
+        kept = _kept(stored, dtype, quantize)
+        if dtype == "auto":
             dtype = "bfloat16" if stored.get("BF16", 0) > stored.get("F16", 0) else "float16"
-            as_stored = any(name in FORMATS and FORMATS[name].in_blocks for name in stored)
-        else:
-            dtype = _auto_dtype(device)
+        # A CPU that multiplies bfloat16 itself is faster at it than the kernels.
+        wide = dtype == "float32" or (dtype == "bfloat16" and cpu_features().bf16_arithmetic and not mapped)
+        if kept or quantize != "none" or not wide:
+            return LinearFormat(variant, _TORCH_DTYPES[dtype], torch.float32, quantize=quantize, as_stored=kept)
+    elif dtype == "auto":
+        # In int8, only the embedding is held in it: float16 rounds it eight times finer than bfloat16.
+        dtype = "float16" if quantize == "int8" and device.type == "cpu" else _auto_dtype(device)
     weights = _TORCH_DTYPES[dtype]
-    if quantize == "int8":
-        return _int8_format(device, weights)
-    if device.type == "cpu" and dtype != "float32":
+    return _int8_format(device, weights) if quantize == "int8" else _torch_format(device, weights)
+
+
+def _kept(stored: Mapping[str, int], dtype: DTypeName, quantize: Quantization) -> bool:
+    """Whether a model runs in the blocks that it is stored in, with the worker's own kernels."""
+    if quantize == "int4":
+        # Of a file like Q4_K_M, which is finer in places, nothing becomes coarser.
+        narrow = (size for name, size in stored.items() if name in FORMATS and FORMATS[name].bits <= _FOUR_BITS)
+        return 2 * sum(narrow) > sum(stored.values())
+    return (
+        quantize == "none" and dtype == "auto" and any(name in FORMATS and FORMATS[name].in_blocks for name in stored)
+    )
+
+
+def _torch_format(device: torch.device, weights: torch.dtype) -> LinearFormat:
+    if device.type == "cpu" and weights != torch.float32:
         features = cpu_features()
-        own = as_stored or mapped or dtype == "float16" or not features.bf16_arithmetic
-        if features.kernels is not None and own:
-            return LinearFormat(features.kernels, weights, torch.float32, as_stored=as_stored)
-        if dtype == "float16" and features.packed_fp16:
+        if weights == torch.float16 and features.packed_fp16:
             return LinearFormat("packed-fp16", weights, torch.float32)
-        if dtype == "bfloat16" and features.packed_bf16:
+        if weights == torch.bfloat16 and features.packed_bf16:
             return LinearFormat("packed-bf16", weights, weights)
         return LinearFormat("widened", weights, weights)
     return LinearFormat("dense", weights, weights)
+
+
+def int4_runs(device: torch.device) -> bool:
+    """Whether weights of 4 bits run on a device."""
+    return device.type == "cpu" and cpu_features().kernels is not None
 
 
 def kernels_of(form: LinearFormat) -> Kernels | None:
@@ -247,10 +293,12 @@ def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Line
     """A linear layer in the given form from weights [out_features, in_features] on their device."""
     if form.kernel == "packed-fp16":
         return PackedFp16Linear(weight, bias)
-    if form.quantize == "int8":
+    if form.quantize == "int8" and not form.native:
         return Int8Linear(weight, bias, form.kernel, form.levels)
-    weight = weight.to(form.weight_dtype)
     kernels = kernels_of(form)
+    if kernels is not None and (blocks := form.blocks_of("", weight.shape[1])) is not None:
+        return StoredLinear(kernels, [quantized_matrix(weight.float(), blocks)], bias)
+    weight = weight.to(form.weight_dtype)
     if kernels is not None:
         return StoredLinear(kernels, [plain_matrix(weight)], bias)
     bias = bias.to(form.weight_dtype) if bias is not None else None
@@ -267,13 +315,30 @@ _SIMPLE_FORMS: dict[str, type[DenseLinear | PackedBf16Linear]] = {
 
 def _int8_format(device: torch.device, embedding: torch.dtype) -> LinearFormat:
     if device.type == "cuda":
-        return LinearFormat("int8", embedding, embedding)
+        return LinearFormat("int8", embedding, embedding, quantize="int8")
     if device.type == "cpu":
         levels = cpu_features().int8_levels
-        return LinearFormat("packed-int8" if levels else "plain-int8", embedding, torch.float32, levels or LEVELS)
+        kernel = "packed-int8" if levels else "plain-int8"
+        return LinearFormat(kernel, embedding, torch.float32, levels or LEVELS, "int8")
     raise ModelUnsupported(
         f"quantize int8 does not run on {device.type}.",
         remedies=[Remedy({"quantize": "none"}), Remedy({"device": "cpu"})],
+    )
+
+
+def _no_int4(device: torch.device) -> ModelUnsupported:
+    """Only the worker's own kernels multiply by it."""
+    here, reason = device.type == "cpu", missing_reason()
+    ways = [Remedy({"quantize": "int8"})] if device.type in ("cpu", "cuda") else []
+    ways += [Remedy({"quantize": "none"})]
+    if not here and reason is None:
+        ways += [Remedy({"device": "cpu"})]
+    return ModelUnsupported(
+        f"quantize int4 needs the worker's own CPU kernels. {reason}"
+        if here and reason
+        else f"quantize int4 does not run on {device.type}: it needs the worker's own CPU kernels.",
+        hint="RBEE_KERNELS=auto turns them on." if here and not os.environ.get("RBEE_KERNELS") else None,
+        remedies=ways,
     )
 
 

@@ -6,11 +6,13 @@ blocks of 32 bytes with a scale each, as llama.cpp does it. Either way a token's
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
-from rbee_worker.kernels.formats import FLOAT_FORMATS
+from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
 from rbee_worker.kernels.library import Kernels
+from rbee_worker.kernels.quantize import quantize
 
 
 class StoredLinear:
@@ -56,3 +58,11 @@ class StoredTable:
 def plain_matrix(weight: Tensor) -> StoredMatrix:
     """Weights [outputs, inputs] of a floating dtype, as they are."""
     return StoredMatrix(weight.contiguous(), FLOAT_FORMATS[weight.dtype], weight.shape[0], weight.shape[1])
+
+
+def quantized_matrix(weight: Tensor, blocks: Format) -> StoredMatrix:
+    """Weights, float32 [outputs, inputs], rounded to blocks."""
+    rows, columns = weight.shape
+    data = torch.empty(rows, blocks.row_bytes(columns), dtype=torch.uint8)
+    quantize(weight.contiguous(), blocks, data)
+    return StoredMatrix(data, blocks, rows, columns)

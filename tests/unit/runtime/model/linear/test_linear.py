@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -210,7 +211,11 @@ def test_an_asked_for_dtype_is_held(quantize: str) -> None:
 
 
 def test_a_form_knows_the_bytes_of_a_matrix() -> None:
-    forms = [*FORMATS, choose_format(CPU, "auto", "int8"), LinearFormat("int8", torch.float16, torch.float16)]
+    forms = [
+        *FORMATS,
+        choose_format(CPU, "auto", "int8"),
+        LinearFormat("int8", torch.float16, torch.float16, quantize="int8"),
+    ]
     for form in filter(runs_here, forms):
         layer = make_linear(normal(96, 64).to(form.weight_dtype), None, form)
         assert layer.nbytes == form.linear_bytes(96, 64)
@@ -334,12 +339,55 @@ def test_the_levels_are_those_that_the_processor_multiplies_exactly(
     assert (ask().int8_levels, ask().packed_fp16) == (None, False)
 
 
+def test_int4_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, NOTHING)
+    monkeypatch.setattr(linear, "missing_reason", lambda: "RBEE_KERNELS is not set.")
+    monkeypatch.delenv("RBEE_KERNELS", raising=False)
+    with pytest.raises(ModelUnsupported, match=r"needs the worker's own CPU kernels\. RBEE_KERNELS is not") as raised:
+        choose_format(CPU, "auto", "int4")
+    assert raised.value.advice() == "RBEE_KERNELS=auto turns them on. Use quantize=int8 or quantize=none."
+    monkeypatch.setattr(linear, "missing_reason", lambda: None)
+    with pytest.raises(ModelUnsupported, match="int4 does not run on cuda") as raised:
+        choose_format(torch.device("cuda"), "auto", "int4")
+    assert raised.value.advice() == "Use quantize=int8 or quantize=none or device=cpu."
+    pretend(monkeypatch, replace(NOTHING, kernels="avx2"))
+    form = choose_format(CPU, "auto", "int4", {"BF16": 9})
+    assert (form.kernel, form.weight_dtype, form.as_stored) == ("avx2", torch.bfloat16, False)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "file", "kept"),
+    [
+        ("int8", {"Q8_0": 9}, ["Q4_0", "Q4_K", "Q6_K", "Q8_0"]),
+        ("int4", {"Q8_0": 9, "Q4_0": 1}, ["Q4_0", "Q4_K"]),
+        ("int4", {"Q4_K": 7, "Q6_K": 3}, ["Q4_0", "Q4_K", "Q6_K", "Q8_0"]),
+        ("int4", {"Q6_K": 9}, ["Q4_0", "Q4_K"]),
+    ],
+)
+def test_blocks_of_a_file_stay_unless_they_are_wider_than_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, quantize: Any, file: dict[str, int], kept: list[str]
+) -> None:
+    pretend(monkeypatch, replace(NOTHING, kernels="avx2"))
+    form, wanted = choose_format(CPU, "auto", quantize, file), {"int8": "Q8_0", "int4": "Q4_K"}[quantize]
+    for name in ("Q4_0", "Q4_K", "Q6_K", "Q8_0"):
+        held = form.blocks_of(name, 512)
+        assert held is not None
+        assert held.name == name if name in kept else held.name == wanted
+    for other in ("F16", "Q5_0"):
+        found = form.blocks_of(other, 512)
+        assert found is not None
+        assert found.name == wanted
+    table = form.blocks_of("Q6_K", 512, table=True)
+    assert table is not None
+    assert table.name == "Q6_K"
+
+
 def test_int8_runs_everywhere_but_on_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_format(torch.device("cuda"), "float16", "int8").kernel == "int8"
     pretend(monkeypatch, replace(NOTHING, int8_levels=63))
-    assert choose_format(CPU, "auto", "int8") == LinearFormat("packed-int8", torch.float16, torch.float32, 63)
+    assert choose_format(CPU, "auto", "int8") == LinearFormat("packed-int8", torch.float16, torch.float32, 63, "int8")
     pretend(monkeypatch, NOTHING)
-    assert choose_format(CPU, "auto", "int8") == LinearFormat("plain-int8", torch.float16, torch.float32, 127)
+    assert choose_format(CPU, "auto", "int8") == LinearFormat("plain-int8", torch.float16, torch.float32, 127, "int8")
     with pytest.raises(ModelUnsupported, match="int8 does not run on mps"):
         choose_format(torch.device("mps"), "auto", "int8")
 
