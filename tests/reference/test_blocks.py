@@ -20,10 +20,12 @@ from rbee_worker.kernels.library import cpu_kernels, missing_reason
 from rbee_worker.kernels.quantize import quantize
 from rbee_worker.kernels.widths import quantized_type
 from rbee_worker.runtime.engine.engine import Engine
+from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import parts
 from rbee_worker.runtime.loading.fit import needs, weights_bytes
 from rbee_worker.runtime.loading.load import check_room, plan_local
 from rbee_worker.runtime.machine.devices import DeviceInfo
+from rbee_worker.runtime.source import resolve
 from tests.engines import loaded
 from tests.tiny import write_tiny_model
 
@@ -193,3 +195,10 @@ def test_a_model_that_does_not_fit_is_told_what_would(tmp_path: Path, monkeypatc
     assert refused(path, monkeypatch, 0.9)[:2] == [{"quantize": "int8"}, {"quantize": "int4"}]
     assert {"quantize": "int4"} in refused(path, monkeypatch, 0.45)
     assert {"quantize": "int8"} not in refused(path, monkeypatch, 0.45)
+
+
+def test_inspect_says_what_a_load_then_holds(folder: Path) -> None:
+    needed = {need.dtype: need.weights_bytes for need in inspect_model(resolve(str(folder)), 64).memory}
+    for asked in BITS:
+        held = transformer_of(report_of(folder, quantize=asked)[0]).nbytes
+        assert needed[asked] == pytest.approx(held, rel=0.02)

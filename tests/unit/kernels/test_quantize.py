@@ -102,6 +102,13 @@ def test_four_bits_lose_less_than_the_plain_forms() -> None:
         assert ours < 0.72 * float(errors(weights, torch.from_numpy(simple), form).sum())
 
 
+def test_positive_weights_have_a_scale_without_an_offset() -> None:
+    """Q4_K has no positive offsets. The error is 13 % less than of the plain form, and 8 % where that is overlooked."""
+    form, weights = FORMATS["Q4_K"], matrices()["positive"]
+    ours = float(errors(weights, form.decode(quantized(weights, form)), form).sum())
+    assert ours < 0.9 * float(errors(weights, plain(weights, form), form).sum())
+
+
 @each_format
 def test_what_a_block_can_hold_comes_back_bit_for_bit(form: Format) -> None:
     matrix = make_matrix(form, 16, 1024, seed=5)

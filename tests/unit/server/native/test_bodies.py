@@ -147,7 +147,7 @@ def test_defaults_come_from_the_sampling_parameters_and_unknown_keys_are_ignored
         (LoadingBody, {"model": 3}),
         (LoadingBody, {"model": "m", "device": "tpu"}),
         (LoadingBody, {"model": "m", "dtype": "float8"}),
-        (LoadingBody, {"model": "m", "quantize": "int4"}),
+        (LoadingBody, {"model": "m", "quantize": "int3"}),
         (TokenizeBody, {}),
         (TokenizeBody, {"text": 1}),
         (TokenizeBody, {"text": "x", "add_special": 1}),
