@@ -29,9 +29,6 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where the tests marked cpu_forms stand: the runs for them alone do not collect the others.
 CPU_FORMS := tests/reference tests/unit/runtime/model
 
-# Of these, what our own kernels have no part in: int8 is multiplied by torch with them too.
-WITHOUT_KERNELS := --ignore tests/reference/test_int8.py
-
 # One process for each of those runs.
 FORMS := OMP_NUM_THREADS=1 $(BIN)/pytest --durations 5 -m "cpu_forms and not slow" $(CPU_FORMS)
 
@@ -39,7 +36,7 @@ FORMS := OMP_NUM_THREADS=1 $(BIN)/pytest --durations 5 -m "cpu_forms and not slo
 # the linear layers too.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test forms-avx2 forms-kernels test-all test-avx2 coverage lint docs wheel snapshots clean
+.PHONY: demo test forms-avx2 forms-torch test-all test-avx2 coverage lint docs wheel snapshots clean
 
 demo: $(MODEL)/model.safetensors
 	$(BIN)/rbee-worker load $(MODEL)/model.safetensors
@@ -47,20 +44,20 @@ demo: $(MODEL)/model.safetensors
 
 # What keeps one core busy runs side by side, then what keeps both.
 test: $(READY)
-	$(MAKE) --jobs 2 lint forms-avx2 forms-kernels
+	$(MAKE) --jobs 2 lint forms-avx2 forms-torch
 	$(PYTEST) -m "not slow"
 
 forms-avx2: $(READY)
-	$(AVX2) $(FORMS)
+	$(AVX2) RBEE_KERNELS=torch $(FORMS)
 
-forms-kernels: $(READY)
-	RBEE_KERNELS=auto $(FORMS) $(WITHOUT_KERNELS)
+forms-torch: $(READY)
+	RBEE_KERNELS=torch $(FORMS)
 
 test-all: lint
 	$(PYTEST) --hypothesis-profile "at length"
+	RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
 	$(AVX2) $(PYTEST) -m cpu_forms $(CPU_FORMS)
-	RBEE_KERNELS=auto $(PYTEST) -m cpu_forms $(CPU_FORMS)
-	$(AVX2) RBEE_KERNELS=auto $(PYTEST) -m cpu_forms $(CPU_FORMS)
+	$(AVX2) RBEE_KERNELS=torch $(PYTEST) -m cpu_forms $(CPU_FORMS)
 
 test-avx2: lint
 	$(AVX2) $(PYTEST) -m "not slow"

@@ -27,7 +27,7 @@ def expected_variant(root: Path = Path("/")) -> Variant | None:
     Args:
         root: the folder that holds ``proc``.
     """
-    asked = os.environ.get("RBEE_KERNELS")
+    asked = os.environ.get("RBEE_KERNELS") or "auto"
     flags = _cpu_flags(root)
     if not os.environ.get("ATEN_CPU_CAPABILITY", "avx512").startswith("avx512"):
         flags = frozenset(flag for flag in flags if not flag.startswith("avx512"))

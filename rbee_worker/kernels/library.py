@@ -2,8 +2,7 @@
 
 A variant is the same C++ compiled for other instructions: ``avx2`` (with FMA and F16C) or ``avx512`` (with VNNI). Each
 is a file of its own, and one is loaded. ``RBEE_KERNELS`` says which: ``auto`` takes the best that this CPU runs,
-``avx2`` and ``avx512`` force one, and ``torch`` is none. Without it there is none either, until prefill is as fast as
-torch's.
+``avx2`` and ``avx512`` force one, and ``torch`` is none. Without it, it is ``auto``.
 """
 
 import ctypes
@@ -389,9 +388,7 @@ def _choose() -> Kernels | str:
     Raises:
         DeviceUnavailable: a variant is forced that this CPU or this installation lacks.
     """
-    asked = os.environ.get("RBEE_KERNELS") or None
-    if asked is None:
-        return "RBEE_KERNELS is not set."
+    asked = os.environ.get("RBEE_KERNELS") or "auto"
     if asked == "torch":
         return "RBEE_KERNELS is torch."
     known: list[Variant] = list(_NEEDED)

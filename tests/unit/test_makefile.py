@@ -84,7 +84,7 @@ def test_the_tests_run_on_each_form_of_the_cpu(checkout: Path, monkeypatch: pyte
     asked = (checkout / "asked.txt").read_text()
     assert "check ." in asked
     ran = [line.split("|") for line in (checkout / "tested.txt").read_text().splitlines()]
-    assert {(kernels, capability) for kernels, capability, _, _ in ran} == {("", "avx2"), ("auto", ""), ("", "")}
+    assert {(kernels, capability) for kernels, capability, _, _ in ran} == {("torch", "avx2"), ("torch", ""), ("", "")}
     assert all(bytecode == "" for _, _, bytecode, _ in ran)
     assert all(("cpu_forms" in options) == bool(kernels or capability) for kernels, capability, _, options in ran)
     # The whole comes last, alone: it keeps every core busy.

@@ -28,8 +28,9 @@ struct FloatInput {
   int64_t stride;
 };
 
-// Adds the products of R rows and T tokens to acc [R, T, lanes].
-template <class W, int R, int T>
+// Adds the products of R rows and T tokens to acc [R, T, lanes]. Direct: the rows lie where they are stored, and those of
+// the next tile are asked for early: the processor foresees the way along a row, and not to the next ones.
+template <class W, bool Direct, int R, int T>
 inline void float_tile(const typename W::Stored* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t columns,
                        float* acc, int64_t acc_stride) {
   simd::Floats sums[R][T];
@@ -40,6 +41,7 @@ inline void float_tile(const typename W::Stored* w, int64_t w_stride, const floa
     for (int t = 0; t < T; ++t) xs[t] = simd::load(x + t * x_stride + k);
     for (int r = 0; r < R; ++r) {
       const simd::Floats ws = W::load(w + r * w_stride + k);
+      if constexpr (Direct) _mm_prefetch(reinterpret_cast<const char*>(w + (r + R) * w_stride + k), _MM_HINT_T0);
       for (int t = 0; t < T; ++t) sums[r][t] = simd::fma(ws, xs[t], sums[r][t]);
     }
   }
@@ -47,20 +49,20 @@ inline void float_tile(const typename W::Stored* w, int64_t w_stride, const floa
     for (int t = 0; t < T; ++t) simd::store(acc + r * acc_stride + t * simd::kLanes, sums[r][t]);
 }
 
-template <class W, int R, int... Ts>
+template <class W, bool Direct, int R, int... Ts>
 inline void float_tile_of(int tokens, const typename W::Stored* w, int64_t w_stride, const float* x, int64_t x_stride,
                           int64_t columns, float* acc, int64_t acc_stride, std::integer_sequence<int, Ts...>) {
-  ((tokens == Ts + 1 ? float_tile<W, R, Ts + 1>(w, w_stride, x, x_stride, columns, acc, acc_stride) : void()), ...);
+  ((tokens == Ts + 1 ? float_tile<W, Direct, R, Ts + 1>(w, w_stride, x, x_stride, columns, acc, acc_stride) : void()), ...);
 }
 
-template <class W>
+template <class W, bool Direct>
 inline void float_tiles(int rows, int tokens, const typename W::Stored* w, int64_t w_stride, const float* x,
                         int64_t x_stride, int64_t columns, float* acc, int64_t acc_stride) {
   using Tokens = std::make_integer_sequence<int, kTileTokens>;
   if (rows == kTileRows)
-    return float_tile_of<W, kTileRows>(tokens, w, w_stride, x, x_stride, columns, acc, acc_stride, Tokens());
+    return float_tile_of<W, Direct, kTileRows>(tokens, w, w_stride, x, x_stride, columns, acc, acc_stride, Tokens());
   for (int r = 0; r < rows; ++r)
-    float_tile_of<W, 1>(tokens, w + r * w_stride, w_stride, x, x_stride, columns, acc + r * acc_stride, acc_stride,
+    float_tile_of<W, Direct, 1>(tokens, w + r * w_stride, w_stride, x, x_stride, columns, acc + r * acc_stride, acc_stride,
                         Tokens());
 }
 
@@ -96,7 +98,7 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
       for (int64_t k = 0; k < padded; k += piece) {
         const int64_t columns = std::min(piece, padded - k);
         if (direct) {
-          float_tiles<W>(rows, static_cast<int>(count), reinterpret_cast<const Stored*>(data),
+          float_tiles<W, true>(rows, static_cast<int>(count), reinterpret_cast<const Stored*>(data),
                          m.row_bytes / static_cast<int64_t>(sizeof(Stored)), x.x, x.stride, padded, acc, acc_stride);
           continue;
         }
@@ -104,7 +106,7 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
           widen<W>(reinterpret_cast<const Stored*>(data + r * m.row_bytes) + k, std::min(piece, m.columns - k),
                    pieces + r * kPieceStride);
         for (int64_t t = 0; t < count; t += kTileTokens)
-          float_tiles<simd::F32>(rows, static_cast<int>(std::min<int64_t>(kTileTokens, count - t)), pieces, kPieceStride,
+          float_tiles<simd::F32, false>(rows, static_cast<int>(std::min<int64_t>(kTileTokens, count - t)), pieces, kPieceStride,
                                  x.x + (token + t) * x.stride + k, x.stride, columns, acc + t * simd::kLanes,
                                  acc_stride);
       }

@@ -69,13 +69,15 @@ def test_none_is_chosen_where_torch_is_forced(monkeypatch: pytest.MonkeyPatch) -
     assert missing_reason() == "RBEE_KERNELS is torch."
 
 
+@needs_a_variant
 @pytest.mark.parametrize("value", [None, ""])
-def test_none_is_chosen_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_the_best_is_chosen_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     monkeypatch.delenv("RBEE_KERNELS")
     if value is not None:
         force(monkeypatch, value)
-    assert library.cpu_kernels() is None
-    assert missing_reason() == "RBEE_KERNELS is not set."
+    kernels = library.cpu_kernels()
+    assert kernels is not None
+    assert kernels.variant == HERE[-1]
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
