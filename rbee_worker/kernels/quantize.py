@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 LARGEST = 65504.0
-"""The largest magnitude of a weight: scales and offsets are float16."""
+"""The largest number of float16, which scales and offsets are."""
 
 _AT_ONCE = 2**17
 """Weights quantized at a time: they and what is computed of them stay in the cache."""
@@ -42,11 +42,16 @@ _LARGEST_CODE = 63
 """Of the six bits that Q4_K has for a scale or an offset."""
 
 
+def largest_weight(form: Format) -> float:
+    """The largest magnitude of a weight that a format of :data:`QUANTIZED` holds."""
+    return 127 * LARGEST if form.name == "Q8_0" else LARGEST
+
+
 def quantize(weights: Tensor, form: Format, out: Tensor) -> None:
     """Write weights as blocks.
 
     Args:
-        weights: float32 [rows, columns], contiguous, on the CPU, none above :data:`LARGEST`.
+        weights: float32 [rows, columns], contiguous, on the CPU, none above :func:`largest_weight`.
         form: one of :data:`QUANTIZED`.
         out: uint8 [rows, bytes of a row], contiguous.
     """

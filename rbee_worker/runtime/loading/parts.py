@@ -17,7 +17,7 @@ from rbee_worker.errors import ModelUnsupported, Remedy
 from rbee_worker.escape import quoted
 from rbee_worker.kernels.arguments import StoredMatrix
 from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
-from rbee_worker.kernels.quantize import LARGEST, quantize
+from rbee_worker.kernels.quantize import largest_weight, quantize
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.architecture.roles import of_linear
 from rbee_worker.runtime.formats.as_stored import can_be_mapped
@@ -209,10 +209,10 @@ class PartBuilder:
             values = self._staged(end - begin, columns)
             self._read(rows_of(info, begin, end), values, self._held)
             lowest, highest = (float(bound) for bound in values.aminmax())
-            if max(-lowest, highest) > LARGEST:
+            if max(-lowest, highest) > largest_weight(blocks):
                 raise ModelUnsupported(
                     f"{info.file.name}: tensor {quoted(info.name)} holds {max(lowest, highest, key=abs):g}. "
-                    f"The scales of {blocks.name} are float16 and reach to {LARGEST:g}.",
+                    f"Blocks of {blocks.name} have scales in float16 and hold {largest_weight(blocks):g} at most.",
                     remedies=[Remedy({"quantize": "none", "dtype": "bfloat16"})],
                 )
             quantize(values, blocks, data[begin:end])

@@ -59,7 +59,7 @@ def poison(engine: Engine) -> None:
     assert engine.model is not None
     table = engine.model.transformer._embedding.table
     weights = table if isinstance(table, Tensor) else table.matrix.data  # as it is stored
-    weights[TOKENS[POISON]] = NAN
+    weights[TOKENS[POISON]] = NAN if weights.is_floating_point() else 255  # of bytes of blocks: a scale that is none
 
 
 def spoil_logit(engine: Engine, token: int, value: float) -> None:
