@@ -8,7 +8,7 @@
 #pragma once
 
 constexpr int kHalfGroup = kGroup / 2;
-constexpr int64_t kFewTokens = 2;
+constexpr int64_t kFewTokens = 3;
 constexpr int kPanelTokens = simd::kLanes == 16 ? 4 : 2;  // as many as there are registers for their sums,
 constexpr int kPanelBlocks = kHalfGroup;                  // of so many blocks of a group
 
@@ -160,7 +160,11 @@ void rows_of_few(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* data = static_cast<const uint8_t*>(m.data) + row * m.row_bytes;
     __m256 sums[kFewTokens];
-    x.tokens == 1 ? row_sums<Format, 1>(data, m.columns, x, sums) : row_sums<Format, 2>(data, m.columns, x, sums);
+    switch (x.tokens) {
+      case 1: row_sums<Format, 1>(data, m.columns, x, sums); break;
+      case 2: row_sums<Format, 2>(data, m.columns, x, sums); break;
+      default: row_sums<Format, 3>(data, m.columns, x, sums);
+    }
     for (int64_t t = 0; t < x.tokens; ++t) y[t * y_stride + row] = sum8(sums[t]) + (bias == nullptr ? 0.0f : bias[row]);
   }
 }
@@ -191,8 +195,14 @@ inline void fill_panel(const Matrix& m, int64_t row, int64_t count, int64_t g, P
   constexpr int64_t kStride = sizeof(Group) / sizeof(float);
   Group groups[simd::kLanes];
   const uint8_t* data = static_cast<const uint8_t*>(m.data) + row * m.row_bytes;
-  for (int64_t r = 0; r < count; ++r)
+  // The processor does not foresee that all rows go on a group further, and then to the next rows.
+  const bool last = (g + 1) * kGroupColumns >= m.columns;
+  const uint8_t* next = last ? data + simd::kLanes * m.row_bytes : data + (g + 1) * kGroupBytes<Format>;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int line = 0; line < kGroupBytes<Format>; line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(next + r * m.row_bytes + line), _MM_HINT_T0);
     unpack_some<Format>(data + r * m.row_bytes, g, m.columns - g * kGroupColumns, groups[r]);
+  }
   if (count < simd::kLanes) std::memset(groups + count, 0, sizeof(Group) * (simd::kLanes - count));
   const auto turn = [&](const void* from, void* into) {
     turn_rows(static_cast<const float*>(from), kStride, static_cast<float*>(into));
@@ -296,11 +306,13 @@ void byte_rows(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x, 
     for (int64_t token = 0; token < x.tokens; token += kPanelTokens) {
       const int64_t tokens = std::min<int64_t>(kPanelTokens, x.tokens - token);
       float out[kPanelTokens * simd::kLanes];
+      const int64_t blocks = m.columns / kBlock;
       if (tokens == kPanelTokens) {
-        multiply_panels<Format, kPanelTokens>(panels, m.columns / kBlock, x, token, out);
+        multiply_panels<Format, kPanelTokens>(panels, blocks, x, token, out);
       } else {
-        for (int64_t t = 0; t < tokens; ++t)
-          multiply_panels<Format, 1>(panels, m.columns / kBlock, x, token + t, out + t * simd::kLanes);
+        if (tokens >= 2) multiply_panels<Format, 2>(panels, blocks, x, token, out);
+        if (tokens % 2 == 1)
+          multiply_panels<Format, 1>(panels, blocks, x, token + tokens - 1, out + (tokens - 1) * simd::kLanes);
       }
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = 0; r < count; ++r)

@@ -8,6 +8,14 @@ inline float sum8(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+// sum8 of four registers, in the same order.
+inline __m128 sums8(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const auto four = [](__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+  const auto two = [](__m128 v, __m128 w) { return _mm_add_ps(_mm_unpacklo_ps(v, w), _mm_unpackhi_ps(v, w)); };
+  const __m128 first = two(four(a), four(b)), second = two(four(c), four(d));
+  return _mm_add_ps(_mm_movelh_ps(first, second), _mm_movehl_ps(second, first));
+}
+
 inline float max8(__m256 v) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));

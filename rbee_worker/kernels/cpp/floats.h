@@ -11,10 +11,11 @@
 #pragma once
 
 // As many sums as there are registers for, and tokens of which batches are often multiples.
-constexpr int kTileRows = simd::kLanes == 16 ? 6 : 3;
-constexpr int kTileTokens = 4;
+constexpr int kTileRows = 4;
+constexpr int kTileTokens = simd::kLanes == 16 ? 6 : 3;
+constexpr int64_t kDirectTokens = 16;   // no more than these multiply rows where they are stored
 constexpr int64_t kTokens = 64;         // whose activations stay in the second-level cache
-constexpr int64_t kPiece = 1024;        // columns made float32 at a time, where there are many tokens
+constexpr int64_t kPiece = 512;        // columns made float32 at a time, where there are many tokens
 constexpr int64_t kPieceStride = kPiece + 32;  // so that rows do not share lines of the cache
 
 template <class F>
@@ -84,7 +85,7 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
                 float* y, int64_t y_stride, char* scratch) {
   using Stored = typename W::Stored;
   const int64_t padded = round_up(m.columns, simd::kLanes);
-  const bool direct = tokens <= kTileTokens && padded == m.columns && m.row_bytes % sizeof(Stored) == 0;
+  const bool direct = tokens <= kDirectTokens && padded == m.columns && m.row_bytes % sizeof(Stored) == 0;
   float* pieces = reinterpret_cast<float*>(scratch);
   float* acc = pieces + kTileRows * kPieceStride;
   const int64_t piece = direct ? padded : kPiece;
@@ -98,8 +99,12 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
       for (int64_t k = 0; k < padded; k += piece) {
         const int64_t columns = std::min(piece, padded - k);
         if (direct) {
-          float_tiles<W, true>(rows, static_cast<int>(count), reinterpret_cast<const Stored*>(data),
-                         m.row_bytes / static_cast<int64_t>(sizeof(Stored)), x.x, x.stride, padded, acc, acc_stride);
+          const int64_t tiles = (count + kTileTokens - 1) / kTileTokens, each = (count + tiles - 1) / tiles;
+          for (int64_t t = 0; t < count; t += each)
+            (t == 0 ? float_tiles<W, true> : float_tiles<W, false>)(
+                rows, static_cast<int>(std::min(each, count - t)), reinterpret_cast<const Stored*>(data),
+                m.row_bytes / static_cast<int64_t>(sizeof(Stored)), x.x + t * x.stride, x.stride, padded,
+                acc + t * simd::kLanes, acc_stride);
           continue;
         }
         for (int r = 0; r < rows; ++r)
@@ -110,11 +115,16 @@ void float_rows(const Matrix& m, int64_t begin, int64_t end, const FloatInput& x
                                  x.x + (token + t) * x.stride + k, x.stride, columns, acc + t * simd::kLanes,
                                  acc_stride);
       }
-      for (int r = 0; r < rows; ++r)
-        for (int64_t t = 0; t < count; ++t) {
-          const float result = simd::sum(simd::load(acc + r * acc_stride + t * simd::kLanes));
-          y[(token + t) * y_stride + row + r] = bias == nullptr ? result : result + bias[row + r];
+      for (int64_t t = 0; t < count; ++t) {
+        const auto of = [&](int r) { return simd::load(acc + r * acc_stride + t * simd::kLanes); };
+        float* to = y + (token + t) * y_stride + row;
+        int r = 0;
+        for (; r + 4 <= rows; r += 4) {
+          const __m128 four = simd::sums(of(r), of(r + 1), of(r + 2), of(r + 3));
+          _mm_storeu_ps(to + r, bias == nullptr ? four : _mm_add_ps(four, _mm_loadu_ps(bias + row + r)));
         }
+        for (; r < rows; ++r) to[r] = simd::sum(of(r)) + (bias == nullptr ? 0.0f : bias[row + r]);
+      }
     }
   }
 }

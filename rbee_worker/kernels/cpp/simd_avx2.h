@@ -66,6 +66,7 @@ struct BF16 {
 };
 
 inline float sum(Floats v) { return sum8(v); }
+inline __m128 sums(Floats a, Floats b, Floats c, Floats d) { return sums8(a, b, c, d); }
 inline float largest(Floats v) { return max8(v); }
 
 // Turns each square of four registers: value i of a four in register r becomes value r of that four in register i.

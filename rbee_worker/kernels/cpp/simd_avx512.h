@@ -71,6 +71,10 @@ struct BF16 {
 inline float sum(Floats v) {
   return sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
+inline __m128 sums(Floats a, Floats b, Floats c, Floats d) {
+  const auto eight = [](Floats v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+  return sums8(eight(a), eight(b), eight(c), eight(d));
+}
 inline float largest(Floats v) {
   return max8(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }

@@ -90,7 +90,7 @@ def test_every_number_of_outputs(kernels: Kernels, form: Format) -> None:
 
 @float_format
 def test_whole_float_rows_are_right_in_every_tile(kernels: Kernels, form: Format) -> None:
-    """Rows of whole registers are read as they are stored for up to four tokens, and made float32 first for more."""
+    """Rows of whole registers are read as they are stored for up to sixteen tokens, and made float32 first for more."""
     matrix, x = make_matrix(form, 13, 2048), normal(9, 2048, seed=1)
     many = linear(kernels, [matrix], x)
     expected([matrix], x).check(many)
