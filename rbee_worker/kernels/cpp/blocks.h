@@ -164,15 +164,23 @@ struct Q6_K {
 template <class Format>
 constexpr int kGroupBytes = kGroup / Format::kTogether * Format::kBytes;
 
-// The group of a row that begins at `row`, which has so many columns left from there on: zeros fill it up.
+// The group of a row that begins at `row`, which has so many columns left from there on. The scales and offsets of what is
+// not there are 0. end: of the matrix; what lies before it may be read.
 template <class Format>
-inline void unpack_some(const uint8_t* row, int64_t group, int64_t columns, Group& to) {
+inline void unpack_some(const uint8_t* row, int64_t group, int64_t columns, const uint8_t* end, Group& to) {
   const uint8_t* data = row + group * kGroupBytes<Format>;
-  if (columns >= kGroupColumns) {
+  if (columns >= kGroupColumns) return Format::unpack(data, to);  // formats of more than one block have no rest
+  if (data + kGroupBytes<Format> <= end) {
     Format::unpack(data, to);
-    return;
+  } else {
+    uint8_t filled[kGroupBytes<Format>] = {};
+    std::memcpy(filled, data, columns / kBlock * Format::kBytes);
+    Format::unpack(filled, to);
   }
-  uint8_t filled[kGroupBytes<Format>] = {};
-  std::memcpy(filled, data, columns / kBlock * Format::kBytes);  // only formats of single blocks have such a rest
-  Format::unpack(filled, to);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 there = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(columns / kBlock)), lane));
+  to.scales = _mm256_and_ps(to.scales, there);
+  if constexpr (!Format::kSigned) to.offsets = _mm256_and_ps(to.offsets, there);
 }
+
+inline const uint8_t* end_of(const Matrix& m) { return static_cast<const uint8_t*>(m.data) + m.rows * m.row_bytes; }

@@ -134,11 +134,11 @@ inline __m256 byte_sums(const Group& w, const int8_t* x, const float* scales, __
 
 // The sums of T tokens for one row.
 template <class Format, int T>
-inline void row_sums(const uint8_t* row, int64_t columns, const ByteInput& x, __m256* sums) {
+inline void row_sums(const uint8_t* row, int64_t columns, const uint8_t* end, const ByteInput& x, __m256* sums) {
   for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_ps();
   for (int64_t g = 0; g < x.groups; ++g) {
     Group group;
-    unpack_some<Format>(row, g, columns - g * kGroupColumns, group);
+    unpack_some<Format>(row, g, columns - g * kGroupColumns, end, group);
     const bool half = columns - g * kGroupColumns <= kGroupColumns / 2;
     const auto add = [&](const ByteInput::Plane& plane, int t) {
       const int8_t* bytes = plane.bytes + (g * T + t) * kGroupColumns;
@@ -161,9 +161,9 @@ void rows_of_few(const Matrix& m, int64_t begin, int64_t end, const ByteInput& x
     const uint8_t* data = static_cast<const uint8_t*>(m.data) + row * m.row_bytes;
     __m256 sums[kFewTokens];
     switch (x.tokens) {
-      case 1: row_sums<Format, 1>(data, m.columns, x, sums); break;
-      case 2: row_sums<Format, 2>(data, m.columns, x, sums); break;
-      default: row_sums<Format, 3>(data, m.columns, x, sums);
+      case 1: row_sums<Format, 1>(data, m.columns, end_of(m), x, sums); break;
+      case 2: row_sums<Format, 2>(data, m.columns, end_of(m), x, sums); break;
+      default: row_sums<Format, 3>(data, m.columns, end_of(m), x, sums);
     }
     for (int64_t t = 0; t < x.tokens; ++t) y[t * y_stride + row] = sum8(sums[t]) + (bias == nullptr ? 0.0f : bias[row]);
   }
@@ -201,7 +201,7 @@ inline void fill_panel(const Matrix& m, int64_t row, int64_t count, int64_t g, P
   for (int64_t r = 0; r < count; ++r) {
     for (int line = 0; line < kGroupBytes<Format>; line += 64)
       _mm_prefetch(reinterpret_cast<const char*>(next + r * m.row_bytes + line), _MM_HINT_T0);
-    unpack_some<Format>(data + r * m.row_bytes, g, m.columns - g * kGroupColumns, groups[r]);
+    unpack_some<Format>(data + r * m.row_bytes, g, m.columns - g * kGroupColumns, end_of(m), groups[r]);
   }
   if (count < simd::kLanes) std::memset(groups + count, 0, sizeof(Group) * (simd::kLanes - count));
   const auto turn = [&](const void* from, void* into) {

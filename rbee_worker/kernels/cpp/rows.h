@@ -19,7 +19,7 @@ void block_row(const Matrix& m, int64_t row, float* y) {
   for (int64_t column = 0; column < m.columns; column += kGroupColumns) {
     const int64_t columns = std::min<int64_t>(kGroupColumns, m.columns - column);
     Group group;
-    unpack_some<Format>(data, column / kGroupColumns, columns, group);
+    unpack_some<Format>(data, column / kGroupColumns, columns, end_of(m), group);
     alignas(32) uint8_t bytes[kGroupColumns];
     alignas(32) float scales[kGroup], offsets[kGroup], second_scales[kGroup], second_offsets[kGroup];
     for (int b = 0; b < kGroup; ++b) _mm256_store_si256(reinterpret_cast<__m256i*>(bytes) + b, group.bytes[b]);

@@ -21,7 +21,7 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
 from rbee_worker.runtime.model.attention import Segment
 from rbee_worker.runtime.model.layers import Norm, gated, norm_or_none
-from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of, torch_threads
 from rbee_worker.runtime.model.linear.stored import StoredTable
 from rbee_worker.runtime.model.moe import Experts
 from rbee_worker.runtime.model.rope import rotaries
@@ -221,6 +221,7 @@ class Transformer:
         self.config = config
         self.form = form
         self.kernels = kernels_of(form)
+        self._torch_threads = torch_threads(form)
         self.device = device
         self.context_length = context_length
         self.rotaries = rotaries(config, context_length, device)
@@ -270,6 +271,8 @@ class Transformer:
         Returns:
             float32 logits of the wanted tokens of all segments, side by side: [outputs of all segments, vocab_size].
         """
+        if torch.get_num_threads() != self._torch_threads:  # of this thread; another model may have changed it
+            torch.set_num_threads(self._torch_threads)
         step = self._step(batch)
         residual = Residual(self._embedding(batch.tokens, self.form.activation_dtype), self.config.residual_multiplier)
         for layer in self.layers:

@@ -289,6 +289,17 @@ def kernels_of(form: LinearFormat) -> Kernels | None:
     return cpu_kernels() if form.native else None
 
 
+def torch_threads(form: LinearFormat) -> int:
+    """Threads that torch should have for a model in this form.
+
+    Beside our own kernels one: torch's idle threads look for work for a while, and take the cores from the kernels'.
+    """
+    kernels = cpu_kernels()
+    if kernels is None:
+        return torch.get_num_threads()
+    return 1 if form.native else kernels.threads
+
+
 def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Linear:
     """A linear layer in the given form from weights [out_features, in_features] on their device."""
     if form.kernel == "packed-fp16":
