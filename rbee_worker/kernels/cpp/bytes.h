@@ -9,6 +9,7 @@
 
 constexpr int kHalfGroup = kGroup / 2;
 constexpr int64_t kFewTokens = 3;
+constexpr int64_t kAhead = 3072;  // bytes of weights that are asked for early
 constexpr int kPanelTokens = simd::kLanes == 16 ? 4 : 2;  // as many as there are registers for their sums,
 constexpr int kPanelBlocks = kHalfGroup;                  // of so many blocks of a group
 
@@ -138,6 +139,8 @@ inline void row_sums(const uint8_t* row, int64_t columns, const uint8_t* end, co
   for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_ps();
   for (int64_t g = 0; g < x.groups; ++g) {
     Group group;
+    for (int line = 0; line < kGroupBytes<Format>; line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(row + g * kGroupBytes<Format> + kAhead + line), _MM_HINT_T0);
     unpack_some<Format>(row, g, columns - g * kGroupColumns, end, group);
     const bool half = columns - g * kGroupColumns <= kGroupColumns / 2;
     const auto add = [&](const ByteInput::Plane& plane, int t) {
