@@ -55,7 +55,9 @@ def main() -> None:
 
         with mock.patch.object(formats, "_FAR_ABOVE", rule), mock.patch.object(DenseLinear, "__call__", rounded):
             found = logits(engine, tokens)
-        apart = functional.kl_div(found.log_softmax(-1), exact.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        apart = functional.kl_div(found.log_softmax(-1), exact.log_softmax(-1), reduction="none", log_target=True).sum(
+            -1
+        )
         same = (found.argmax(-1) == exact.argmax(-1)).float().mean()
         share = sum(shares) / len(shares)
         print(f"| {name} | {apart.mean():.5f} | {apart.max():.4f} | {same:.1%} | {share:.0%} |", flush=True)

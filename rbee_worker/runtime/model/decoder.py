@@ -221,7 +221,7 @@ class Transformer:
         self.config = config
         self.form = form
         self.kernels = kernels_of(form)
-        self._torch_threads = torch_threads(form)
+        self._torch_threads = torch_threads(form) if device.type == "cpu" else torch.get_num_threads()
         self.device = device
         self.context_length = context_length
         self.rotaries = rotaries(config, context_length, device)

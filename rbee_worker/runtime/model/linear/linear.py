@@ -290,7 +290,7 @@ def kernels_of(form: LinearFormat) -> Kernels | None:
 
 
 def torch_threads(form: LinearFormat) -> int:
-    """Threads that torch should have for a model in this form.
+    """Threads that torch should have for a model in this form, on the CPU.
 
     Beside our own kernels one: torch's idle threads look for work for a while, and take the cores from the kernels'.
     """

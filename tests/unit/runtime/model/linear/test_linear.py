@@ -404,3 +404,14 @@ def test_auto_holds_the_embedding_beside_int8_in_the_finer_dtype(monkeypatch: py
     pretend(monkeypatch, replace(NOTHING, packed_bf16=True, bf16_arithmetic=True))
     assert choose_format(CPU, "auto", "int8").dtype_name == "float16"
     assert choose_format(CPU, "bfloat16", "int8").dtype_name == "bfloat16"
+
+
+@pytest.mark.parametrize(("kernel", "threads"), [("avx2", 1), ("dense", 6), ("packed-bf16", 6)])
+def test_torch_has_one_thread_beside_the_kernels_and_all_without(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, threads: int
+) -> None:
+    form = LinearFormat(kernel, torch.float16, torch.float32)
+    monkeypatch.setattr(linear, "cpu_kernels", lambda: SimpleNamespace(threads=6))
+    assert linear.torch_threads(form) == threads
+    monkeypatch.setattr(linear, "cpu_kernels", lambda: None)
+    assert linear.torch_threads(form) == torch.get_num_threads()
