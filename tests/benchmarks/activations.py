@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
