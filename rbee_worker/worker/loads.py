@@ -13,7 +13,8 @@ from typing import cast
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig, Quantization
 from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
-from rbee_worker.runtime.loading.load import failure_message, has_room, load_model, plan_local, release_memory
+from rbee_worker.runtime.loading.load import failure_message, has_room, load_model, release_memory
+from rbee_worker.runtime.loading.plan import plan_local
 from rbee_worker.runtime.machine.devices import MIB
 from rbee_worker.worker.broadcast import LoadingBroadcast
 from rbee_worker.worker.claim import Claim

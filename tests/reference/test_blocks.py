@@ -23,7 +23,7 @@ from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import parts
 from rbee_worker.runtime.loading.fit import needs, weights_bytes
-from rbee_worker.runtime.loading.load import check_room, plan_local
+from rbee_worker.runtime.loading.plan import check_room, plan_local
 from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.runtime.source import resolve
 from tests.engines import loaded
@@ -181,8 +181,8 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> list[A
     needed = needs(plan.config, plan.form, plan.context_length, CONFIG)
     free = needed.total - round((1 - share) * needed.weights)
     small = DeviceInfo("cpu", "CPU", 2 * free, free, free)
-    monkeypatch.setattr("rbee_worker.runtime.loading.load.device_info", lambda _: small)
-    monkeypatch.setattr("rbee_worker.runtime.loading.load.list_devices", lambda: [small])
+    monkeypatch.setattr("rbee_worker.runtime.loading.plan.device_info", lambda _: small)
+    monkeypatch.setattr("rbee_worker.runtime.loading.plan.list_devices", lambda: [small])
     with pytest.raises(OutOfMemory) as raised:
         check_room(plan, CONFIG)
     return [dict(remedy.settings) for remedy in raised.value.remedies]

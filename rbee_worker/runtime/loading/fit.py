@@ -22,8 +22,8 @@ from rbee_worker.runtime.architecture.roles import TABLES, is_matrix, kinds_of_l
 from rbee_worker.runtime.cache.block_pool import BLOCK_TOKENS
 from rbee_worker.runtime.cache.kv_cache import blocks_for
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
+from rbee_worker.runtime.loading.groups import WeightGroup
 from rbee_worker.runtime.loading.parts import QUANTIZED_WEIGHTS
-from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.machine.storage import LOCAL_READERS
 from rbee_worker.runtime.model.linear.linear import LinearFormat

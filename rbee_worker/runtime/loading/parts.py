@@ -24,7 +24,7 @@ from rbee_worker.runtime.formats.as_stored import can_be_mapped
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor
 from rbee_worker.runtime.formats.stacked_experts import read_expert
-from rbee_worker.runtime.loading.plan import WeightGroup
+from rbee_worker.runtime.loading.groups import WeightGroup
 from rbee_worker.runtime.model.decoder import (
     ATTENTION_LINEARS,
     MLP,

@@ -1,106 +1,158 @@
-"""Which tensor of a checkpoint goes where in a decoder.
+"""What is known of a load before it takes memory, and whether there is room for it."""
 
-The plan is made from headers alone and is strict both ways: a name the model needs and the files lack, a name the
-files hold and the model does not know, and a shape that disagrees with the config all fail before a byte is read.
-"""
-
-from dataclasses import dataclass, field
-from typing import Literal
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
-from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.escape import quoted
+from rbee_worker.config import EngineConfig, Quantization
+from rbee_worker.errors import InvalidRequest, RbeeError, Remedy, Setting
+from rbee_worker.kernels.library import missing_reason
 from rbee_worker.runtime.architecture.config import ModelConfig
-from rbee_worker.runtime.architecture.roles import stored_shapes, tensor_name
-from rbee_worker.runtime.architecture.table import Architecture
-from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
-from rbee_worker.runtime.formats.quantized.tensor import QuantizedTensor, is_idle_bias
+from rbee_worker.runtime.architecture.table import ARCHITECTURES
+from rbee_worker.runtime.loading.fit import (
+    Way,
+    check_fit,
+    check_host,
+    keeps_blocks,
+    limit_context,
+    resident_bytes,
+    weights_bytes,
+)
+from rbee_worker.runtime.loading.groups import WeightGroup, group_weights
+from rbee_worker.runtime.machine.devices import DeviceInfo, device_info, host_info, list_devices, resolve_device
+from rbee_worker.runtime.machine.storage import Storage, storage_of
+from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format, int4_runs
+from rbee_worker.runtime.source import ModelSource, locate
+from rbee_worker.runtime.tokenizer.tokenizer import Tokenizer
 
-PLAIN_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Stored dtypes that torch has too, by the words of safetensors headers."""
-
-MXFP4_SUFFIXES = ("_blocks", "_scales")
-"""Names of tensors of bytes that are decoded on their way."""
-
-_SHOWN = 3
-"""Names of tensors that a message shows."""
+_SMALLER: Mapping[Quantization, tuple[Quantization, ...]] = MappingProxyType(
+    {"none": ("int8", "int4"), "int8": ("int4",), "int4": ()}
+)
+"""What a model may be quantized to instead, to take less memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class WeightGroup:
-    """Tensors that become one part of the decoder, by role."""
+class LoadPlan:
+    """All that headers and configs tell of a load, read once, before any memory is taken.
 
-    kind: Literal["embedding", "layer", "output"]
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    index: int = 0  # of a layer
+    Attributes:
+        source: the model's files.
+        config: what the decoder needs to know.
+        tokenizer: of the model.
+        groups: the stored tensors, by the part of the decoder that they become, in loading order.
+        device: where the weights go.
+        form: how they are held there.
+        context_length: tokens of prompt and output together at most.
+        storage: what the files lie on, and how it is read.
+        stored_as: how the weights are stored, for people.
+        mapped: whether matrices that run as they are stored are used where their files are mapped.
+    """
+
+    source: ModelSource
+    config: ModelConfig
+    tokenizer: Tokenizer
+    groups: list[WeightGroup]
+    device: torch.device
+    form: LinearFormat
+    context_length: int
+    storage: Storage
+    stored_as: str
+    mapped: bool
 
 
-def plan_weights(config: ModelConfig, architecture: Architecture, checkpoint: Checkpoint) -> list[WeightGroup]:
-    """The groups in loading order: embedding, output, layers by number.
+def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
+    """Read headers, configs and the tokenizer, and check them against each other; takes no memory for weights.
 
     Raises:
-        ModelMalformed: a tensor is missing, left over, or of another shape than the config says.
-        ModelUnsupported: a tensor's stored dtype is none that weights come in.
+        ModelError: a file is malformed, or the model is not supported.
+        InvalidRequest: the files are to be mapped, and the weights do not run as they are stored.
+        OutOfMemory: the limit on the KV cache is too small for the context.
+        DeviceUnavailable: the device is not there.
     """
-    left = dict(checkpoint.tensors)
-    table = (config.vocab_size, config.hidden_size)
+    parsed = source.model_config
+    checkpoint, stored_as = source.weights
+    groups = group_weights(parsed, ARCHITECTURES[parsed.architecture], checkpoint)
+    tokenizer = Tokenizer.from_files(source)
+    device = resolve_device(config.device)
+    storage = storage_of(checkpoint.files[0])
+    mapped = config.mmap and not storage.network
+    form = _form_of(groups, source.checkpoint.dtypes, device, config, config.quantize)
+    if config.mmap and (not form.native or form.quantize != "none"):
+        raise _cannot_map(device, form)
+    length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
+    return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage, stored_as, mapped)
 
-    def take(name: str, shape: tuple[int, ...]) -> TensorInfo:
-        info = left.pop(name, None)
-        if info is None:
-            raise ModelMalformed(
-                f"{_files(checkpoint)}: tensor '{name}' is missing.", hint="Is the checkpoint complete?"
-            )
-        if info.shape != shape:
-            raise ModelMalformed(
-                f"{info.file.name}: tensor '{name}' has shape {list(info.shape)}; config.json says {list(shape)}."
-            )
-        if not (name.endswith(MXFP4_SUFFIXES) and info.dtype == "U8"):
-            _check_dtype(info)
-        return info
 
-    groups = [WeightGroup("embedding", {"embedding": take(architecture.embedding, table)})]
-    output = {"norm.weight": take(f"{architecture.norm}.weight", (config.hidden_size,))}
-    if config.norm_bias:
-        output["norm.bias"] = take(f"{architecture.norm}.bias", (config.hidden_size,))
-    if config.tie_word_embeddings:
-        left.pop(architecture.head, None)
+def _cannot_map(device: torch.device, form: LinearFormat) -> InvalidRequest:
+    if device.type != "cpu":
+        why, remedies = f"they go to {device}", [Remedy({"device": "cpu"})]
+    elif form.quantize != "none":
+        why, remedies = f"they become {form.quantize} as they are loaded", [Remedy({"quantize": "none"})]
+    elif (missing := missing_reason()) is not None:
+        why, remedies = f"there are no CPU kernels ({missing.removesuffix('.')})", []
     else:
-        output["head"] = take(architecture.head, table)
-    groups.append(WeightGroup("output", output))
-    for index in range(config.num_hidden_layers):
-        shapes = stored_shapes(config, index)
-        tensors = {role: take(tensor_name(architecture, index, role), shape) for role, shape in shapes.items()}
-        groups.append(WeightGroup("layer", tensors, index))
-    leftover = [
-        name for name in left if not name.endswith(architecture.ignored_suffixes) and not is_idle_bias(checkpoint, name)
-    ]
-    if leftover:
-        shown = ", ".join(map(quoted, sorted(leftover)[:_SHOWN]))
-        raise ModelMalformed(
-            f"{_files(checkpoint)}: {len(leftover)} tensors are not part of {config.architecture} "
-            f"with {config.num_hidden_layers} layers: {shown}{', …' if len(leftover) > _SHOWN else ''}.",
-            hint="Does config.json belong to this checkpoint?",
-        )
-    return groups
+        why, remedies = f"they become {form.dtype_name} as they are loaded", [Remedy({"dtype": "auto"})]
+    return InvalidRequest(
+        f"mmap: only weights that run as they are stored can be mapped; here {why}.",
+        hint=None if remedies else "Load the model without mmap.",
+        remedies=remedies,
+    )
 
 
-def _check_dtype(info: TensorInfo) -> None:
-    if info.dtype not in PLAIN_DTYPES and info.file.suffix != ".gguf" and not isinstance(info, QuantizedTensor):
-        raise ModelUnsupported(
-            f"{info.file.name}: tensor '{info.name}' is stored as {info.dtype}.",
-            hint=f"Weights may be {', '.join(PLAIN_DTYPES)}.",
-        )
+def _form_of(
+    groups: Sequence[WeightGroup],
+    stored: Mapping[str, int],
+    device: torch.device,
+    config: EngineConfig,
+    quantize: Quantization,
+) -> LinearFormat:
+    """The form of a model's weights, with their size where that depends on what is stored."""
+    form = choose_format(device, config.dtype, quantize, stored, mapped=config.mmap and quantize == "none")
+    return replace(form, resident_bytes=resident_bytes(groups, form)) if keeps_blocks(groups, form) else form
 
 
-def _files(checkpoint: Checkpoint) -> str:
-    files = checkpoint.files
-    return files[0].name if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+def plan_local(model: str | None, config: EngineConfig) -> LoadPlan | None:
+    """The plan of a model whose files are here; None where it must be downloaded first, or is wrong: its load tells."""
+    try:
+        located = locate(model)
+        return make_plan(located, config) if isinstance(located, ModelSource) else None
+    except RbeeError:
+        return None
+
+
+def check_room(plan: LoadPlan, config: EngineConfig, freed: int = 0) -> None:
+    """Refuse a model that does not fit into what is free now, and ``freed`` more bytes.
+
+    Raises:
+        OutOfMemory: with the figures and the remedies.
+    """
+    place = device_info(plan.device)
+    place = replace(place, free_bytes=place.free_bytes + freed)
+    ways = functools.partial(_alternatives, plan, config, place)
+    name, length = plan.source.name, plan.context_length
+    check_fit(name, plan.config, plan.form, context=length, engine=config, device=place, alternatives=ways)
+    if plan.device.type != "cpu":
+        check_host(name, plan.groups, host_info())
+
+
+def _alternatives(plan: LoadPlan, config: EngineConfig, place: DeviceInfo) -> list[Way]:
+    """Other ways to run a model that does not fit: quantized in the same place, and on every other device."""
+    form_of = functools.partial(_form_of, plan.groups, plan.source.checkpoint.dtypes)
+    ways: list[Way] = []
+    for info in list_devices():
+        device = resolve_device(info.name)
+        there: dict[Setting, str | int] = {} if info.name == place.name else {"device": info.name}
+        if there and (config.quantize != "int4" or int4_runs(device)):
+            ways.append((there, form_of(device, config, config.quantize), info))
+        least = weights_bytes(plan.config, plan.form)
+        for quantize in _SMALLER[config.quantize]:
+            if int4_runs(device) if quantize == "int4" else device.type != "mps":
+                form = form_of(device, config, quantize)
+                size = weights_bytes(plan.config, form)
+                if there or size < least:  # a model that is stored in fewer bits gains nothing
+                    ways.append(({**there, "quantize": quantize}, form, info))
+                    least = min(size, least)
+    return ways

@@ -37,7 +37,9 @@ from rbee_worker.events import (
 from rbee_worker.runtime.engine.prepare import prepare
 from rbee_worker.runtime.engine.sequence import Sequence
 from rbee_worker.runtime.loading import load as load_module
-from rbee_worker.runtime.loading.load import LoadedModel, LoadPlan, plan_local
+from rbee_worker.runtime.loading import plan as plan_module
+from rbee_worker.runtime.loading.load import LoadedModel
+from rbee_worker.runtime.loading.plan import LoadPlan, plan_local
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.worker.engine_thread import EngineThread
 from rbee_worker.worker.worker import Job, Worker
@@ -393,7 +395,7 @@ def test_a_job_that_comes_when_the_engine_has_died_ends(tiny: str, monkeypatch: 
 
 def test_a_load_beside_a_resident_model_reads_its_headers_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
-    make_plan = load_module.make_plan
+    make_plan = plan_module.make_plan
 
     def spy(source: ModelSource, config: EngineConfig) -> LoadPlan:
         planned.append(source.name)
@@ -401,7 +403,8 @@ def test_a_load_beside_a_resident_model_reads_its_headers_once(tiny: str, monkey
 
     async def body(worker: Worker) -> None:
         await load(worker, tiny)
-        monkeypatch.setattr(load_module, "make_plan", spy)
+        for module in (plan_module, load_module):
+            monkeypatch.setattr(module, "make_plan", spy)
         assert isinstance((await load(worker, tiny))[-1], Ready)
         assert len(planned) == 1
 

@@ -157,7 +157,7 @@ def test_a_tensor_of_nothing_else_is_told_with_their_number(model: Path) -> None
 
 
 def test_it_is_found_beyond_the_first_piece(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbee_worker.runtime.loading.reader._CONVERT_BYTES", 1024)
+    monkeypatch.setattr("rbee_worker.runtime.loading.copier._CONVERT_BYTES", 1024)
     spoil(model, DOWN, -INF)
     with pytest.raises(ModelMalformed, match=rf"'{DOWN}' .* 1 of the 256 that were read together, the first .* -inf"):
         load(model, "float32")

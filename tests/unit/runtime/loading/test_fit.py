@@ -21,7 +21,7 @@ from rbee_worker.runtime.loading.fit import (
     needs,
     weights_bytes,
 )
-from rbee_worker.runtime.loading.plan import WeightGroup
+from rbee_worker.runtime.loading.groups import WeightGroup
 from rbee_worker.runtime.machine.devices import MIB, DeviceInfo
 from rbee_worker.runtime.model.linear.linear import LinearFormat, choose_format
 from tests.tiny import CONFIG, write_tiny_model
@@ -166,8 +166,9 @@ def test_the_real_refusal_names_ways_that_exist_here(tmp_path: Path, monkeypatch
     path = write_tiny_model(tmp_path, max_position_embeddings=100_000)
     small = DeviceInfo("cpu", "CPU", 300 * MIB, 70 * MIB, 230 * MIB)
     monkeypatch.setattr("rbee_worker.runtime.loading.load.device_info", lambda _: small)
-    monkeypatch.setattr("rbee_worker.runtime.loading.load.list_devices", lambda: [small])
-    monkeypatch.setattr("rbee_worker.runtime.loading.load.host_info", lambda: small)
+    monkeypatch.setattr("rbee_worker.runtime.loading.plan.device_info", lambda _: small)
+    monkeypatch.setattr("rbee_worker.runtime.loading.plan.list_devices", lambda: [small])
+    monkeypatch.setattr("rbee_worker.runtime.loading.plan.host_info", lambda: small)
     config = EngineConfig(device="cpu", dtype="float32", max_batch_size=1, max_context=100_000, prefill_chunk=64)
     with pytest.raises(OutOfMemory) as raised:
         list(Engine(replace(config, max_batch_size=200_000)).load(str(path)))

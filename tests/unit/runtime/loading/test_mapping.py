@@ -32,9 +32,11 @@ from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.inspection import inspect_model
 from rbee_worker.runtime.loading import load as load_module
 from rbee_worker.runtime.loading import mapping
+from rbee_worker.runtime.loading import plan as plan_module
+from rbee_worker.runtime.loading import report as report_module
 from rbee_worker.runtime.loading.fit import needs
+from rbee_worker.runtime.loading.groups import WeightGroup
 from rbee_worker.runtime.loading.mapping import MappedFile
-from rbee_worker.runtime.loading.plan import WeightGroup
 from rbee_worker.runtime.loading.reader import ReadState, TensorReader, open_raw
 from rbee_worker.runtime.machine.storage import Storage
 from rbee_worker.runtime.model.decoder import Batch
@@ -279,7 +281,8 @@ def native(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     features = replace(linear.cpu_features(), kernels=kernels.variant, bf16_arithmetic=False)
     monkeypatch.setattr(linear, "cpu_features", lambda: features)
     monkeypatch.setattr(linear, "cpu_kernels", lambda: kernels)
-    monkeypatch.setattr(load_module, "missing_reason", lambda: None)
+    for module in (plan_module, report_module):
+        monkeypatch.setattr(module, "missing_reason", lambda: None)
     monkeypatch.setattr(inspection, "expected_variant", lambda: kernels.variant)
 
 
@@ -367,7 +370,7 @@ def test_a_layer_counts_when_its_pages_are_in(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("native")
 def test_a_network_s_files_are_read_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = sixteen(tmp_path / "m", torch.float16)
-    for module in (load_module, inspection):
+    for module in (plan_module, inspection):
         monkeypatch.setattr(module, "storage_of", lambda _: Storage("nfs4", network=True))
     engine, report, _ = report_of(path, mmap=True)
     assert (report.storage, report.mapped_mb) == ("nfs4, network: read sequentially, not mapped", 0)
@@ -402,7 +405,7 @@ def test_without_kernels_it_is_refused_once_and_plainly(tmp_path: Path, monkeypa
     path = sixteen(tmp_path / "m", torch.float16)
     features = replace(linear.cpu_features(), kernels=None)
     monkeypatch.setattr(linear, "cpu_features", lambda: features)
-    monkeypatch.setattr(load_module, "missing_reason", lambda: "They were not built.")
+    monkeypatch.setattr(plan_module, "missing_reason", lambda: "They were not built.")
     with pytest.raises(InvalidRequest, match=r"here there are no CPU kernels \(They were not built\)\. Load the model"):
         loaded(path, "auto", mmap=True)
     monkeypatch.setattr(inspection, "expected_variant", lambda: None)
@@ -455,10 +458,10 @@ def test_another_model_does_not_take_the_room_of_mapped_pages(
     resident = engine.model
     assert resident is not None
     config = replace(engine.config, max_context=64)
-    plan = load_module.make_plan(resolve(str(path)), config)
+    plan = plan_module.make_plan(resolve(str(path)), config)
     needed = needs(plan.config, plan.form, 64, config).total
-    info = replace(load_module.device_info(CPU), free_bytes=needed + resident.mapped_bytes - 1)
-    monkeypatch.setattr(load_module, "device_info", lambda _: info)
+    info = replace(plan_module.device_info(CPU), free_bytes=needed + resident.mapped_bytes - 1)
+    monkeypatch.setattr(plan_module, "device_info", lambda _: info)
     assert load_module.has_room(plan, config, None)
     assert not load_module.has_room(plan, config, resident)
     assert load_module.has_room(plan, config, resident, instead=True)

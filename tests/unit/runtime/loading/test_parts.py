@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from rbee_worker.runtime.architecture.table import LLAMA, parse_config
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.safetensors import read_safetensors
+from rbee_worker.runtime.loading.groups import group_weights
 from rbee_worker.runtime.loading.parts import PartBuilder, RowBlocks, empty_on, rows_of
-from rbee_worker.runtime.loading.plan import plan_weights
 from rbee_worker.runtime.model.linear.linear import LinearFormat, make_linear
 from tests.tiny import write_tiny_model
 
@@ -63,7 +63,7 @@ def test_a_head_is_packed_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("rbee_worker.runtime.loading.parts.make_linear", packed)
     config = parse_config(json.loads((folder / "config.json").read_text()), file="config.json")
-    groups = plan_weights(config, LLAMA, read_safetensors(folder))
+    groups = group_weights(config, LLAMA, read_safetensors(folder))
     whole = {info.name: info for group in groups for info in group.tensors.values()}
     form = LinearFormat("packed-fp16", torch.float16, torch.float32)
     part = PartBuilder(config, form, CPU, read).build(groups[0 if tied else 1])

@@ -20,8 +20,8 @@ from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.safetensors import read_safetensors
 from rbee_worker.runtime.loading import load as load_module
+from rbee_worker.runtime.loading.groups import WeightGroup, group_weights
 from rbee_worker.runtime.loading.parts import PartBuilder
-from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
 from rbee_worker.runtime.loading.reader import RawFile, ReadState, Stopped, TensorReader, WeightReader, open_raw
 from rbee_worker.runtime.machine.storage import Storage
 from rbee_worker.runtime.model.decoder import DecoderLayer, Embedding, Output, Part
@@ -100,7 +100,7 @@ def gate() -> Iterator[Gate]:
 
 
 def plan(path: Path) -> list[WeightGroup]:
-    return plan_weights(config_of(path), LLAMA, read_safetensors(path))
+    return group_weights(config_of(path), LLAMA, read_safetensors(path))
 
 
 def config_of(path: Path):
@@ -160,7 +160,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def test_values_are_those_that_torch_converts_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, wanted: torch.dtype
 ) -> None:
-    monkeypatch.setattr("rbee_worker.runtime.loading.reader._CONVERT_BYTES", 1024)
+    monkeypatch.setattr("rbee_worker.runtime.loading.copier._CONVERT_BYTES", 1024)
     values = (torch.randn(7, 331) * 3).to(STORED[stored])
     values[0, :4] = torch.tensor([0.0, -0.0, 65280.0, -1e-7], dtype=values.dtype)
     save_file({"t": values}, tmp_path / "a.safetensors")

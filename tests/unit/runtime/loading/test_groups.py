@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.runtime.architecture.table import LLAMA, parse_config
 from rbee_worker.runtime.formats.safetensors import read_safetensors
-from rbee_worker.runtime.loading.plan import WeightGroup, plan_weights
+from rbee_worker.runtime.loading.groups import WeightGroup, group_weights
 from tests.tiny import write_tiny_model
 
 
@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
 
 def plan(path: Path) -> list[WeightGroup]:
     config = parse_config(json.loads((path / "config.json").read_text()), file="config.json")
-    return plan_weights(config, LLAMA, read_safetensors(path))
+    return group_weights(config, LLAMA, read_safetensors(path))
 
 
 def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
