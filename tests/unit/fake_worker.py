@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from rbee_worker.events import Event, to_json
 
 DONE = "data: [DONE]\n\n"
+HANG = 10.0
 
 
 @dataclass
@@ -40,8 +40,10 @@ def frames(*events: Event, done: bool = True) -> str:
     return "".join(f"data: {to_json(event)}\n\n" for event in events) + (DONE if done else "")
 
 
-def stream(*parts: str, status: int = 200, pause: float = 0.0, cut: bool = False) -> Callable[..., None]:
-    """An SSE answer in chunks; ``cut``: the connection ends without the last chunk."""
+def stream(
+    *parts: str, status: int = 200, gate: threading.Semaphore | None = None, cut: bool = False
+) -> Callable[..., None]:
+    """An SSE answer in chunks, each of which waits at ``gate``; ``cut``: the connection ends without the last chunk."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
@@ -49,10 +51,11 @@ def stream(*parts: str, status: int = 200, pause: float = 0.0, cut: bool = False
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         for part in parts:
+            if gate is not None and not gate.acquire(timeout=HANG):
+                raise ConnectionResetError
             data = part.encode()
             handler.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
             handler.wfile.flush()
-            time.sleep(pause)
         if not cut:
             handler.wfile.write(b"0\r\n\r\n")
         handler.close_connection = True

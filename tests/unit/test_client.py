@@ -5,7 +5,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 
@@ -66,9 +65,14 @@ def test_events_come_back_as_they_were_sent(worker: FakeWorker, client: WorkerCl
 
 
 def test_events_are_not_held_back(worker: FakeWorker, client: WorkerClient):
-    worker.answers["POST /v1/inference"] = stream(*(frames(event, done=False) for event in JOB), DONE, pause=0.1)
-    arrivals = [time.monotonic() for _ in client.generate(REQUEST)]
-    assert arrivals[-1] - arrivals[0] > 0.2
+    gate = threading.Semaphore(0)
+    worker.answers["POST /v1/inference"] = stream(*(frames(event, done=False) for event in JOB), DONE, gate=gate)
+    events = client.generate(REQUEST)
+    for event in JOB:
+        gate.release()
+        assert next(events) == event  # the next one has not been sent
+    gate.release()
+    assert list(events) == []
 
 
 def test_load_asks_then_follows(worker: FakeWorker, client: WorkerClient):
@@ -131,11 +135,13 @@ def test_cancel_load_when_nothing_loads(worker: FakeWorker, client: WorkerClient
 
 @pytest.mark.parametrize("job_id", ["job-1", "a/b c?"])
 def test_closing_the_iterator_cancels_the_job(worker: FakeWorker, client: WorkerClient, job_id: str):
-    worker.answers["POST /v1/inference"] = stream(*(frames(event, done=False) for event in JOB), DONE, pause=0.2)
+    gate = threading.Semaphore(1)  # of the job's events, one is sent
+    worker.answers["POST /v1/inference"] = stream(*(frames(event, done=False) for event in JOB), DONE, gate=gate)
     worker.answers["DELETE *"] = answer(204)
     events = client.generate(GenerationRequest(prompt="hi", job_id=job_id))
     assert isinstance(next(events), Started)
     events.close()  # type: ignore[attr-defined]
+    gate.release(len(JOB))
     quoted = {"job-1": "job-1", "a/b c?": "a%2Fb%20c%3F"}[job_id]
     assert worker.asked() == ["POST /v1/inference", f"DELETE /v1/inference/{quoted}"]
 

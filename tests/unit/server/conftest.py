@@ -116,8 +116,8 @@ class StandInLoads:
 class StandInWorker:
     """Stands in for ``rbee_worker.worker.worker.Worker``: plays scripts instead of running a model.
 
-    A script is a list of events, of numbers (seconds to wait), of exceptions (raised), and of ``HANG`` (waits for the
-    cancellation, then ends with ``cancelled``).
+    A script is a list of events, of numbers (seconds to wait), of ``threading.Event`` (waited for), of exceptions
+    (raised), and of ``HANG`` (waits for the cancellation, then ends with ``cancelled``).
     """
 
     HANG = object()
@@ -188,6 +188,8 @@ class StandInWorker:
                 await cancelled.wait()
                 yield last
                 return
+            elif isinstance(item, threading.Event):
+                await asyncio.to_thread(item.wait, SECONDS)
             else:
                 await asyncio.sleep(item)
 

@@ -3,6 +3,7 @@
 import contextvars
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,14 +25,16 @@ def join(server):
 
 
 def test_a_signal_lets_running_streams_finish(start, stand_in):
-    tokens = [item for i in range(10) for item in (stand_in.token(i), 0.1)]
-    server = start(stand_in.Worker([stand_in.started(), *tokens, stand_in.end()]), shutdown_grace_seconds=10)
+    gate, later = threading.Event(), map(stand_in.token, range(1, 10))
+    script = [stand_in.started(), stand_in.token(0), gate, *later, stand_in.end()]
+    server = start(stand_in.Worker(script), shutdown_grace_seconds=10)
     stream = server.open("POST", "/v1/inference", REQUEST)
     stream.read_until(b"token")
     server.server.handle_exit(signal.SIGTERM, None)
     server.wait(lambda: server.worker.state == "draining")
     # Still answering: the streams go on, and health says what is going on.
     assert server.ask("GET", "/health").json["state"] == "draining"
+    gate.set()
     frames = stream.finish().frames
     assert b'"i":9' in frames[-3]
     assert b'"stop_reason":"max_tokens"' in frames[-2]

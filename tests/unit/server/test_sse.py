@@ -1,6 +1,7 @@
 """The stream response by itself: every frame once, in order, however slow the other side is."""
 
 import asyncio
+import selectors
 
 import anyio
 import pytest
@@ -73,6 +74,29 @@ class Source:
         self.closed += 1
 
 
+class Hurried(selectors.DefaultSelector):
+    """Never waits: counts the seconds that were to be waited."""
+
+    seconds = 0.0
+
+    def select(self, timeout=None):
+        self.seconds += timeout or 0.0
+        return super().select(0)
+
+
+def run_hurried(scenario):
+    """Run it on a loop whose clock jumps to the next timer as soon as nothing else is to be done."""
+
+    def loop():
+        selector = Hurried()
+        made = asyncio.SelectorEventLoop(selector)
+        made.time = lambda: selector.seconds
+        return made
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scenario)
+
+
 def stream(source, **options):
     return sse.EventStream(source, failure=inference_failed, **options)
 
@@ -104,28 +128,35 @@ def test_a_slow_reader_holds_the_source_back_and_loses_nothing():
     async def scenario():
         client, source = Client(), Source(frames(1000))
         client.reading.clear()
-        serving = asyncio.create_task(stream(source, keep_alive=0.001)(HTTP, client.receive, client.send))
-        await asyncio.sleep(0.02)  # long enough for a keep-alive to be due: what waits is no silence
+        serving = asyncio.create_task(stream(source, keep_alive=10)(HTTP, client.receive, client.send))
+        await asyncio.sleep(25)  # keep-alives are due: what waits is no silence
         assert 0 < source.read < 200
         client.reading.set()
         await serving
         assert client.body == expected(frames(1000))
 
-    asyncio.run(scenario())
+    run_hurried(scenario())
 
 
-def test_keep_alives_interleave_with_frames_without_losing_one():
+@pytest.mark.parametrize(
+    ("keep_alive", "gap", "each"),
+    [(10, 9, {0}), (10, 10, {0, 1}), (10, 25, {2}), (0, 100, {0})],
+    ids=["no silence", "at once", "silence", "off"],
+)
+def test_keep_alives_come_after_silence_and_no_frame_is_lost(keep_alive, gap, each):
     async def source():
-        for frame in frames(30):
-            await asyncio.sleep(0.004)
+        for frame in frames(10):
+            await asyncio.sleep(gap)
             yield frame
 
     async def scenario():
         client = Client()
-        await stream(source(), keep_alive=0.005)(HTTP, client.receive, client.send)
-        assert client.body.replace(sse.KEEP_ALIVE, b"") == expected(frames(30))
+        await stream(source(), keep_alive=keep_alive)(HTTP, client.receive, client.send)
+        assert client.body.replace(sse.KEEP_ALIVE, b"") == expected(frames(10))
+        before_frames = client.body.split(b"data: ")[:10]
+        assert {before.count(sse.KEEP_ALIVE) for before in before_frames} <= each
 
-    asyncio.run(scenario())
+    run_hurried(scenario())
 
 
 @pytest.mark.parametrize("when", ["before the first frame", "between frames"])
@@ -180,17 +211,17 @@ def test_a_source_that_fails_before_its_first_frame_raises_and_later_it_sends_th
 
 def test_a_first_frame_that_comes_late_is_not_lost():
     async def source():
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(3)
         for frame in frames(2):
             yield frame
 
     async def scenario():
         client, response = Client(), stream(source())
-        await response.first_frame(0.001)
+        await response.first_frame(1)
         await response(HTTP, client.receive, client.send)
         assert client.body == expected(frames(2))
 
-    asyncio.run(scenario())
+    run_hurried(scenario())
 
 
 def test_a_cancelled_response_still_cleans_up():
@@ -202,7 +233,7 @@ def test_a_cancelled_response_still_cleans_up():
                 yield frames(1)[0]
                 await asyncio.Event().wait()
             finally:
-                await asyncio.sleep(0.01)  # cleanup that waits must not be cut short
+                await asyncio.sleep(1)  # cleanup that waits must not be cut short
                 closed.append(1)
 
         serving = asyncio.create_task(stream(source())(HTTP, client.receive, client.send))
@@ -211,17 +242,17 @@ def test_a_cancelled_response_still_cleans_up():
         await asyncio.wait({serving})
         assert closed == [1]
 
-    asyncio.run(scenario())
+    run_hurried(scenario())
 
 
 def test_a_response_in_a_cancelled_scope_still_cleans_up():
     async def scenario():
         client, source = Client(), Source(frames(1), hang=True)
-        with anyio.move_on_after(0.02):
+        with anyio.move_on_after(1):
             await stream(source)(HTTP, client.receive, client.send)
         assert source.closed == 1
 
-    asyncio.run(scenario())
+    run_hurried(scenario())
 
 
 def test_on_close_is_not_called_when_the_source_has_ended():

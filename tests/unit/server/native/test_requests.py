@@ -154,9 +154,14 @@ def test_a_body_that_never_arrives(start):
 
 
 def test_the_time_for_the_body_is_not_the_time_for_the_stream(start, stand_in):
-    worker = stand_in.Worker([stand_in.started(), 0.5, stand_in.end()])
-    server = start(worker, app_options={"body_seconds": 0.2})
-    assert server.ask("POST", INFERENCE, {"prompt": "p"}).frames[-1] == b"data: [DONE]"
+    gate = threading.Event()
+    server = start(stand_in.Worker([stand_in.started(), gate, stand_in.end()]), app_options={"body_seconds": 0.2})
+    stream = server.open("POST", INFERENCE, {"prompt": "p"})
+    stream.read_until(b"started")
+    late = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+    assert late.startswith(b"HTTP/1.1 408")  # and it began later
+    gate.set()
+    assert stream.finish().frames[-1] == b"data: [DONE]"
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(start, caplog):

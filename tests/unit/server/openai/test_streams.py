@@ -67,9 +67,11 @@ def test_what_fails_later_says_so_in_its_stream(start, worker_of, path):
 
 @BOTH
 def test_a_stream_that_waits_long_begins_with_a_keep_alive(start, worker_of, path):
-    server = start(worker_of([0.4, *texts("a")[:-1], FAILED]), keep_alive_seconds=0.1)
+    gate = threading.Event()
+    server = start(worker_of([gate, *texts("a")[:-1], FAILED]), keep_alive_seconds=0.1)
     stream = server.open("POST", path, body(path, stream=True))
     assert stream.read_until(b": keep-alive\n\n").startswith(b": keep-alive")
+    gate.set()
     assert stream.status == 200
     assert b'"code":"INFERENCE_FAILED"' in stream.finish().frames[-2]
 

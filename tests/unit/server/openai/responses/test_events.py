@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -278,9 +279,11 @@ def test_what_fails_later_says_so_in_its_stream(start, worker_of):
 
 
 def test_a_failure_behind_a_keep_alive_has_no_response_to_speak_of(start, worker_of):
-    worker = worker_of([0.3, InferenceFailed(code="INFERENCE_FAILED", message="no")])
+    gate = threading.Event()
+    worker = worker_of([gate, InferenceFailed(code="INFERENCE_FAILED", message="no")])
     stream = start(worker, keep_alive_seconds=0.1).open("POST", PATH, {"input": "hi", "stream": True})
     assert stream.read_until(b": keep-alive\n\n").startswith(b": keep-alive")
+    gate.set()
     *_, error, done = stream.finish().frames
     assert error.startswith(b"event: error\ndata: ")
     assert done == b"data: [DONE]"
