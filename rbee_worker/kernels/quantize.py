@@ -70,7 +70,7 @@ def quantize(weights: Tensor, form: Format, out: Tensor) -> None:
 
 
 def _q8_0(w: Floats, room: Sequence[Floats]) -> Bytes:
-    """From [32, blocks] to [blocks, 34], as ggml does it."""
+    """From [32, blocks] to [blocks, 34]. Levels are chosen by the scale as it is stored, in float16."""
     scale = _half(np.abs(w, out=room[0]).max(0) / 127)
     levels = np.rint(np.multiply(w, _inverse(scale), out=room[0]), out=room[0])
     return np.concatenate((_bytes(scale), levels.clip(-127, 127).astype(np.int8).T.view(np.uint8)), 1)

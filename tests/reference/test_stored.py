@@ -209,13 +209,14 @@ def test_a_token_reads_all_but_the_stored_embedding(tmp_path: Path) -> None:
     assert model.nbytes - model.bytes_per_token == sizes["token_embd.weight"]
 
 
-def test_a_step_sets_the_threads_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    model = transformer_of(loaded(stored(tmp_path / "model.gguf", Type.Q8_0), "auto"))
-    model._torch_threads = torch.get_num_threads() + 1
-    logits_of(model, [[1, 2, 3]])
-    assert asked == [model._torch_threads]
-    model._torch_threads = torch.get_num_threads()
-    logits_of(model, [[1, 2, 3]])
-    assert len(asked) == 1
+def test_beside_the_kernels_torch_has_one_thread_while_a_step_runs(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for dtype, threads in (("auto", 1), ("float32", 2)):
+            model = transformer_of(loaded(stored(tmp_path / "model.gguf", Type.Q8_0), dtype))
+            with model.threads():
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

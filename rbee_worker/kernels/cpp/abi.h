@@ -13,7 +13,7 @@
 // Changes with every change of this file, so that a stale library is noticed.
 constexpr int32_t kAbiVersion = 3;
 
-// How the weights of a matrix are stored. The numbers are library.py's too.
+// How the weights of a matrix are stored. The numbers are those of formats.py too.
 enum Format : int32_t {
   kF32 = 0,
   kF16 = 1,

@@ -41,9 +41,12 @@ struct Heads {
 template <int size>
 inline Heads heads(const uint8_t* p) {
   const auto four = [&](int b) {
-    const auto two = [&](int i) {
-      return _mm_unpacklo_epi32(_mm_loadu_si32(p + i * size), _mm_loadu_si32(p + (i + 1) * size));
+    const auto one = [&](int i) {
+      int32_t word;
+      std::memcpy(&word, p + i * size, 4);
+      return _mm_cvtsi32_si128(word);
     };
+    const auto two = [&](int i) { return _mm_unpacklo_epi32(one(i), one(i + 1)); };
     return _mm_unpacklo_epi64(two(b), two(b + 2));
   };
   const __m256i both = _mm256_set_m128i(four(4), four(0));

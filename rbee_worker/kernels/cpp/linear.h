@@ -52,6 +52,7 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
     (is_float(matrices[i].format) ? floats : bytes) = true;
     outputs += matrices[i].rows;
   }
+  if (tokens == 0) return 0;
   // Memory: the activations in another form, and for each thread a tile's unpacked weights and its sums.
   const int64_t padded = round_up(columns, simd::kLanes), groups = (columns + kGroupColumns - 1) / kGroupColumns;
   const size_t pad_bytes = floats && padded != columns ? aligned(sizeof(float) * tokens * padded) : 0;

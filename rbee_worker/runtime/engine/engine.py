@@ -3,6 +3,7 @@
 Not thread-safe: one thread loads, submits and steps. Only :meth:`Engine.cancel` may be called from another thread.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -192,7 +193,7 @@ class Engine:
     def _move(self) -> None:
         self._begin()
         try:
-            with panics_as_errors():
+            with panics_as_errors(), self.model.transformer.threads() if self.model else contextlib.nullcontext():
                 self._run()
         except Exception as error:  # noqa: BLE001  (whatever a pass raises fails its jobs, not the worker)
             self._fail(error, self._scheduler.running)

@@ -58,7 +58,13 @@ class MappedFile:
             )
 
     def part(self, offset: int, nbytes: int) -> Tensor:
-        """Bytes of the file from ``offset`` on, uint8 [nbytes]. To write to them ends the process."""
+        """Bytes of the file from ``offset`` on, uint8 [nbytes]. To write to them ends the process.
+
+        Raises:
+            InferenceError: the file is shorter by now than its header says.
+        """
+        if offset + nbytes > len(self._bytes):
+            raise InferenceError(f"{self._name}: the file was cut while it was opened.", hint="Load the model again.")
         # torch warns of memory that cannot be written to, and a warning can be silenced for all threads only.
         memory = (ctypes.c_uint8 * nbytes).from_address(self._address + offset)
         memory.mapped = self._bytes  # type: ignore[attr-defined]  # keeps the mapping

@@ -7,7 +7,8 @@ The tokens of all sequences of a step lie side by side in one tensor [tokens, hi
 all at once. In attention each token sees its own sequence's part of the cache.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -21,7 +22,7 @@ from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
 from rbee_worker.runtime.model.attention import Segment
 from rbee_worker.runtime.model.layers import Norm, gated, norm_or_none
-from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of, torch_threads
+from rbee_worker.runtime.model.linear.linear import Linear, LinearFormat, kernels_of
 from rbee_worker.runtime.model.linear.stored import StoredTable
 from rbee_worker.runtime.model.moe import Experts
 from rbee_worker.runtime.model.rope import rotaries
@@ -221,7 +222,6 @@ class Transformer:
         self.config = config
         self.form = form
         self.kernels = kernels_of(form)
-        self._torch_threads = torch_threads(form) if device.type == "cpu" else torch.get_num_threads()
         self.device = device
         self.context_length = context_length
         self.rotaries = rotaries(config, context_length, device)
@@ -262,6 +262,23 @@ class Transformer:
         trained = rope.original_max_positions
         return Rotation(trained) if tokens > trained else Rotation(0, trained)
 
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Around a step: beside the CPU kernels torch computes with one thread.
+
+        Its idle threads look for work for some milliseconds after each operator, and would take the cores from the
+        kernels' threads.
+        """
+        before = torch.get_num_threads()
+        if self.kernels is None or before == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Run one step and write keys and values to the caches. Room must have been reserved in them.
@@ -271,8 +288,6 @@ class Transformer:
         Returns:
             float32 logits of the wanted tokens of all segments, side by side: [outputs of all segments, vocab_size].
         """
-        if torch.get_num_threads() != self._torch_threads:  # of this thread; another model may have changed it
-            torch.set_num_threads(self._torch_threads)
         step = self._step(batch)
         residual = Residual(self._embedding(batch.tokens, self.form.activation_dtype), self.config.residual_multiplier)
         for layer in self.layers:

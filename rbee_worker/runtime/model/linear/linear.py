@@ -289,17 +289,6 @@ def kernels_of(form: LinearFormat) -> Kernels | None:
     return cpu_kernels() if form.native else None
 
 
-def torch_threads(form: LinearFormat) -> int:
-    """Threads that torch should have for a model in this form, on the CPU.
-
-    Beside our own kernels one: torch's idle threads look for work for a while, and take the cores from the kernels'.
-    """
-    kernels = cpu_kernels()
-    if kernels is None:
-        return torch.get_num_threads()
-    return 1 if form.native else kernels.threads
-
-
 def make_linear(weight: Tensor, bias: Tensor | None, form: LinearFormat) -> Linear:
     """A linear layer in the given form from weights [out_features, in_features] on their device."""
     if form.kernel == "packed-fp16":
@@ -348,7 +337,7 @@ def _no_int4(device: torch.device) -> ModelUnsupported:
         f"quantize int4 needs the worker's own CPU kernels. {reason}"
         if here and reason
         else f"quantize int4 does not run on {device.type}: it needs the worker's own CPU kernels.",
-        hint="RBEE_KERNELS=auto turns them on." if here and not os.environ.get("RBEE_KERNELS") else None,
+        hint="Without RBEE_KERNELS they are on." if here and os.environ.get("RBEE_KERNELS") == "torch" else None,
         remedies=ways,
     )
 

@@ -1,7 +1,8 @@
 """Weights at the width that they are stored in, multiplied by the worker's own CPU kernels (``rbee_worker/kernels``).
 
 16-bit weights are multiplied in float32. Weights in blocks are multiplied as bytes: the activations are rounded to
-blocks of 32 bytes with a scale each, as llama.cpp does it. Either way a token's result has the same bits in any batch.
+blocks of 32 bytes with a scale each, some of them twice (see ``kernels/formats.py``). Either way a token's result has
+the same bits in any batch.
 """
 
 from collections.abc import Sequence

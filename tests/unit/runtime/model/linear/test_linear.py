@@ -341,11 +341,12 @@ def test_the_levels_are_those_that_the_processor_multiplies_exactly(
 
 def test_int4_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, NOTHING)
-    monkeypatch.setattr(linear, "missing_reason", lambda: "RBEE_KERNELS is not set.")
-    monkeypatch.delenv("RBEE_KERNELS", raising=False)
-    with pytest.raises(ModelUnsupported, match=r"needs the worker's own CPU kernels\. RBEE_KERNELS is not") as raised:
-        choose_format(CPU, "auto", "int4")
-    assert raised.value.advice() == "RBEE_KERNELS=auto turns them on. Use quantize=int8 or quantize=none."
+    monkeypatch.setattr(linear, "missing_reason", lambda: "RBEE_KERNELS is torch.")
+    for value, hint in (("torch", "Without RBEE_KERNELS they are on. "), ("auto", "")):
+        monkeypatch.setenv("RBEE_KERNELS", value)
+        with pytest.raises(ModelUnsupported, match=r"needs the worker's own CPU kernels\. RBEE_KERNELS is") as raised:
+            choose_format(CPU, "auto", "int4")
+        assert raised.value.advice() == f"{hint}Use quantize=int8 or quantize=none."
     monkeypatch.setattr(linear, "missing_reason", lambda: None)
     with pytest.raises(ModelUnsupported, match="int4 does not run on cuda") as raised:
         choose_format(torch.device("cuda"), "auto", "int4")
@@ -404,14 +405,3 @@ def test_auto_holds_the_embedding_beside_int8_in_the_finer_dtype(monkeypatch: py
     pretend(monkeypatch, replace(NOTHING, packed_bf16=True, bf16_arithmetic=True))
     assert choose_format(CPU, "auto", "int8").dtype_name == "float16"
     assert choose_format(CPU, "bfloat16", "int8").dtype_name == "bfloat16"
-
-
-@pytest.mark.parametrize(("kernel", "threads"), [("avx2", 1), ("dense", 6), ("packed-bf16", 6)])
-def test_torch_has_one_thread_beside_the_kernels_and_all_without(
-    monkeypatch: pytest.MonkeyPatch, kernel: str, threads: int
-) -> None:
-    form = LinearFormat(kernel, torch.float16, torch.float32)
-    monkeypatch.setattr(linear, "cpu_kernels", lambda: SimpleNamespace(threads=6))
-    assert linear.torch_threads(form) == threads
-    monkeypatch.setattr(linear, "cpu_kernels", lambda: None)
-    assert linear.torch_threads(form) == torch.get_num_threads()
