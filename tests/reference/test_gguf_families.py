@@ -21,6 +21,7 @@ from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES
 from rbee_worker.runtime.source import resolve
 from tests.engines import loaded
 
+from . import families
 from .families import LONG, Case, rope
 from .test_families import assert_logits, fill, prompts_of, their_logits
 from .test_logits import logits_of, transformer_of
@@ -32,14 +33,7 @@ CASES: dict[str, Case] = {
     "qwen3": Case("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3moe": Case(
         "Qwen3Moe",
-        {
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": True,
-            "head_dim": 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
+        families.CASES["Qwen3Moe"].changes | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
     "phi3": Case("Phi3", {"sliding_window": 11, "partial_rotary_factor": 0.5}),
     "gemma2": Case("Gemma2", GEMMA | CAPS, offset_norms=True),

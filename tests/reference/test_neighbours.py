@@ -1,5 +1,6 @@
 """With the worker's own kernels a sequence has the same bits alone and beside any others."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from gguf import GGMLQuantizationType as Type
 from rbee_worker.kernels.library import attends, cpu_kernels, missing_reason
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.model.decoder import Transformer
+from rbee_worker.runtime.model.linear import linear
+from rbee_worker.runtime.model.linear.cpu import cpu_features
 from tests.engines import loaded
 
 from .families import CASES, Case
@@ -22,6 +25,13 @@ pytestmark = [
     pytest.mark.skipif(cpu_kernels() is None, reason=f"the kernels do not run here: {missing_reason()}"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies bfloat16 itself leaves it to oneDNN; the kernels run there too."""
+    monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), bf16_arithmetic=False))
+
+
 LENGTHS = (5, 33, 1, 17, 48, 2, 16, 9, 31)
 WIDE = Case("Llama", {"hidden_size": 288, "intermediate_size": 480, "num_attention_heads": 6, "head_dim": 48})
 
@@ -33,8 +43,7 @@ def prompts() -> list[list[int]]:
 
 def native(engine: Engine) -> Transformer:
     transformer = transformer_of(engine)
-    if not transformer.form.native:
-        pytest.skip(f"{transformer.form.kernel} multiplies by these weights here")
+    assert transformer.form.native
     if not attends(transformer.config.head_dim, transformer.cache.dtype):
         pytest.skip(f"torch attends to heads of {transformer.config.head_dim}")
     return transformer
