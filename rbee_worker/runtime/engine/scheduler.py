@@ -33,8 +33,9 @@ class Scheduler:
     """Runs at most ``max_batch_size`` sequences at a time over one KV cache.
 
     A sequence that decodes has one pending token, its newest, and runs in every step. Prompts share ``prefill_chunk``
-    tokens a step in order of arrival. They get an eighth of that while other sequences decode, so a long prompt slows
-    the others by a bounded amount.
+    tokens a step: half goes to the one that has the least left, so that a short prompt behind a long one starts soon,
+    and the rest is given in order of arrival, so that the long one never stands still. They get an eighth of that while
+    other sequences decode, so a long prompt slows the others by a bounded amount.
 
     A sequence is admitted when the cache has room for its whole prompt. When the running sequences outgrow the cache,
     the one that arrived last is preempted: it loses its place and its blocks, and is computed again later. The one that
@@ -101,24 +102,15 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The shares of the next step, in order of arrival. Room in the cache is reserved for each."""
-        decoding = any(sequence.pending == 1 for sequence in self.running)
-        budget, likelihoods = self._prefill_chunk, _LIKELIHOODS_CHUNK
-        if decoding:
-            budget = min(budget, max(budget // _SHARE_BESIDE_DECODING, _SMALLEST_CHUNK))
         shares = []
+        prefill = self._prefill_shares()
         for sequence in list(self.running):
             if sequence.cache is None:  # preempted for one that arrived before it
                 continue
-            count = sequence.pending
-            if count > sequence.cache.rows_left:
+            if sequence.pending > sequence.cache.rows_left:
                 self._preempt(sequence)
                 continue
-            if count > 1:
-                count = min(count, budget)
-                if not sequence.shares_prefix:
-                    count = min(count, likelihoods)
-                    likelihoods -= count
-                budget -= count
+            count = prefill.get(sequence, 1)
             if not count:
                 continue
             drafts = sequence.draft() if sequence.pending == 1 else ()
@@ -128,6 +120,25 @@ class Scheduler:
             if sequence.cache is not None:
                 shares.append(Scheduled(sequence, sequence.cache, count, drafts))
         return [share for share in shares if share.sequence.cache is not None]
+
+    def _prefill_shares(self) -> dict[Sequence, int]:
+        """How many tokens each prompt brings to the next step."""
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        shares = dict.fromkeys(prompts, 0)
+        if not prompts:
+            return shares
+        budget, likelihoods = self._prefill_chunk, _LIKELIHOODS_CHUNK
+        if len(prompts) < len(self.running):
+            budget = min(budget, max(budget // _SHARE_BESIDE_DECODING, _SMALLEST_CHUNK))
+        shortest = min(prompts, key=lambda sequence: sequence.pending)
+        for sequence, most in ((shortest, budget // 2), *((prompt, budget) for prompt in prompts)):
+            count = min(sequence.pending - shares[sequence], most, budget)
+            if not sequence.shares_prefix:
+                count = min(count, likelihoods)
+                likelihoods -= count
+            shares[sequence] += count
+            budget -= count
+        return shares
 
     def remove(self, sequence: Sequence) -> None:
         """Free a sequence's place; does nothing when it has none."""

@@ -59,6 +59,23 @@ def test_prompts_share_the_chunk_in_order_of_arrival() -> None:
     assert loop.step() == {first: 1, second: 16}
 
 
+def test_a_short_prompt_behind_a_long_one_starts_soon() -> None:
+    loop = Loop(1000, prefix_cache=False)
+    long, short, middle = loop.add(2000), loop.add(40), loop.add(300)
+    assert loop.step() == {long: 32, short: 32}
+    assert loop.step() == {long: 56, short: 8}
+    # The short one decodes now, and prompts get less; the next one has the least left.
+    assert loop.step() == {long: 8, short: 1, middle: 8}
+
+
+def test_a_long_prompt_never_stands_still_behind_short_ones() -> None:
+    loop = Loop(1000, places=100, prefix_cache=False)
+    long = loop.add(2000)
+    for _ in range(20):
+        loop.add(40)
+        assert loop.step()[long] >= 8
+
+
 def test_no_more_than_the_places() -> None:
     loop = Loop(100, places=2)
     first, second, third = (loop.add(4) for _ in range(3))
