@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import methodcaller
 
 from rbee_worker.errors import Conflict, FieldError, InferenceError, InvalidRequest, QueueFull
 from rbee_worker.events import InferenceEvent, InferenceFailed, Started, Token
 from rbee_worker.worker.job import Job, JobObserver
 from rbee_worker.worker.pace import Pace
+
+logger = logging.getLogger(__name__)
 
 
 class Jobs:
@@ -118,13 +122,18 @@ class Jobs:
                 gaps.append(now - job.last_at)
             job.put(event, now)
             if isinstance(event, Started):
-                for observer in self.observers:
-                    observer.started(job)
+                self._tell(methodcaller("started", job))
             elif event.terminal:
                 ended.append(job_id)
-                for observer in self.observers:
-                    observer.ended(job)
+                self._tell(methodcaller("ended", job))
         if gaps:
-            for observer in self.observers:
-                observer.stepped(gaps)
+            self._tell(methodcaller("stepped", gaps))
         return ended
+
+    def _tell(self, tell: Callable[[JobObserver], object]) -> None:
+        """Tell every observer. One that fails costs nobody else their events."""
+        for observer in self.observers:
+            try:
+                tell(observer)
+            except Exception:
+                logger.exception("an observer of jobs failed: %s", type(observer).__name__)

@@ -8,6 +8,8 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import takewhile
+from operator import eq
 
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class _Counts:
     steps: int = 0
     prefilled_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -262,9 +266,10 @@ class Engine:
             if not sequence.pending:
                 ready.append(LogitsRow(sequence, row + count - 1 - len(share.drafts), share.drafts))
             row += count
-        before = sum(len(place.sequence.tokens) for place in ready)
+        lengths = [len(place.sequence.tokens) for place in ready]
         self._emitted.extend(decide(logits, ready))
-        self._counts.generated_tokens += sum(len(place.sequence.tokens) for place in ready) - before
+        for place, length in zip(ready, lengths, strict=True):
+            self._count_tokens(place.drafts, place.sequence.tokens[length:])
 
     def _count(self, shares: list[Scheduled]) -> None:
         counts = self._counts
@@ -274,6 +279,12 @@ class Engine:
             counts.prefilled_tokens += min(share.count, max(of_prompt, 0))
         self._batch_sizes.extend([0] * (len(shares) + 1 - len(self._batch_sizes)))
         self._batch_sizes[len(shares)] += 1
+
+    def _count_tokens(self, drafts: tuple[int, ...], new: list[int]) -> None:
+        """Count the tokens that a sequence got in this step, and its drafts."""
+        self._counts.generated_tokens += len(new)
+        self._counts.drafted_tokens += len(drafts)
+        self._counts.accepted_tokens += sum(1 for _ in takewhile(bool, map(eq, drafts, new)))
 
     def _fail(self, error: Exception, sequences: Iterable[Sequence]) -> None:
         failed = [sequence for sequence in sequences if not sequence.finished]

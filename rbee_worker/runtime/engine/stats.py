@@ -12,6 +12,8 @@ class EngineStats:
         batch_sizes: entry ``n``: steps that had ``n`` sequences in them.
         prefilled_tokens: prompt tokens that were computed. Reused ones are not counted.
         generated_tokens: tokens sampled.
+        drafted_tokens: tokens that were guessed, and computed along.
+        accepted_tokens: those of them that were guessed right.
         preemptions: how often a sequence lost its place and its cache to others.
         prefix_query_tokens: prompt tokens that were looked up in the prefix cache.
         prefix_hit_tokens: those of them that were found there and reused.
@@ -25,6 +27,8 @@ class EngineStats:
     batch_sizes: tuple[int, ...] = ()
     prefilled_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0

@@ -91,6 +91,8 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
     yield batches.family()
     yield _counter("rbee_engine_steps", "Forward passes.", stats.steps)
     yield _counter("rbee_generation_tokens", "Tokens generated.", stats.generated_tokens)
+    yield _counter("rbee_speculation_drafted_tokens", "Tokens that were guessed.", stats.drafted_tokens)
+    yield _counter("rbee_speculation_accepted_tokens", "Tokens that were guessed right.", stats.accepted_tokens)
     yield _counter("rbee_prefill_tokens", "Prompt tokens computed.", stats.prefilled_tokens)
     yield _counter("rbee_preemptions", "Sequences that had to give their place up.", stats.preemptions)
     yield _counter("rbee_prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_query_tokens)

@@ -80,6 +80,30 @@ def test_observers_are_told_once_for_a_step_and_once_for_a_job():
     assert told.calls == [("ended", "a"), ("stepped", 2)]
 
 
+class Failing(Told):
+    """Cannot take anything."""
+
+    def stepped(self, gaps):
+        raise RuntimeError(gaps)
+
+    def started(self, job):
+        raise RuntimeError(job)
+
+    def ended(self, job):
+        raise RuntimeError(job)
+
+
+def test_an_observer_that_fails_costs_nobody_else_their_events(caplog):
+    one, other, told = job("a"), job("b"), Told()
+    jobs = register(one, other)
+    jobs.observers[:] = [Failing(), told]
+    jobs.deliver([(name, event) for name in ("a", "b") for event in (STARTED, text(0))], 2)
+    jobs.deliver([("a", text(1)), ("a", END), ("b", text(1)), ("b", END)], 0)
+    assert told.calls == [("started", "a"), ("started", "b"), ("ended", "a"), ("ended", "b"), ("stepped", 2)]
+    assert (one.ended, other.ended, len(jobs)) == (END, END, 0)
+    assert caplog.messages == ["an observer of jobs failed: Failing"] * 5
+
+
 def test_leaving_a_job_that_has_ended_cancels_no_other_of_its_name():
     cancelled = []
     one = Job("a", cancelled.append, GenerationRequest(prompt="p"))
