@@ -357,6 +357,7 @@ class ServerConfig:
         allow_unauthenticated: whether to bind addresses other than loopback without a key.
         trusted_hosts: names that ``Host`` may have, beside this machine's own; ``*.example.org`` stands for every name
             below it. Empty: any name where a key is needed or ``allow_unauthenticated`` is set.
+        trusted_proxies: addresses and networks of proxies whose ``X-Forwarded-For`` tells the client's address.
         cors_origins: origins whose pages may use the worker from a browser; ``*``: all of them.
         tls_cert, tls_key: PEM files. With a certificate the worker uses HTTPS. Without ``tls_key`` the key is in the
             certificate's file.
@@ -365,6 +366,7 @@ class ServerConfig:
         served_model_names: names that OpenAI's clients may use for the model, beside its own. Answers have the first.
         max_connections: how many connections are served at a time. On more, only health and readiness are answered.
         header_seconds: how long the head of a request may take to arrive.
+        body_seconds: how long a request's body may take to arrive.
         idle_seconds: how long a connection may stay open between two requests.
         max_queue: how many requests may wait for their turn.
         keep_alive_seconds: after so long a silence on a stream a comment line is sent; 0: never.
@@ -381,6 +383,7 @@ class ServerConfig:
     api_key_file: Path | None = None
     allow_unauthenticated: bool = False
     trusted_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -389,6 +392,7 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()
     max_connections: int = 4096
     header_seconds: float = 20.0
+    body_seconds: float = 60.0
     idle_seconds: float = 65.0
     max_queue: int = 64
     keep_alive_seconds: float = 10.0

@@ -99,6 +99,65 @@ TlsKey = Annotated[
         rich_help_panel=opt.SERVER_PANEL,
     ),
 ]
+TrustedProxy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted-proxy",
+        metavar="ADDRESS",
+        help="A proxy, or a network of them, whose X-Forwarded-For tells the client's address; repeatable.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+HeadTimeout = Annotated[
+    float,
+    typer.Option(
+        "--head-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="How long a request's head, or a handshake of TLS, may take to arrive.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+BodyTimeout = Annotated[
+    float,
+    typer.Option(
+        "--body-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="How long a request's body may take to arrive.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+IdleTimeout = Annotated[
+    float,
+    typer.Option(
+        "--idle-timeout",
+        metavar="SECONDS",
+        min=1,
+        help="How long a connection may stay open between two requests.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+SendTimeout = Annotated[
+    float,
+    typer.Option(
+        "--send-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="How long a client may leave a stream's bytes unread.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
+MaxBody = Annotated[
+    int,
+    typer.Option(
+        "--max-body",
+        metavar="SIZE",
+        parser=opt.parse_size,
+        help="The largest body of a request, such as 16MiB.",
+        rich_help_panel=opt.SERVER_PANEL,
+    ),
+]
 MaxConnections = Annotated[
     int,
     typer.Option(
@@ -210,7 +269,13 @@ def serve(
     cors_origin: CorsOrigin = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    trusted_proxy: TrustedProxy = None,
     max_connections: MaxConnections = opt.SERVER.max_connections,
+    max_body: MaxBody = opt.SERVER.max_body_bytes,
+    head_timeout: HeadTimeout = opt.SERVER.header_seconds,
+    body_timeout: BodyTimeout = opt.SERVER.body_seconds,
+    idle_timeout: IdleTimeout = opt.SERVER.idle_seconds,
+    send_timeout: SendTimeout = opt.SERVER.send_timeout_seconds,
     max_queue: MaxQueue = opt.SERVER.max_queue,
     max_batch_size: MaxBatchSize = opt.ENGINE.max_batch_size,
     prefill_chunk: PrefillChunk = opt.ENGINE.prefill_chunk,
@@ -239,7 +304,13 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_key_password=os.environ.get("RBEE_TLS_KEY_PASSWORD"),
+        trusted_proxies=tuple(trusted_proxy or ()),
         max_connections=max_connections,
+        max_body_bytes=max_body,
+        header_seconds=head_timeout,
+        body_seconds=body_timeout,
+        idle_seconds=idle_timeout,
+        send_timeout_seconds=send_timeout,
         allow_models=tuple(allow_model or ()),
         served_model_names=tuple(served_model_name or ()),
         max_queue=max_queue,

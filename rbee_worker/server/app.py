@@ -11,14 +11,16 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from rbee_worker.config import ServerConfig
 from rbee_worker.errors import MethodNotAllowed, NotFound, RbeeError
 from rbee_worker.server.http.access import Access, cors, cors_origins, host_patterns
 from rbee_worker.server.http.envelope import error_response
 from rbee_worker.server.http.keys import ApiKeys
-from rbee_worker.server.http.middleware import BODY_SECONDS, BodyLimit, Errors, RequestLog
+from rbee_worker.server.http.middleware import BodyLimit, Errors, RequestLog
 from rbee_worker.server.http.operation import routes
+from rbee_worker.server.http.proxies import proxy_networks
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.observe.metrics import WorkerMetrics
 from rbee_worker.server.observe.tracing import Tracing, shut_down
@@ -39,7 +41,6 @@ def create_app(
     *,
     model: str | None = None,
     has_start_model: bool = True,
-    body_seconds: float = BODY_SECONDS,
     keys: ApiKeys | None = None,
     tracer_provider: "TracerProvider | None" = None,
 ) -> Starlette:
@@ -52,17 +53,17 @@ def create_app(
         config: keys, limits, allowed models. Its address is not used.
         model: the model given at start, which clients may load again; None: the default model.
         has_start_model: whether the worker was started with a model. If not, ``model`` is not used.
-        body_seconds: how long a request's body may take to arrive.
         keys: the keys of ``config``; None: they are read from there.
         tracer_provider: makes spans of requests. It is shut down at the end.
 
     Raises:
-        InvalidRequest: a key, a key file, an origin or a host name of ``config`` is wrong.
+        InvalidRequest: a key, a key file, an origin, a host name or a proxy of ``config`` is wrong.
     """
     keys = keys if keys is not None else ApiKeys(config.api_keys, config.api_key_file)
     # Checked now, because Starlette makes the middleware only at the first request.
     cors_origins(config.cors_origins)
     host_patterns(config.trusted_hosts)
+    proxies = proxy_networks(config.trusted_proxies)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -81,12 +82,13 @@ def create_app(
     app = Starlette(
         routes=Described([*routes(native), *routes(openai)], keyed=bool(keys)).routes,
         middleware=[
+            *([Middleware(ProxyHeadersMiddleware, proxies)] if proxies else ()),
             Middleware(RequestLog, metrics),
             *([Middleware(Tracing, tracer_provider)] if tracer_provider is not None else ()),
             *([Middleware(cors, config.cors_origins)] if config.cors_origins else ()),
             Middleware(Errors),
             Middleware(Access, config, keys),
-            Middleware(BodyLimit, config.max_body_bytes, body_seconds),
+            Middleware(BodyLimit, config.max_body_bytes, config.body_seconds),
         ],
         exception_handlers={HTTPException: _no_route, RbeeError: _refused},
         lifespan=lifespan,

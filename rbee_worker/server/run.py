@@ -13,6 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -22,11 +23,18 @@ from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed
 from rbee_worker.log import say
 from rbee_worker.server.app import create_app
+from rbee_worker.server.http.accept import Acceptor
 from rbee_worker.server.http.access import MAX_HEAD_BYTES
 from rbee_worker.server.http.keys import ApiKeys
-from rbee_worker.server.http.listen import BACKLOG, listen, url
+from rbee_worker.server.http.listen import listen, url
 from rbee_worker.server.http.middleware import CorrelationFilter
-from rbee_worker.server.http.protocol import SPARE_CONNECTIONS, ConnectionLimits, limited
+from rbee_worker.server.http.protocol import (
+    OTHER_FILES,
+    SPARE_CONNECTIONS,
+    ConnectionLimits,
+    LimitedProtocol,
+    limited,
+)
 from rbee_worker.server.http.tls import Certificate, certificate
 from rbee_worker.server.observe.tracing import provider_from_environment
 from rbee_worker.server.sse import EventStream
@@ -38,8 +46,6 @@ FLUSH_SECONDS = 5.0
 _OVERTIME_SECONDS = 10.0
 """Beyond the grace: what a step of the engine may still need to end the jobs that were cancelled."""
 
-_OTHER_FILES = SPARE_CONNECTIONS + 128
-"""Files open beside the connections: those turned away, the model's, logs, libraries."""
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +85,10 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
         handler.addFilter(CorrelationFilter())
     # At debug it writes every chunk, and with it people's text.
     logging.getLogger("sse_starlette").setLevel(logging.INFO)
-    allow_open_files(server.max_connections + _OTHER_FILES)
+    limits = ConnectionLimits(server.max_connections, server.header_seconds)
+    limits = limits.within(allow_open_files(server.max_connections + SPARE_CONNECTIONS + OTHER_FILES))
     process = Server(
-        http_config(app, server, cert),
+        http_config(app, server, limits, cert),
         worker,
         server,
         streams=app.state.streams,
@@ -95,12 +102,14 @@ def serve(server: ServerConfig, engine: EngineConfig, model: str | None, *, load
     return process.exit_code
 
 
-def http_config(app: Starlette, server: ServerConfig, cert: Certificate | None = None) -> uvicorn.Config:
+def http_config(
+    app: Starlette, server: ServerConfig, limits: ConnectionLimits, cert: Certificate | None = None
+) -> uvicorn.Config:
     """How uvicorn runs the application; the sockets are bound already."""
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http=limited(ConnectionLimits(server.max_connections, server.header_seconds)),
+        http=limited(limits),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -108,7 +117,6 @@ def http_config(app: Starlette, server: ServerConfig, cert: Certificate | None =
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=math.ceil(server.idle_seconds),
         timeout_graceful_shutdown=round(FLUSH_SECONDS),
@@ -116,10 +124,14 @@ def http_config(app: Starlette, server: ServerConfig, cert: Certificate | None =
     )
 
 
-def allow_open_files(count: int) -> None:
-    """Raise the limit on open files towards ``count``, as far as the system lets it, and say when it does not."""
+def allow_open_files(count: int) -> int:
+    """Raise the limit on open files towards ``count``, as far as the system lets it, and say when it does not.
+
+    Returns:
+        How many may be open: no more than ``count``.
+    """
     if sys.platform == "win32":
-        return
+        return count
     import resource  # noqa: PLC0415 - not on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -130,6 +142,8 @@ def allow_open_files(count: int) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit < count:
             log.warning("the system allows %d open files; --max-connections would need %d", limit, count)
+            return limit
+    return count
 
 
 class Server(uvicorn.Server):
@@ -158,6 +172,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._acceptor: Acceptor | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer requests, then begin the load."""
@@ -165,11 +180,27 @@ class Server(uvicorn.Server):
         # Without anything to read again, a terminal that hangs up ends the process, as is usual.
         if self._reloads and threading.current_thread() is threading.main_thread():
             self._loop.add_signal_handler(signal.SIGHUP, self.reload)
-        await super().startup(sockets)
+        await super().startup([])
+        self._acceptor = self._accept(sockets or [])
         if self._signalled:
             self.should_exit = True
         elif self._first_load is not None:
             self._spawn(self._load(self._first_load))
+
+    def _accept(self, sockets: list[socket.socket]) -> Acceptor:
+        """Begin to accept connections, instead of uvicorn."""
+        protocol = cast("type[LimitedProtocol]", self.config.http_protocol_class)
+        make = functools.partial(protocol, self.config, self.server_state, self.lifespan.state)
+        connections = cast("set[LimitedProtocol]", self.server_state.connections)
+        acceptor = Acceptor(make, connections, protocol.limits, self.config.ssl)
+        acceptor.start(sockets)
+        return acceptor
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and end what there is."""
+        if self._acceptor is not None:
+            await self._acceptor.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """The first signal drains; the second ends the process at once.

@@ -1,10 +1,8 @@
-"""Several sequences at once: aggregate throughput, the engine's own time per step, and a long prompt among chats.
+"""Several sequences at once: the engine's own time per step, and a long prompt among chats.
 
-    python tests/benchmarks/batching.py throughput models/SmolLM2-135M-Instruct
     python tests/benchmarks/batching.py overhead
     python tests/benchmarks/batching.py starvation models/SmolLM2-135M-Instruct
 
-``throughput``: tokens a second of all sequences together, after their prompts, for each batch size, the sizes in turn.
 ``overhead``: a random tiny model, for which the time around the forward pass is most of the time.
 ``starvation``: the time between two tokens of twenty chats, without and with one long prompt coming in.
 Prints median, minimum and maximum. Run it on an idle machine.
@@ -38,39 +36,6 @@ def request(text: str, tokens: int, **sampling: Any) -> GenerationRequest:
 
 def summary(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
-
-
-def aggregate(engine: Engine, count: int, tokens: int) -> float:
-    """Tokens a second of ``count`` sequences, from when all of them decode."""
-    sequences = [engine.submit(request(PROMPT.format(number), tokens)) for number in range(count)]
-    while any(len(sequence.tokens) == sequence.prompt_tokens for sequence in sequences):
-        engine.step()
-    before = sum(len(sequence.tokens) for sequence in sequences)
-    began = time.perf_counter()
-    while not any(sequence.finished for sequence in sequences):
-        engine.step()
-    seconds = time.perf_counter() - began
-    rate = (sum(len(sequence.tokens) for sequence in sequences) - before) / seconds
-    while engine.has_work:
-        engine.step()
-    return rate
-
-
-def throughput(options: argparse.Namespace) -> None:
-    config: dict[str, Any] = {"dtype": options.dtype, "max_batch_size": max(options.sizes)}
-    if not options.prefix_cache:
-        config["prefix_cache"] = False
-    engine = load(options.model, **config)
-    aggregate(engine, 2, 8)
-    rates: dict[int, list[float]] = {size: [] for size in options.sizes}
-    for _ in range(options.runs):
-        for size, measured in rates.items():
-            measured.append(aggregate(engine, size, options.tokens))
-    print(f"{Path(options.model).name}, {options.dtype}, {options.runs} runs, {options.tokens} tokens each\n")
-    print("| sequences | tok/s together | against one |\n|---|---|---|")
-    alone = statistics.median(rates[min(rates)])
-    for size, measured in rates.items():
-        print(f"| {size} | {summary(measured)} | {statistics.median(measured) / alone:.2f} |")
 
 
 def overhead(options: argparse.Namespace) -> None:
@@ -145,15 +110,12 @@ def starvation(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(required=True)
-    for measure in (throughput, overhead, starvation):
+    for measure in (overhead, starvation):
         kind = kinds.add_parser(measure.__name__)
         kind.set_defaults(run=measure)
-        if measure is throughput:
-            kind.add_argument("--prefix-cache", action="store_true", help="reuse what the run before has computed")
-        if measure is not overhead:
+        if measure is starvation:
             kind.add_argument("model", help="a folder in Hugging Face layout")
             kind.add_argument("--dtype", default="auto")
-        kind.add_argument("--runs", type=int, default=3)
         kind.add_argument("--tokens", type=int, default=64)
         kind.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     options = parser.parse_args()

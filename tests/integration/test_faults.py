@@ -34,6 +34,28 @@ def threads(worker: Served) -> set[str]:
     return {name for name in names if name.startswith(("loader", "weight-reader"))}
 
 
+FEW_FILES = """
+import resource, sys
+from rbee_worker.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.argv[1:] = ["serve", "--addr", "127.0.0.1:0", "--model", sys.argv[1]]
+main()
+"""
+
+
+def test_more_silent_clients_than_descriptors(tiny: Path) -> None:
+    with serving(command=[sys.executable, "-c", FEW_FILES, str(tiny)]) as worker:
+        before = len(worker.log)
+        silent = [socket.create_connection(worker.address) for _ in range(128)]
+        for _ in range(20):
+            assert httpx.get(f"{worker.url}/livez", timeout=SECONDS).status_code == 200
+        assert worker.infer(prompt="Hi", max_tokens=1)[-1]["event"] == "end"
+        assert descriptors(worker) < 64
+        assert len(worker.log) - before < 10
+        for client in silent:
+            client.close()
+
+
 def test_a_thousand_watchers_all_get_the_end(gguf_path: Path) -> None:
     async def watch(address: tuple[str, int]) -> bytes:
         reader, writer = await asyncio.open_connection(*address)

@@ -71,7 +71,8 @@ class Access:
             headers = Headers(scope=scope)
             state = scope.setdefault("state", {})
             if not self._keys and scope.get("client"):
-                state[_CLIENT] = scope["client"][0]
+                address = scope["client"][0]
+                state[_CLIENT] = address if _is_address(address) else "unknown"  # a proxy may send any words
             if state.get(CROWDED):
                 scope["headers"].append((b"connection", b"close"))  # makes uvicorn close the connection
             if scope["path"] not in OPEN_PATHS:

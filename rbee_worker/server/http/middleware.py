@@ -1,7 +1,7 @@
 """Middleware for all requests. It is pure ASGI, so that streams are never buffered.
 
-The order from the outside in: :class:`RequestLog`, ``tracing.Tracing``, ``access.cors``, :class:`Errors`,
-``access.Access``, :class:`BodyLimit`.
+The order from the outside in: uvicorn's for the headers of proxies, :class:`RequestLog`, ``tracing.Tracing``,
+``access.cors``, :class:`Errors`, ``access.Access``, :class:`BodyLimit`.
 """
 
 import logging
@@ -30,9 +30,6 @@ QUIET_PATHS: Final = OPEN_PATHS | {"/metrics"}
 
 OTHER_ROUTES: Final = "other"
 """The name for paths without a route, and for other methods than HTTP's usual ones."""
-
-BODY_SECONDS: Final = 60.0
-"""How long a request's body may take to arrive."""
 
 CLIENT_LEFT: Final = 499
 """The status, in the log, of a request whose client left before an answer began. nginx uses the same."""
@@ -151,7 +148,7 @@ class Errors:
 class BodyLimit:
     """Refuses bodies larger than ``max_bytes``, and bodies that take longer than ``seconds`` to arrive."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float = BODY_SECONDS) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self.app = app
         self._max = max_bytes
         self._seconds = seconds

@@ -2,7 +2,8 @@
 
 uvicorn has no time limit for the head of a request, and it answers bytes that are not HTTP in plain text. Here a head
 must arrive in time, and all errors are sent as the error envelope. Connections are counted. Those beyond the limit are
-served only health and readiness, so that probes do not restart the worker because it has many clients.
+served only health and readiness, so that probes do not restart the worker because it has many clients. ``accept.py``
+makes the connections, and chooses which of them gives way when there are too many.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import contextlib
 import json
 import socket
 import sys
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -19,8 +20,14 @@ from rbee_worker.errors import HeadersTooLarge, InvalidRequest, RbeeError, Reque
 from rbee_worker.server.http.access import CROWDED
 from rbee_worker.server.http.envelope import envelope
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SPARE_CONNECTIONS: Final = 256
-"""Connections beyond the limit that still get an answer. More than these are closed at once."""
+"""Connections beyond the limit that still get an answer."""
+
+OTHER_FILES: Final = 128
+"""Files open beside the connections: the model's, logs, libraries."""
 
 
 class ConnectionLimits(NamedTuple):
@@ -30,10 +37,18 @@ class ConnectionLimits(NamedTuple):
         connections: how many are served at a time.
         header_seconds: how long the head of a request may take, from its first byte to its last. For the first request
             the time begins when the client connects.
+        spare: how many more are answered, on the paths of probes alone.
     """
 
     connections: int
     header_seconds: float
+    spare: int = SPARE_CONNECTIONS
+
+    def within(self, files: int) -> Self:
+        """Limits that leave room for other files where only ``files`` may be open."""
+        others = min(OTHER_FILES, files * 3 // 4)
+        spare = max(min(self.spare, (files - others) // 4), 1)
+        return self._replace(connections=max(min(self.connections, files - others - spare), 1), spare=spare)
 
 
 def limited(limits: ConnectionLimits) -> type[H11Protocol]:
@@ -42,19 +57,30 @@ def limited(limits: ConnectionLimits) -> type[H11Protocol]:
 
 
 class LimitedProtocol(H11Protocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        is_crowded: whether it is one too many, so that only probes are answered on it.
+        silent_since: the loop's time when it was accepted, or its latest answer ended.
+        changed: called when it has begun, when it waits for another request, and when it has ended.
+    """
 
     limits = ConnectionLimits(connections=4096, header_seconds=20.0)
+    is_crowded = False
+    silent_since = 0.0
+    changed: "Callable[[LimitedProtocol], None]" = staticmethod(lambda _: None)
     _head_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no request is there: its head has not begun, or is not complete."""
+        return self.conn.their_state is h11.IDLE
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Count the connection, and wait for its first request."""
         super().connection_made(transport)
-        over = len(self.connections) - self.limits.connections
-        if over > SPARE_CONNECTIONS:
-            transport.abort()
-            return
-        if over > 0:
+        self.changed(self)
+        if self.is_crowded:
             self.app_state = {**self.app_state, CROWDED: True}
         self._await_head()
 
@@ -70,6 +96,13 @@ class LimitedProtocol(H11Protocol):
         """Stop the time limit."""
         self._head_arrived()
         super().connection_lost(exc)
+        self.changed(self)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self.silent_since = self.loop.time()
+        super().on_response_complete()
+        self.changed(self)
 
     def shutdown(self) -> None:
         """End it: at once when it is idle, else behind its answer; called when the server stops."""

@@ -13,16 +13,20 @@ from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 from .beside import Beside
 from .wire import CONNECTIONS, describe
 
-# The limits that no option sets, short enough to wait for.
+# Limits that are short enough to wait for.
 IMPATIENT = """
-import functools, sys
+import sys
 from rbee_worker.config import EngineConfig, ServerConfig
 from rbee_worker.log import configure
 from rbee_worker.server import run
 configure("info", "text")
-run.create_app = functools.partial(run.create_app, body_seconds=1.0)
 limits = ServerConfig(
-    port=0, max_connections=int(sys.argv[2]), header_seconds=1.0, idle_seconds=2.0, send_timeout_seconds=1.0
+    port=0,
+    max_connections=int(sys.argv[2]),
+    header_seconds=1.0,
+    body_seconds=1.0,
+    idle_seconds=2.0,
+    send_timeout_seconds=1.0,
 )
 sys.exit(run.serve(limits, EngineConfig(max_batch_size=4), sys.argv[1]))
 """

@@ -35,7 +35,9 @@ def test_serve_passes_its_options_and_its_exit_code(
     args += ["--allow-model", "a", "--allow-model", "b", "--max-queue", "3", "--max-batch-size", "4"]
     args += ["--prefill-chunk", "5", "--keep-alive", "0", "--shutdown-grace", "1.5", "--exit-on-load-error"]
     args += ["--allow-unauthenticated", "--no-load", "--device", "cpu", "--dtype", "float16", "--max-context", "99"]
-    args += ["--quantize", "int8", "--mmap"]
+    args += ["--quantize", "int8", "--mmap", "--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "::1"]
+    args += ["--max-body", "1MiB", "--head-timeout", "2", "--body-timeout", "3", "--idle-timeout", "4"]
+    args += ["--send-timeout", "5"]
     assert run("serve", *args, env={"RBEE_TLS_KEY_PASSWORD": "secret"}).exit_code == 5
     server = ServerConfig(
         host="::1",
@@ -48,7 +50,13 @@ def test_serve_passes_its_options_and_its_exit_code(
         tls_cert=cert,
         tls_key=key,
         tls_key_password="secret",  # noqa: S106 - of a test
+        trusted_proxies=("10.0.0.0/8", "::1"),
         max_connections=7,
+        max_body_bytes=2**20,
+        header_seconds=2,
+        body_seconds=3,
+        idle_seconds=4,
+        send_timeout_seconds=5,
         allow_models=("a", "b"),
         max_queue=3,
         keep_alive_seconds=0,

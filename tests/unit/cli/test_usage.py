@@ -46,6 +46,7 @@ def test_options_of_the_contract():
     sampling |= {"--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--system", "--raw"}
     server = {"--api-key-file", "--allow-unauthenticated", "--allow-model", "--max-queue", "--max-batch-size"}
     server |= {"--tls-cert", "--tls-key", "--cors-origin", "--trusted-host", "--max-connections"}
+    server |= {"--trusted-proxy", "--max-body", "--head-timeout", "--body-timeout", "--idle-timeout", "--send-timeout"}
     server |= {"--prefill-chunk", "--keep-alive", "--shutdown-grace", "--exit-on-load-error", "--no-load"}
     expected = {
         "load": common | output | remote,

@@ -20,6 +20,7 @@ from rbee_worker.runtime.engine.stats import EngineStats
 from rbee_worker.runtime.machine.devices import DeviceInfo
 from rbee_worker.server.app import create_app
 from rbee_worker.server.http.listen import listen
+from rbee_worker.server.http.protocol import SPARE_CONNECTIONS, ConnectionLimits
 from rbee_worker.server.http.tls import certificate
 from rbee_worker.server.run import Server, http_config
 
@@ -275,12 +276,13 @@ class Exchange:
 class Running:
     """A server in a thread; ``worker`` is what stands behind it."""
 
-    def __init__(self, worker, config, first_load=None, **app_options):
+    def __init__(self, worker, config, first_load=None, spare=SPARE_CONNECTIONS, **app_options):
         self.worker = worker
         self.sockets = listen(config)
         self.port = self.sockets[0].getsockname()[1]
         app = create_app(worker, config, **app_options)
-        http = http_config(app, config, certificate(config))
+        limits = ConnectionLimits(config.max_connections, config.header_seconds, spare)
+        http = http_config(app, config, limits, certificate(config))
         self.server = Server(http, worker, config, streams=app.state.streams, first_load=first_load)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": self.sockets})
         self.thread.start()
@@ -344,10 +346,10 @@ def start():
     """Starts servers: ``start(worker, **fields of ServerConfig)``."""
     running = []
 
-    def begin(worker=None, *, app_options=None, first_load=None, **config):
+    def begin(worker=None, *, app_options=None, first_load=None, spare=SPARE_CONNECTIONS, **config):
         worker = worker or StandInWorker([started(), token(0), end()])
         options = {"port": 0, "keep_alive_seconds": 0.0, **config}
-        running.append(Running(worker, ServerConfig(**options), first_load, **(app_options or {})))
+        running.append(Running(worker, ServerConfig(**options), first_load, spare, **(app_options or {})))
         return running[-1]
 
     yield begin

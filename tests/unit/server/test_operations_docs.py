@@ -20,7 +20,6 @@ from rbee_worker.cli.app import app
 from rbee_worker.config import MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, EngineConfig, ServerConfig
 from rbee_worker.server import run
 from rbee_worker.server.http import access, protocol
-from rbee_worker.server.http.middleware import BODY_SECONDS
 from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.routes import AllowedModels, Native
 from rbee_worker.server.observe.metrics import WorkerMetrics
@@ -143,7 +142,7 @@ def test_the_limits_are_the_programs():
         "a request's head": f"{access.MAX_HEADERS} headers, {access.MAX_HEAD_BYTES // 1024} KiB",
         "until a head is whole": f"{server.header_seconds:g} s",
         "a body": f"{server.max_body_bytes // 2**20} MiB",
-        "until a body is whole": f"{BODY_SECONDS:g} s",
+        "until a body is whole": f"{server.body_seconds:g} s",
         "between two requests": f"{server.idle_seconds:g} s",
         "bytes of a stream that its client leaves unread": f"{server.send_timeout_seconds:g} s",
         "stop strings": f"{MAX_STOP_SEQUENCES} of {MAX_STOP_LENGTH} characters",
@@ -207,7 +206,8 @@ def test_systemd():
     assert Path(program).name == "rbee-worker"
     assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert int(service["TimeoutStopSec"]) > params["shutdown_grace"] + run._OVERTIME_SECONDS + run.FLUSH_SECONDS
-    assert int(service["LimitNOFILE"]) >= ServerConfig().max_connections + run._OTHER_FILES
+    beside = protocol.SPARE_CONNECTIONS + protocol.OTHER_FILES
+    assert int(service["LimitNOFILE"]) >= ServerConfig().max_connections + beside
     codes = re.findall(r"^\| (\d+) \|", (DOCS / "cli.md").read_text("utf-8"), re.MULTILINE)
     assert set(service["RestartPreventExitStatus"].split()) <= set(codes)
 

@@ -6,8 +6,6 @@ import threading
 
 import pytest
 
-from rbee_worker.server.http import protocol
-
 HEAD = b"GET /v1/worker HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -33,15 +31,6 @@ def until_a_head_is_late(server):
     """Wait for as long as a head may take, beginning now."""
     with server.connect() as sock:
         assert until_closed(sock) == b""
-
-
-def is_cut(sock):
-    """Whether the connection ends without an answer."""
-    try:
-        sock.sendall(HEAD + b"\r\n")
-        return sock.recv(100) == b""
-    except ConnectionError:
-        return True
 
 
 def test_a_head_that_comes_too_slowly(start):
@@ -110,27 +99,3 @@ def test_what_is_no_http_gets_the_envelope(start, request_, status):
     assert reply.startswith(b"HTTP/1.1 %d " % status)
     assert b'{"error": {' in reply
     assert server.ask("GET", "/livez").status == 200
-
-
-def test_a_crowd_is_turned_away_but_probes_are_answered(start, stand_in, monkeypatch):
-    monkeypatch.setattr(protocol, "SPARE_CONNECTIONS", 2)
-    worker = stand_in.Worker([stand_in.started(), stand_in.HANG])
-    server = start(worker, max_connections=2)
-    streams = [server.open("POST", "/v1/inference", {"prompt": "p"}) for _ in range(2)]
-    for stream in streams:
-        stream.read_until(b"started")
-    refused = server.ask("GET", "/v1/worker")
-    assert (refused.status, refused.json["error"]["code"]) == (503, "UNAVAILABLE")
-    assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
-    assert server.ask("GET", "/livez").status == 200
-    spare = [server.connect() for _ in range(2)]
-    server.wait(lambda: len(server.server.server_state.connections) == 4)
-    with server.connect() as cut:
-        assert is_cut(cut)
-    for sock in spare:
-        sock.close()
-    worker.cancel("job-1")
-    assert streams[0].finish().frames[-1] == b"data: [DONE]"
-    server.wait(lambda: len(server.server.server_state.connections) < 2)
-    assert server.ask("GET", "/v1/worker").status == 200
-    streams[1].leave()

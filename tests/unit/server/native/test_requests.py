@@ -146,7 +146,7 @@ def test_bodies_over_the_limit(start):
 
 
 def test_a_body_that_never_arrives(start):
-    server = start(app_options={"body_seconds": 0.2})
+    server = start(body_seconds=0.2)
     began = time.monotonic()
     reply = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
     assert reply.startswith(b"HTTP/1.1 408")
@@ -155,7 +155,7 @@ def test_a_body_that_never_arrives(start):
 
 def test_the_time_for_the_body_is_not_the_time_for_the_stream(start, stand_in):
     gate = threading.Event()
-    server = start(stand_in.Worker([stand_in.started(), gate, stand_in.end()]), app_options={"body_seconds": 0.2})
+    server = start(stand_in.Worker([stand_in.started(), gate, stand_in.end()]), body_seconds=0.2)
     stream = server.open("POST", INFERENCE, {"prompt": "p"})
     stream.read_until(b"started")
     late = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
