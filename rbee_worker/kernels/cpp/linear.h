@@ -6,7 +6,7 @@ constexpr int64_t kTaskRows = 48;  // of a chunk of work: whole tiles, and whole
 
 // What a format needs beside its matrix: activations as floats, or as bytes.
 struct Input {
-  FloatInput floats;
+  FloatInput floats, pairs;
   ByteInput bytes;
 };
 
@@ -16,7 +16,7 @@ using Rows = void (*)(const Matrix& m, int64_t begin, int64_t end, const Input& 
 template <class W>
 void float_kernel(const Matrix& m, int64_t begin, int64_t end, const Input& x, int64_t tokens, const float* bias,
                   float* y, int64_t y_stride, char* scratch) {
-  float_rows<W>(m, begin, end, x.floats, tokens, bias, y, y_stride, scratch);
+  float_rows<W>(m, begin, end, W::kColumns == 1 ? x.floats : x.pairs, tokens, bias, y, y_stride, scratch);
 }
 
 template <class Format>
@@ -25,8 +25,12 @@ void byte_kernel(const Matrix& m, int64_t begin, int64_t end, const Input& x, in
   byte_rows<Format>(m, begin, end, x.bytes, bias, y, y_stride, scratch);
 }
 
-inline Rows rows_of_format(int32_t format) {
-  switch (format) {
+// Rows that are no whole pairs are made float32, whatever the CPU multiplies.
+inline bool in_pairs(const Matrix& m) { return m.format == kBF16 && m.columns % 2 == 0 && simd::multiplies_pairs(); }
+
+inline Rows rows_of_matrix(const Matrix& m) {
+  if (in_pairs(m)) return float_kernel<simd::BF16Pairs>;
+  switch (m.format) {
     case kF32: return float_kernel<simd::F32>;
     case kF16: return float_kernel<simd::F16>;
     case kBF16: return float_kernel<simd::BF16>;
@@ -46,38 +50,33 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
                const float* bias, float* y) {
   const int64_t columns = matrices[0].columns;
   int64_t outputs = 0;
-  bool floats = false, bytes = false;
+  bool floats = false, pairs = false, bytes = false;
   for (int32_t i = 0; i < count; ++i) {
-    if (rows_of_format(matrices[i].format) == nullptr) return 2;
-    (is_float(matrices[i].format) ? floats : bytes) = true;
+    if (rows_of_matrix(matrices[i]) == nullptr) return 2;
+    (in_pairs(matrices[i]) ? pairs : is_float(matrices[i].format) ? floats : bytes) = true;
     outputs += matrices[i].rows;
   }
   if (tokens == 0) return 0;
   // Memory: the activations in another form, and for each thread a tile's unpacked weights and its sums.
-  const int64_t padded = round_up(columns, simd::kLanes), groups = (columns + kGroupColumns - 1) / kGroupColumns;
-  const size_t pad_bytes = floats && padded != columns ? aligned(sizeof(float) * tokens * padded) : 0;
+  const int64_t groups = (columns + kGroupColumns - 1) / kGroupColumns;
+  const size_t float_bytes = floats ? bytes_of_floats(columns, tokens) : 0;
+  const size_t pair_bytes = pairs ? bytes_of_pairs(columns, tokens) : 0;
   const size_t byte_bytes = bytes ? tokens * groups * kGroupColumns : 0;
   const size_t scale_bytes = bytes ? sizeof(float) * tokens * groups * kScales * kGroup : 0;
   const size_t refined_bytes = bytes ? aligned(2 * tokens * groups) : 0;
-  char* shared = scratch.shared.get(pad_bytes + 2 * (byte_bytes + scale_bytes) + refined_bytes + kAlign);
-  const size_t own_bytes = std::max(sizeof(float) * kTileRows * (kPieceStride + kTokens * simd::kLanes),
+  char* shared = scratch.shared.get(float_bytes + pair_bytes + 2 * (byte_bytes + scale_bytes) + refined_bytes + kAlign);
+  const size_t own_bytes = std::max(floats || pairs ? bytes_of_rows(kTaskRows, floats ? columns : columns / 2, tokens) : 0,
                                     bytes && tokens > kFewTokens ? sizeof(Panel<Q6_K>) * groups : 0);
   if (shared == nullptr) return 1;
   std::vector<Buffer>& own = scratch.own;
   for (Buffer& buffer : own)
     if (buffer.get(own_bytes) == nullptr) return 1;
 
-  Input input{{x, columns}, {}};
-  if (pad_bytes != 0) {
-    float* copy = reinterpret_cast<float*>(shared);
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::memcpy(copy + t * padded, x + t * columns, sizeof(float) * columns);
-      std::fill(copy + t * padded + columns, copy + (t + 1) * padded, 0.0f);
-    }
-    input.floats = {copy, padded};
-  }
+  Input input{};
+  if (floats) input.floats = make_floats(pool, x, columns, tokens, reinterpret_cast<float*>(shared));
+  if (pairs) input.pairs = make_pairs(pool, x, columns, tokens, reinterpret_cast<float*>(shared + float_bytes));
   if (bytes) {
-    char* place = shared + pad_bytes;
+    char* place = shared + float_bytes + pair_bytes;
     ByteInput::Plane planes[2];
     for (ByteInput::Plane& plane : planes) {
       plane = {reinterpret_cast<int8_t*>(place), reinterpret_cast<float*>(place + byte_bytes)};
@@ -102,7 +101,7 @@ int32_t linear(Pool& pool, Scratch& scratch, const Matrix* matrices, int32_t cou
       const int64_t of_matrix = (m.rows + kTaskRows - 1) / kTaskRows;
       if (chunk < of_matrix) {
         const int64_t begin = chunk * kTaskRows, end = std::min(begin + kTaskRows, m.rows);
-        rows_of_format(m.format)(m, begin, end, input, tokens, bias == nullptr ? nullptr : bias + before, y + before,
+        rows_of_matrix(m)(m, begin, end, input, tokens, bias == nullptr ? nullptr : bias + before, y + before,
                                  outputs, own[thread].get(0));
         return;
       }

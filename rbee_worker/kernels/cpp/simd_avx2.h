@@ -14,6 +14,12 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c
 
 inline Floats all(float v) { return _mm256_set1_ps(v); }
 
+// v, in a register: a compiler would rather read it again for each use, and that takes longer.
+inline Floats held(Floats v) {
+  asm("" : "+x"(v));
+  return v;
+}
+
 // Of these two the result is b where a or b is not a number.
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
@@ -36,7 +42,14 @@ inline Floats times_power(Floats v, Floats n) {
   return v * power(half) * power(_mm256_sub_epi32(whole, half));
 }
 
-struct F32 {
+// Floats in linear layers: a word of a row is one number as float32.
+struct FloatWords {
+  static constexpr int kColumns = 1;
+  static Floats add(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
+};
+
+struct F32 : FloatWords {
+  using Words = F32;
   using Stored = float;
   static Floats load(const float* p) { return simd::load(p); }
   static void store(float* p, Floats v) { simd::store(p, v); }
@@ -44,7 +57,8 @@ struct F32 {
   static Floats fours(const float* p, int64_t stride) { return _mm256_loadu2_m128(p + stride, p); }
 };
 
-struct F16 {
+struct F16 : FloatWords {
+  using Words = F32;
   using Stored = uint16_t;
   static Floats load(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -55,7 +69,8 @@ struct F16 {
   static Floats fours(const uint16_t* p, int64_t stride) { return _mm256_cvtph_ps(two_of_64(p, p + stride)); }
 };
 
-struct BF16 {
+struct BF16 : FloatWords {
+  using Words = F32;
   using Stored = uint16_t;
   static Floats widen(__m128i v) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
@@ -64,6 +79,10 @@ struct BF16 {
   static void store(uint16_t* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bfloat16_of_8(v)); }
   static Floats fours(const uint16_t* p, int64_t stride) { return widen(two_of_64(p, p + stride)); }
 };
+
+using BF16Pairs = BF16;  // no such CPU multiplies pairs
+
+inline bool multiplies_pairs() { return false; }
 
 inline float sum(Floats v) { return sum8(v); }
 inline __m128 sums(Floats a, Floats b, Floats c, Floats d) { return sums8(a, b, c, d); }

@@ -14,6 +14,12 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 
 inline Floats all(float v) { return _mm512_set1_ps(v); }
 
+// v, in a register: a compiler would rather read it again for each use, and that takes longer.
+inline Floats held(Floats v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
 // Of these two the result is b where a or b is not a number.
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
@@ -34,7 +40,14 @@ inline Floats times_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
 
 inline Floats from_halves(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 
-struct F32 {
+// Floats in linear layers: a word of a row is one number as float32.
+struct FloatWords {
+  static constexpr int kColumns = 1;
+  static Floats add(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
+};
+
+struct F32 : FloatWords {
+  using Words = F32;
   using Stored = float;
   static Floats load(const float* p) { return simd::load(p); }
   static void store(float* p, Floats v) { simd::store(p, v); }
@@ -44,7 +57,8 @@ struct F32 {
   }
 };
 
-struct F16 {
+struct F16 : FloatWords {
+  using Words = F32;
   using Stored = uint16_t;
   static Floats load(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -55,7 +69,8 @@ struct F16 {
   static Floats fours(const uint16_t* p, int64_t stride) { return _mm512_cvtph_ps(four_of_64(p, stride)); }
 };
 
-struct BF16 {
+struct BF16 : FloatWords {
+  using Words = F32;
   using Stored = uint16_t;
   static Floats widen(__m256i v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
@@ -67,6 +82,22 @@ struct BF16 {
   }
   static Floats fours(const uint16_t* p, int64_t stride) { return widen(four_of_64(p, stride)); }
 };
+
+// Pairs of bfloat16, for CPUs that multiply them (AVX512-BF16). Written in assembly, since no flag lets the compiler use
+// the instruction here alone.
+struct BF16Pairs {
+  using Words = BF16Pairs;
+  using Stored = uint32_t;
+  static constexpr int kColumns = 2;
+  static Floats load(const uint32_t* p) { return simd::load(reinterpret_cast<const float*>(p)); }
+  static Floats fours(const uint32_t* p, int64_t stride) { return F32::fours(reinterpret_cast<const float*>(p), stride); }
+  static Floats add(Floats sum, Floats w, Floats x) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+};
+
+inline bool multiplies_pairs() { return __builtin_cpu_supports("avx512bf16"); }
 
 inline float sum(Floats v) {
   return sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));

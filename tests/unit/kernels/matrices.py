@@ -39,6 +39,8 @@ FLOAT_FORMATS = [form for form in FORMATS.values() if not form.in_blocks]
 UNIT = 2.0**-24
 TINY = 2.0**-150
 """What a rounding loses of a number below the smallest normal one, at most."""
+SMALLEST = 2.0**-126
+"""The smallest normal number."""
 
 _LANES = 8
 _GROUP = 256
@@ -142,9 +144,15 @@ class Expected:
         return Expected(self.values[:tokens, :outputs], self.bound[:tokens, :outputs])
 
 
-def expected(matrices: Sequence[StoredMatrix], x: Tensor, bias: Tensor | None = None) -> Expected:
+def multiplies_pairs(kernels: Kernels) -> bool:
+    """Whether pairs of bfloat16 are multiplied by the CPU itself, and activations rounded for it."""
+    return kernels.variant == "avx512" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def expected(kernels: Kernels, matrices: Sequence[StoredMatrix], x: Tensor, bias: Tensor | None = None) -> Expected:
     """The twin of ``Kernels.linear``: the product in float64 by weights as ``Format.decode`` has them."""
-    parts = [_expected(matrix, x) for matrix in matrices]
+    pairs = multiplies_pairs(kernels)
+    parts = [_expected(matrix, x, pairs=pairs and matrix.columns % 2 == 0) for matrix in matrices]
     values, bound = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("values", "bound"))
     if bias is not None:
         values = values + bias.double()
@@ -153,8 +161,16 @@ def expected(matrices: Sequence[StoredMatrix], x: Tensor, bias: Tensor | None = 
     return Expected(values, bound)
 
 
-def _expected(matrix: StoredMatrix, x: Tensor) -> Expected:
+def _expected(matrix: StoredMatrix, x: Tensor, *, pairs: bool) -> Expected:
     weight = decoded(matrix)
+    if pairs and matrix.format.name == "BF16":
+        # A step adds two products, which are exact, with a rounding for each. Numbers below the smallest normal one
+        # are 0, be they weights, activations, products or sums.
+        x, weight = (torch.where(v.abs() < SMALLEST, 0, v) for v in (x.bfloat16().double(), weight))
+        roundings = 2 * -(-matrix.columns // (4 * _LANES)) + 4
+        return Expected(
+            x @ weight.T, _summed(roundings, x.abs() @ weight.abs().T) + (2 * matrix.columns + 16) * SMALLEST
+        )
     if not matrix.format.in_blocks:
         # A register adds a product a step, with one rounding for both (FMA); at the end its 8 lanes are added in 3
         # steps. AVX-512 has half as many steps, and 4 at the end.

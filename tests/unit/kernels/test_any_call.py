@@ -52,7 +52,7 @@ def test_any_call_is_right(
     x = normal(tokens, columns, seed=data.draw(st.integers(0, 99), "seed")) * size
     bias = normal(outputs) if data.draw(st.booleans(), "biased") else None
     y = linear(kernels, matrices, laid_out(data.draw, x), bias)
-    expected(matrices, x, bias).check(y)
+    expected(kernels, matrices, x, bias).check(y)
     token = data.draw(st.integers(0, tokens - 1), "token")
     assert torch.equal(linear(with_threads(1), matrices, x[token : token + 1], bias), y[token : token + 1])
 

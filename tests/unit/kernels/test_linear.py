@@ -62,7 +62,7 @@ def test_whole_numbers_are_multiplied_without_any_error(kernels: Kernels, form: 
 def test_every_number_of_columns(kernels: Kernels, form: Format) -> None:
     for columns in columns_for(form):
         matrix, x, bias = make_matrix(form, 25, columns, columns), normal(18, columns, seed=1), normal(25, seed=2)
-        twin = expected([matrix], x, bias)
+        twin = expected(kernels, [matrix], x, bias)
         twin.check(linear(kernels, [matrix], x, bias))
         twin.of(4, 25).check(linear(kernels, [matrix], x[:4], bias))
 
@@ -72,7 +72,7 @@ def test_every_number_of_tokens(kernels: Kernels, form: Format) -> None:
     matrix, x = make_matrix(form, 25, awkward(form)), normal(TOKENS[-1], awkward(form), seed=1)
     weights = StoredWeights([matrix])
     most = kernels.linear(x, weights)
-    expected([matrix], x).check(most)
+    expected(kernels, [matrix], x).check(most)
     for tokens in TOKENS:
         assert torch.equal(kernels.linear(x[:tokens], weights), most[:tokens]), tokens
     assert kernels.linear(x[:0], weights).shape == (0, 25)
@@ -81,7 +81,7 @@ def test_every_number_of_tokens(kernels: Kernels, form: Format) -> None:
 def test_every_number_of_outputs(kernels: Kernels, form: Format) -> None:
     columns = columns_of(form, 288)
     matrix, x, bias = make_matrix(form, OUTPUTS[-1], columns), normal(18, columns, seed=1), normal(OUTPUTS[-1], seed=2)
-    twin = expected([matrix], x, bias)
+    twin = expected(kernels, [matrix], x, bias)
     for outputs in OUTPUTS:
         part = StoredMatrix(matrix.data[:outputs], form, outputs, columns)
         for tokens in (1, 5, 18):
@@ -93,7 +93,7 @@ def test_whole_float_rows_are_right_in_every_tile(kernels: Kernels, form: Format
     """Rows of whole registers are read as they are stored for up to sixteen tokens, and made float32 first for more."""
     matrix, x = make_matrix(form, 13, 2048), normal(9, 2048, seed=1)
     many = linear(kernels, [matrix], x)
-    expected([matrix], x).check(many)
+    expected(kernels, [matrix], x).check(many)
     for tokens in range(1, 9):
         assert torch.equal(linear(kernels, [matrix], x[:tokens]), many[:tokens]), tokens
 
@@ -109,7 +109,7 @@ def test_several_matrices_lie_side_by_side(kernels: Kernels, tokens: int, biased
     outputs = sum(matrix.rows for matrix in matrices)
     x, bias = normal(tokens, 768, seed=1), normal(outputs, seed=2) if biased else None
     y = linear(kernels, matrices, x, bias)
-    expected(matrices, x, bias).check(y)
+    expected(kernels, matrices, x, bias).check(y)
     first = 0
     for matrix in matrices:
         mine = slice(first, first + matrix.rows)
@@ -190,7 +190,7 @@ def test_scales_and_activations_of_any_size(kernels: Kernels, form: Format) -> N
     for scale in (SMALLEST_HALF, -SMALLEST_HALF, 1023 * SMALLEST_HALF, LARGEST_HALF, -LARGEST_HALF, 0.0):
         set_scales(form, matrix.data, scale)
         for size in (1e-44, 1e-40, 1e-37, 1e-36, 1e-30, 1.0, 1e20):
-            twin = expected([matrix], x * size)
+            twin = expected(kernels, [matrix], x * size)
             assert twin.values.isfinite().all()
             assert ((twin.values - (x * size).double() @ decoded(matrix).T).abs() <= rounding(matrix, x * size)).all()
             twin.check(linear(kernels, [matrix], x * size))
@@ -215,7 +215,7 @@ def test_denormal_and_large_floats(kernels: Kernels, form: Format) -> None:
         for size in (1e-44, 1e-37, 1.0, 1e20):
             x = normal(5, 37, seed=1) * size
             y = linear(kernels, [matrix], x)
-            expected([matrix], x).check(y)
+            expected(kernels, [matrix], x).check(y)
             assert size < 1 or y.any(), "denormal numbers are not zeros"
 
 
@@ -230,7 +230,7 @@ def test_extreme_weights_by_extreme_activations(kernels: Kernels, form: Format) 
     for byte in (0x00, 0x7F, 0x80, 0xFF):
         matrix.data[:] = byte
         set_scales(form, matrix.data, -0.5)
-        twin = expected([matrix], x)
+        twin = expected(kernels, [matrix], x)
         for tokens in range(1, 6):
             twin.of(tokens, 7).check(linear(kernels, [matrix], x[:tokens]))
 
@@ -247,7 +247,7 @@ def test_each_bit_of_a_block_is_its_own(kernels: Kernels, form: Format) -> None:
     rows = torch.arange(matrix.rows)
     blocks[rows, places[0] + rows // 8] = (1 << rows % 8).byte()
     x = torch.eye(form.block) * 127
-    twin = expected([matrix], x)
+    twin = expected(kernels, [matrix], x)
     twin.check(linear(kernels, [matrix], x))
     assert len(twin.values.unique(dim=1).T) == matrix.rows
 
