@@ -14,7 +14,6 @@
 constexpr bool kWide = simd::kLanes == 16;
 constexpr int64_t kDirectTokens = kWide ? 16 : 12;  // no more than these multiply rows where they are stored
 constexpr int kDirectRows = 3, kDirectTile = kWide ? 8 : 4;  // rows and tokens with as many sums as there are registers
-constexpr int64_t kPiece = 768;          // words of a row at a time: the first-level cache keeps those of the tokens
 constexpr int64_t kFloatsAhead = 12288;  // bytes of weights that are asked for early
 constexpr int kPanels = 3, kPanelTile = kWide ? 8 : 4;  // panels and tokens with as many sums as there are registers
 constexpr int64_t kTokens = 64;  // whose sums stay in the second-level cache
@@ -58,54 +57,6 @@ inline void widen(const typename W::Stored* w, int64_t columns, float* to) {
   for (int64_t k = 0; k < columns; k += simd::kLanes) simd::store(to + k, load_words<W>(w + k, columns - k));
 }
 
-// ------------------------------------------------------------------------------------------------------- a few tokens
-
-// Adds the products of R rows and T tokens to acc [R, T, lanes]. ahead: bytes from a weight to one that is asked for early.
-// It comes to the second-level cache, whose queue is longer than that of the first.
-template <class W, int R, int T>
-inline void multiply_rows(const typename W::Stored* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t words,
-                          int64_t ahead, float* acc, int64_t acc_stride) {
-  simd::Floats sums[R * T];
-  each<R * T>([&](auto i) __attribute__((always_inline)) {
-    sums[i] = simd::load(acc + i / T * acc_stride + i % T * simd::kLanes);
-  });
-  const auto add = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
-    simd::Floats ws[R];
-    each<R>([&](auto r) __attribute__((always_inline)) { ws[r] = load(w + r * w_stride + k); });
-    each<T>([&](auto t) __attribute__((always_inline)) {
-      const simd::Floats xs = simd::held(simd::load(x + t * x_stride + k));
-      each<R>([&](auto r) __attribute__((always_inline)) { sums[r * T + t] = W::add(sums[r * T + t], ws[r], xs); });
-    });
-  };
-  int64_t k = 0;
-  for (; k + simd::kLanes <= words; k += simd::kLanes)
-    add(k, [&](const typename W::Stored* p) __attribute__((always_inline)) {
-      _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T1);
-      return W::load(p);
-    });
-  if (k < words) add(k, [&](const typename W::Stored* p) { return load_words<W>(p, words - k); });
-  each<R * T>([&](auto i) __attribute__((always_inline)) {
-    simd::store(acc + i / T * acc_stride + i % T * simd::kLanes, sums[i]);
-  });
-}
-
-// The same for any number of rows, and any of tokens up to T.
-template <class W, int T>
-inline void multiply_stored(int64_t rows, int64_t tokens, const typename W::Stored* w, int64_t w_stride, const float* x,
-                            int64_t x_stride, int64_t words, float* acc, int64_t acc_stride) {
-  if constexpr (T > 1)
-    if (tokens < T)
-      return multiply_stored<W, T - 1>(rows, tokens, w, w_stride, x, x_stride, words, acc, acc_stride);
-  constexpr int R = T == 1 ? 2 : kDirectRows;  // one token waits for the memory alone, which likes fewer ways at once
-  const int64_t next = R * w_stride * static_cast<int64_t>(sizeof(typename W::Stored));
-  const int64_t ahead = T == 1 ? std::max(next, kFloatsAhead) : next;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R)
-    multiply_rows<W, R, T>(w + r * w_stride, w_stride, x, x_stride, words, ahead, acc + r * acc_stride, acc_stride);
-  for (; r < rows; ++r)
-    multiply_rows<W, 1, T>(w + r * w_stride, w_stride, x, x_stride, words, ahead, acc + r * acc_stride, acc_stride);
-}
-
 // Where a matrix has its rows, as words.
 template <class W>
 struct Stored {
@@ -118,20 +69,58 @@ struct Stored {
         words(m.columns / W::kColumns) {}
 };
 
+// ------------------------------------------------------------------------------------------------------- a few tokens
+
+// The sums of R rows and T tokens: [R, T, lanes]. ahead: bytes from a weight to one that is asked for early. It comes to the
+// second-level cache, whose queue is longer than that of the first.
+template <class W, int R, int T>
+inline void multiply_rows(const Stored<W>& m, int64_t row, const float* x, int64_t x_stride, int64_t ahead, float* to,
+                          int64_t to_stride) {
+  simd::Floats sums[R * T];
+  each<R * T>([&](auto i) __attribute__((always_inline)) { sums[i] = simd::zero(); });
+  const auto add = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
+    simd::Floats ws[R];
+    each<R>([&](auto r) __attribute__((always_inline)) { ws[r] = load(m.data + (row + r) * m.stride + k); });
+    each<T>([&](auto t) __attribute__((always_inline)) {
+      const simd::Floats xs = simd::held(simd::load(x + t * x_stride + k));
+      each<R>([&](auto r) __attribute__((always_inline)) { sums[r * T + t] = W::add(sums[r * T + t], ws[r], xs); });
+    });
+  };
+  int64_t k = 0;
+  for (; k + simd::kLanes <= m.words; k += simd::kLanes)
+    add(k, [&](const typename W::Stored* p) __attribute__((always_inline)) {
+      _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T1);
+      return W::load(p);
+    });
+  if (k < m.words) add(k, [&](const typename W::Stored* p) { return load_words<W>(p, m.words - k); });
+  each<R * T>([&](auto i) __attribute__((always_inline)) {
+    simd::store(to + i / T * to_stride + i % T * simd::kLanes, sums[i]);
+  });
+}
+
+// The same for rows [begin, end) and for any number of tokens up to T.
+template <class W, int T>
+inline void multiply_stored(const Stored<W>& m, int64_t begin, int64_t end, int64_t tokens, const float* x,
+                            int64_t x_stride, float* to, int64_t to_stride) {
+  if constexpr (T > 1)
+    if (tokens < T) return multiply_stored<W, T - 1>(m, begin, end, tokens, x, x_stride, to, to_stride);
+  constexpr int R = T == 1 ? 2 : kDirectRows;  // one token waits for the memory alone, which likes fewer ways at once
+  const int64_t next = R * m.stride * static_cast<int64_t>(sizeof(typename W::Stored));
+  const int64_t ahead = T == 1 ? std::max(next, kFloatsAhead) : next;
+  int64_t row = begin;
+  for (; row + R <= end; row += R, to += R * to_stride) multiply_rows<W, R, T>(m, row, x, x_stride, ahead, to, to_stride);
+  for (; row < end; ++row, to += to_stride) multiply_rows<W, 1, T>(m, row, x, x_stride, ahead, to, to_stride);
+}
+
 // Rows [begin, end), of which the scratch has room for the sums.
 template <class W>
 void rows_of_few(const Stored<W>& m, int64_t begin, int64_t end, const FloatInput& x, int64_t tokens, const float* bias,
                  float* y, int64_t y_stride, float* acc) {
   const int64_t acc_stride = tokens * simd::kLanes;
-  const int64_t pieces = tokens == 1 ? 1 : std::max<int64_t>((m.words + kPiece - 1) / kPiece, 1);
-  const int64_t piece = round_up((m.words + pieces - 1) / pieces, simd::kLanes);
   const int64_t tiles = (tokens + kDirectTile - 1) / kDirectTile, in_tile = (tokens + tiles - 1) / tiles;
-  std::memset(acc, 0, sizeof(float) * (end - begin) * acc_stride);
-  for (int64_t k = 0; k < m.words; k += piece)
-    for (int64_t t = 0; t < tokens; t += in_tile)
-      multiply_stored<W, kDirectTile>(end - begin, std::min(in_tile, tokens - t), m.data + begin * m.stride + k, m.stride,
-                                      x.x + t * x.stride + k, x.stride, std::min(piece, m.words - k),
-                                      acc + t * simd::kLanes, acc_stride);
+  for (int64_t t = 0; t < tokens; t += in_tile)
+    multiply_stored<W, kDirectTile>(m, begin, end, std::min(in_tile, tokens - t), x.x + t * x.stride, x.stride,
+                                    acc + t * simd::kLanes, acc_stride);
   for (int64_t t = 0; t < tokens; ++t) {
     const auto of = [&](int64_t r) { return simd::load(acc + (r - begin) * acc_stride + t * simd::kLanes); };
     float* to = y + t * y_stride;
