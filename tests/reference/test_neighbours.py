@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that multiplies bfloat16 itself leaves it to oneDNN; the kernels run there too."""
+    """Some CPUs that multiply bfloat16 themselves leave it to oneDNN; the kernels run there too."""
     monkeypatch.setattr(linear, "cpu_features", lambda: replace(cpu_features(), bf16_arithmetic=False))
 
 

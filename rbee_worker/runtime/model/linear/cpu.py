@@ -25,6 +25,7 @@ class CpuFeatures:
         packed_fp16: FBGEMM multiplies by float16 weights in its own layout.
         packed_bf16: oneDNN multiplies bfloat16 by bfloat16 weights in its own layout.
         bf16_arithmetic: the processor multiplies bfloat16 itself, so that the packed form is fast as well.
+        bf16_kernels: so do the worker's own kernels, as fast as oneDNN does.
         int8_levels: the largest magnitude of an 8-bit activation with which FBGEMM's integer sums are exact, 127 or
             63; None: FBGEMM is not there, or its sums are never exact.
     """
@@ -33,6 +34,7 @@ class CpuFeatures:
     packed_fp16: bool
     packed_bf16: bool
     bf16_arithmetic: bool
+    bf16_kernels: bool
     int8_levels: int | None
 
 
@@ -46,6 +48,7 @@ def cpu_features() -> CpuFeatures:
         packed_fp16=fbgemm,
         packed_bf16=_runs_packed_bf16(),
         bf16_arithmetic=_has_bf16_arithmetic(),
+        bf16_kernels=kernels is not None and _has_bf16_kernels(kernels.variant),
         int8_levels=_exact_int8_levels() if fbgemm else None,
     )
 
@@ -80,6 +83,12 @@ def _has_bf16_arithmetic() -> bool:
     # torch names what the processor has, also where it was told to use less.
     allowed: str = torch.backends.cpu.get_cpu_capability()
     return allowed.startswith("AVX512") and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _has_bf16_kernels(variant: str) -> bool:
+    """Where the processor multiplies whole tiles (AMX), oneDNN is several times as fast."""
+    capabilities = torch.cpu.get_capabilities()
+    return variant == "avx512" and capabilities.get("avx512_bf16", False) and not capabilities.get("amx_bf16", False)
 
 
 def _exact_int8_levels() -> int | None:

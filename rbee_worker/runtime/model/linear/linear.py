@@ -241,13 +241,14 @@ def choose_format(
     """
     if quantize == "int4" and not int4_runs(device):
         raise _no_int4(device)
-    variant = cpu_features().kernels if device.type == "cpu" else None
+    features = cpu_features()
+    variant = features.kernels if device.type == "cpu" else None
     if variant is not None:
         kept = _kept(stored, dtype, quantize)
         if dtype == "auto":
             dtype = "bfloat16" if stored.get("BF16", 0) > stored.get("F16", 0) else "float16"
-        # A CPU that multiplies bfloat16 itself is faster at it than the kernels.
-        wide = dtype == "float32" or (dtype == "bfloat16" and cpu_features().bf16_arithmetic and not mapped)
+        packed = features.bf16_arithmetic and not features.bf16_kernels and not mapped  # faster than the kernels
+        wide = dtype == "float32" or (dtype == "bfloat16" and packed)
         if kept or quantize != "none" or not wide:
             return LinearFormat(variant, _TORCH_DTYPES[dtype], torch.float32, quantize=quantize, as_stored=kept)
     elif dtype == "auto":

@@ -47,7 +47,14 @@ FORMATS = [
     ),
 ]
 INT8_KERNELS = ["packed-int8", "int8", "plain-int8"]
-NOTHING = CpuFeatures(kernels=None, packed_fp16=False, packed_bf16=False, bf16_arithmetic=False, int8_levels=None)
+NOTHING = CpuFeatures(
+    kernels=None,
+    packed_fp16=False,
+    packed_bf16=False,
+    bf16_arithmetic=False,
+    bf16_kernels=False,
+    int8_levels=None,
+)
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative errors of a product whose result is rounded to a dtype: half a unit in the last place."""
 
@@ -167,6 +174,30 @@ def test_a_cpu_that_multiplies_bfloat16_itself_does_so(monkeypatch: pytest.Monke
     assert choose_format(CPU, "auto", stored={"BF16": 1}).kernel == "packed-bf16"
     assert choose_format(CPU, "auto", stored={"BF16": 1}, mapped=True).kernel == "avx512"  # packed ones are a copy
     assert choose_format(CPU, "auto", stored={"BF16": 1, "Q8_0": 100}).kernel == "avx512"
+
+
+def test_the_kernels_do_so_where_onednn_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = replace(NOTHING, kernels="avx512", packed_bf16=True, bf16_arithmetic=True, bf16_kernels=True)
+    pretend(monkeypatch, both)
+    assert choose_format(CPU, "auto", stored={"BF16": 1}).kernel == "avx512"
+    assert choose_format(CPU, "bfloat16").kernel == "avx512"
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "has"),
+    [
+        ({"avx512_bf16"}, "avx512", True),
+        ({"avx512_bf16"}, "avx2", False),
+        ({"avx512_bf16", "amx_bf16"}, "avx512", False),  # oneDNN's tiles are faster
+        ({"avx512_vnni"}, "avx512", False),
+    ],
+)
+def test_the_kernels_multiply_bfloat16_by_an_instruction(
+    monkeypatch: pytest.MonkeyPatch, names: set[str], variant: str, has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    monkeypatch.setattr(cpu, "cpu_kernels", lambda: SimpleNamespace(variant=variant))
+    assert cpu_features.__wrapped__().bf16_kernels is has
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
