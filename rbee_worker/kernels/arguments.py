@@ -4,11 +4,17 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rbee_worker.kernels.formats import Format
+
+GatedActivation = Literal["silu", "gelu", "gelu-tanh"]
+
+ACTIVATIONS: dict[GatedActivation, int] = {"silu": 0, "gelu": 1, "gelu-tanh": 2}
+"""``Activation`` of ``cpp/abi.h``."""
 
 
 class Matrix(ctypes.Structure):
@@ -200,7 +206,7 @@ class Segments:
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Refuse a tensor whose memory is not what the library takes it for."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} is {found}; {dtype} {list(shape)} is needed, contiguous and on cpu")
 

@@ -18,10 +18,21 @@ from torch import Tensor
 
 from rbee_worker.cgroup import cpu_limit
 from rbee_worker.errors import DeviceUnavailable
-from rbee_worker.kernels.arguments import Attention, Norm, RotaryTables, Rotation, Segments, StoredWeights, check
+from rbee_worker.kernels.arguments import (
+    ACTIVATIONS,
+    Attention,
+    GatedActivation,
+    Norm,
+    RotaryTables,
+    Rotation,
+    Segments,
+    StoredWeights,
+    check,
+)
 from rbee_worker.kernels.formats import FLOAT_FORMATS
+from rbee_worker.kernels.layer import KernelLayer, StepTokens
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Of ``cpp/abi.h``."""
 
 Variant = Literal["avx2", "avx512"]
@@ -33,10 +44,6 @@ _NEEDED: dict[Variant, tuple[str, ...]] = {
 """What a CPU must have, by torch's names. The best variant comes first."""
 
 _NO_MEMORY = 1
-
-
-_ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu": 1, "gelu-tanh": 2}
-"""``Activation`` of ``cpp/abi.h``."""
 
 
 class Kernels:
@@ -78,6 +85,8 @@ class Kernels:
         self._rms_norm.argtypes = self._rotate.argtypes = [pointer, pointer]
         self._gated = library.rbee_gated
         self._gated.argtypes = [pointer, ctypes.c_int32, pointer, size, size, pointer]
+        self._layer = library.rbee_layer
+        self._layer.argtypes = [pointer, pointer, pointer, pointer, pointer, ctypes.c_int32, pointer]
 
     def linear(self, x: Tensor, weights: StoredWeights, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``. A token's result has the same bits alone and beside any others.
@@ -330,7 +339,7 @@ class Kernels:
         self._rotate(self._context, ctypes.addressof(arguments))
         return qkv[:, :heads]
 
-    def gated(self, gate_up: Tensor, activation: Literal["silu", "gelu", "gelu-tanh"]) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: GatedActivation) -> Tensor:
         """``f(gate) * up``.
 
         Args:
@@ -347,8 +356,41 @@ class Kernels:
         if gate_up.dtype != torch.float32 or both % 2 or not gate_up.is_contiguous():
             raise ValueError(f"gate and up are {gate_up.dtype} {list(gate_up.shape)}; contiguous float32 is needed")
         y = gate_up.new_empty(tokens, both // 2)
-        self._gated(self._context, _ACTIVATIONS[activation], gate_up.data_ptr(), tokens, both // 2, y.data_ptr())
+        self._gated(self._context, ACTIVATIONS[activation], gate_up.data_ptr(), tokens, both // 2, y.data_ptr())
         return y
+
+    def layer(
+        self, layer: KernelLayer, tokens: StepTokens, hidden: Tensor, addend: Tensor, between: Tensor, *, pending: bool
+    ) -> None:
+        """Run a whole decoder layer. The bits are those of its operators, one by one.
+
+        Args:
+            layer: what it is made of.
+            tokens: of the step.
+            hidden: the residual stream, float32 [tokens, hidden_size], contiguous, on the CPU. It is changed.
+            addend: as hidden. What the layer gives, not yet added; before, if ``pending``, what the layer before gave.
+            between: float32, at least ``layer.floats`` for each token, contiguous, on the CPU. It is overwritten.
+            pending: whether the addend is to be added first.
+
+        Raises:
+            MemoryError: there is none for the call's intermediate values.
+            ValueError: a tensor is not as it should be.
+        """
+        shape = (tokens.count, layer.hidden_size)
+        check("hidden", hidden, torch.float32, shape)
+        check("addend", addend, torch.float32, shape)
+        check("between", between, torch.float32, (max(between.numel(), tokens.count * layer.floats),))
+        status = self._layer(
+            self._context,
+            layer.address,
+            tokens.address,
+            hidden.data_ptr(),
+            addend.data_ptr(),
+            pending,
+            between.data_ptr(),
+        )
+        if status:
+            raise MemoryError("for a layer") if status == _NO_MEMORY else ValueError("an unknown weight format")
 
 
 def attends(head_dim: int, dtype: torch.dtype) -> bool:

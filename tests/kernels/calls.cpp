@@ -5,6 +5,7 @@
 //   calls short FORMAT  a matrix that lacks its last byte: a sanitizer must stop it
 //   calls race          two callers write the same results: a sanitizer must stop it
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -158,6 +159,38 @@ void rotate_and_others(Context* context, int32_t format, int64_t size, int64_t h
     check(rbee_gated(context, activation, gate_up.data, tokens, width, y.data) == 0, "status");
 }
 
+// A whole layer, in memory of exactly the size that abi.h names; the same operators one by one are another test's.
+void run_layer(Context* context, const Layout& layout, int64_t size, int32_t format, int64_t tokens) {
+  const int64_t heads = 4, kv_heads = 2, head_dim = 64, hidden = 256, wide = 512, both = heads + 2 * kv_heads;
+  const Weights q(layout, heads * head_dim, hidden), kv(layout, 2 * kv_heads * head_dim, hidden), o(layout, hidden, 256);
+  const Weights gate_up(layout, 2 * wide, hidden), down(layout, hidden, wide);
+  const Matrix qkv[] = {q.matrix, kv.matrix};
+  const Exact<float> bias = numbers(both * head_dim), norm = numbers(hidden), head_norm = numbers(6 * head_dim);
+  const Exact<float> cos = numbers(tokens * head_dim), sin = numbers(tokens * head_dim);
+  const Exact<uint8_t> keys(size * kv_heads * tokens * head_dim), values(size * kv_heads * tokens * head_dim);
+  const Exact<float> x = numbers(tokens * hidden), addend = numbers(tokens * hidden);
+  const Exact<float> between(tokens * (hidden + std::max(both * head_dim + heads * head_dim, 3 * wide)));
+  const Exact<int64_t> places(tokens);
+  for (int64_t t = 0; t < tokens; ++t) places.data[t] = t;
+  Rotation rotation{};
+  rotation.heads = heads, rotation.kv_heads = kv_heads, rotation.head_dim = rotation.rotary_dim = head_dim;
+  rotation.norm = head_norm.data, rotation.cos = cos.data, rotation.sin = sin.data;
+  rotation.keys = keys.data, rotation.values = values.data, rotation.head_stride = tokens * head_dim;
+  rotation.format = format;
+  Attention attention{};
+  attention.heads = heads, attention.kv_heads = kv_heads, attention.head_dim = head_dim, attention.keys = keys.data;
+  attention.values = values.data, attention.head_stride = tokens * head_dim, attention.format = format;
+  attention.scale = 0.1f;
+  const Layer layer{hidden, {qkv, 2, bias.data}, {&o.matrix, 1, nullptr}, {&gate_up.matrix, 1, nullptr},
+                    {&down.matrix, 1, nullptr}, norm.data, tokens % 2 == 0 ? nullptr : norm.data, norm.data,
+                    tokens % 2 == 0 ? norm.data : nullptr, 0.5f, 1e-6f, kSilu, rotation, attention};
+  const Segment segment{0, tokens, 0, 0, 1};
+  const Run run{0, 0, tokens};
+  const Tokens of_step{tokens, places.data, places.data, &segment, 1, &run};
+  for (int32_t pending : {0, 1})
+    check(rbee_layer(context, &layer, &of_step, x.data, addend.data, pending, between.data) == 0, "status");
+}
+
 // One thread and three take turns: every shape comes with either, and each comes once.
 struct Turns {
   ~Turns() {
@@ -178,6 +211,8 @@ void operators(Turns& turns) {
             attend(turns.next(), format, size, 1 + before % 2, 1 + tokens % 3 * 4, head_dim, before, tokens, window);
     for (int64_t head_dim : {4, 8, 10, 17, 64})
       for (int64_t tokens : {0, 1, 5, 200}) rotate_and_others(turns.next(), format, size, head_dim, tokens);
+    for (int64_t tokens : {1, 2, 70})
+      for (int32_t weights : {kF16, kQ4_K}) run_layer(turns.next(), kLayouts[weights], size, format, tokens);
   }
 }
 
@@ -230,6 +265,7 @@ void threads() {
     for (int64_t tokens : {1, 3, 90})
       for (int i = 0; i < 5; ++i) attend(context, kF32, 4, 2, 3, 16, 400, tokens, 0);
     for (int i = 0; i < 5; ++i) rotate_and_others(context, kF16, 2, 64, 150);
+    for (int64_t tokens : {1, 20}) run_layer(context, kLayouts[kQ8_0], 2, kF16, tokens);
     const Exact<float> x = numbers(6 * 256), right(6 * 210);
     check(rbee_linear(context, matrices.data(), 3, x.data, 6, nullptr, right.data) == 0, "status");
     for (int caller = 0; caller < 3; ++caller)

@@ -170,7 +170,7 @@ def test_of_experts_that_no_token_chooses_no_byte_counts(
 
 def spoil(matrix: Linear) -> None:
     assert isinstance(matrix, StoredLinear)
-    for part in matrix._weights.matrices:
+    for part in matrix.part.weights.matrices:
         part.data.view(torch.uint8).fill_(0xFF)  # of a float16, of a scale too: not a number
 
 

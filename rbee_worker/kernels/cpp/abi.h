@@ -11,7 +11,7 @@
 #define RBEE_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of this file, so that a stale library is noticed.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 // How the weights of a matrix are stored. The numbers are those of formats.py too.
 enum Format : int32_t {
@@ -144,3 +144,45 @@ enum Activation : int32_t {
 // Returns 0; 2: an activation that is not known.
 RBEE_API int32_t rbee_gated(Context* context, int32_t activation, const float* gate_up, int64_t tokens, int64_t width,
                             float* y);
+
+// Matrices of one width, their outputs side by side, as rbee_linear takes them.
+struct Linear {
+  const Matrix* matrices;
+  int64_t count;
+  const float* bias;  // or null
+};
+
+// A layer of a decoder: RMS norm, attention, RMS norm, gated MLP; both are added to the residual stream.
+// Of rotation and attention only what is the same in every step is read; the rest comes from Tokens.
+struct Layer {
+  int64_t hidden_size;
+  Linear qkv, o, gate_up, down;
+  const float* attention_norm;       // [hidden_size]
+  const float* attention_post_norm;  // of what attention gives, before it is added; or null
+  const float* mlp_norm;
+  const float* mlp_post_norm;  // or null
+  float multiplier;            // of what is added
+  float eps;
+  int64_t activation;  // an Activation
+  Rotation rotation;
+  Attention attention;
+};
+
+// One step's tokens, for all layers.
+struct Tokens {
+  int64_t count;
+  const int64_t* rows;   // [count]: of cos and sin
+  const int64_t* slots;  // [count]: positions of the cache that take their keys and values
+  const Segment* segments;
+  int64_t segment_count;
+  const Run* runs;
+};
+
+// A whole layer: the same operators as above, and so the same bits.
+//   hidden: float32 [tokens, hidden_size], the residual stream; addend: as hidden, what the layer before gave. It is
+//   added first if `pending`; what this layer gives is in it afterwards, and not yet added.
+//   between: memory for what lies between the operators. Of each token hidden_size floats, and as many again as qkv has
+//   outputs and o has inputs, or as gate_up has outputs and down has inputs, whichever is more.
+// Returns 0; 1: there is no memory; 2: a format or an activation that is not known.
+RBEE_API int32_t rbee_layer(Context* context, const Layer* layer, const Tokens* tokens, float* hidden, float* addend,
+                            int32_t pending, float* between);

@@ -33,6 +33,7 @@ namespace {
 #include "functions.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "layer.h"
 
 }  // namespace
 
@@ -86,4 +87,10 @@ int32_t rbee_gated(Context* context, int32_t activation, const float* gate_up, i
                    float* y) {
   const std::lock_guard<std::mutex> lock(context->mutex);
   return gated(context->pool, activation, gate_up, tokens, width, y);
+}
+
+int32_t rbee_layer(Context* context, const Layer* of, const Tokens* tokens, float* hidden, float* addend,
+                   int32_t pending, float* between) {
+  const std::lock_guard<std::mutex> lock(context->mutex);
+  return layer(context->pool, context->scratch, *of, *tokens, hidden, addend, pending != 0, between);
 }

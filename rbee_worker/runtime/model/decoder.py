@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rbee_worker.config import DTypeName
+from rbee_worker.kernels.arguments import RotaryTables
+from rbee_worker.kernels.layer import KernelLayer
 from rbee_worker.kernels.library import Kernels
 from rbee_worker.runtime.architecture.config import ModelConfig
 from rbee_worker.runtime.cache.kv_cache import ROTATION, KVCache, Rotation, SequenceCache
@@ -27,6 +29,7 @@ from rbee_worker.runtime.model.linear.stored import StoredTable
 from rbee_worker.runtime.model.moe import Experts
 from rbee_worker.runtime.model.rope import rotaries
 from rbee_worker.runtime.model.step import Heads, KernelStep, Step, TorchStep
+from rbee_worker.runtime.model.whole import whole_layer
 
 MLP_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"gate_up": ("gate", "up"), "down": ("down",)})
 ATTENTION_LINEARS: Mapping[str, tuple[str, ...]] = MappingProxyType({"qkv": ("q", "k", "v"), "o": ("o",)})
@@ -83,6 +86,10 @@ class Residual:
         self._addend = None
         return normed
 
+    def through(self, step: KernelStep, layer: KernelLayer) -> None:
+        """Run a whole layer, which adds to the stream."""
+        self._addend = step.layer(layer, self._hidden, self._addend)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the tokens."""
         if len(rows) < self._hidden.shape[0]:
@@ -99,26 +106,27 @@ class Residual:
 class SelfAttention:
     """Queries, keys and values by one matrix; norm, rotation, attention; then the output matrix."""
 
-    __slots__ = ("_heads", "nbytes", "o", "qkv")
+    __slots__ = ("heads", "nbytes", "o", "qkv")
 
     def __init__(
         self, config: ModelConfig, index: int, vectors: Mapping[str, Tensor], linears: Mapping[str, Linear]
     ) -> None:
         self.qkv, self.o = linears["qkv"], linears["o"]
-        self._heads = Heads.of(config, index, vectors)
+        self.heads = Heads.of(config, index, vectors)
         self.nbytes = self.qkv.nbytes + self.o.nbytes
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return self.o(step.attend(self.qkv(x), self._heads))
+        return self.o(step.attend(self.qkv(x), self.heads))
 
 
 class MLP:
     """A gated MLP; gate and up are one matrix."""
 
-    __slots__ = ("_gated", "down", "gate_up", "nbytes")
+    __slots__ = ("_gated", "activation", "down", "gate_up", "nbytes")
 
     def __init__(self, config: ModelConfig, linears: Mapping[str, Linear], kernels: Kernels | None = None) -> None:
         self.gate_up, self.down = linears["gate_up"], linears["down"]
+        self.activation = config.activation
         self._gated = gated(config.activation, kernels)
         self.nbytes = self.gate_up.nbytes + self.down.nbytes
 
@@ -130,6 +138,8 @@ class DecoderLayer:
     """Attention, then an MLP. Each adds to its input. There are norms before them, after them, or both."""
 
     __slots__ = (
+        "_multiplier",
+        "_whole",
         "attention",
         "attention_norm",
         "attention_post_norm",
@@ -154,8 +164,30 @@ class DecoderLayer:
         self.mlp_norm = norm_or_none(config, vectors, "mlp_norm", kernels)
         self.mlp_post_norm = norm_or_none(config, vectors, "mlp_post_norm", kernels)
         self.nbytes = attention.nbytes + mlp.nbytes + sum(vector.nbytes for vector in vectors.values())
+        self._multiplier = config.residual_multiplier
+        self._whole: KernelLayer | None = None
+
+    def place(self, cache: KVCache, tables: Sequence[RotaryTables]) -> None:
+        """Say where keys and values are from now on. If the CPU kernels have all its operators, it becomes one call.
+
+        ``tables``: of the model's rotations, for the kernels.
+        """
+        attention, mlp = self.attention, self.mlp
+        if isinstance(mlp, MLP):
+            self._whole = whole_layer(
+                (attention.qkv, attention.o, mlp.gate_up, mlp.down),
+                (self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm),
+                heads=attention.heads,
+                activation=mlp.activation,
+                multiplier=self._multiplier,
+                cached=cache.layer(attention.heads.layer),
+                tables=tables,
+            )
 
     def __call__(self, residual: Residual, step: Step) -> None:
+        if self._whole is not None and isinstance(step, KernelStep):
+            residual.through(step, self._whole)
+            return
         attended = self.attention(residual.normed(self.attention_norm), step)
         residual.add(attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         mapped = self.mlp(residual.normed(self.mlp_norm))
@@ -249,6 +281,10 @@ class Transformer:
         """Take the memory of the KV cache, for ``positions`` tokens of all sequences together."""
         held = self.form.cache_dtype(dtype)
         self.cache = KVCache(self.config, positions, held, self.device, prefix_cache=prefix_cache)
+        if self.kernels is not None:
+            tables = [rotary.whole(torch.empty(0, dtype=torch.int64)) for rotary in self.rotaries]
+            for layer in self.layers:
+                layer.place(self.cache, tables)
 
     def new_cache(self, tokens: int = 0) -> SequenceCache:
         """An empty table for one sequence that has so many tokens."""

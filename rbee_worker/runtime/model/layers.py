@@ -55,20 +55,20 @@ class OffsetRMSNorm(Norm):
 class KernelRMSNorm(Norm):
     """An RMS norm of float32 [tokens, width] by the worker's own CPU kernels, which add first where there is a sum."""
 
-    __slots__ = ("_eps", "_kernels", "weight")
+    __slots__ = ("_kernels", "eps", "weight")
 
     def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
         """``weight``: what the rows are multiplied by."""
         self._kernels = kernels
         self.weight = weight.float()
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.rms_norm(x, self.weight, self._eps)
+        return self._kernels.rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, hidden: Tensor, addend: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """See :class:`Norm`."""
-        normed = self._kernels.rms_norm(addend, self.weight, self._eps, residual=hidden, multiplier=multiplier)
+        normed = self._kernels.rms_norm(addend, self.weight, self.eps, residual=hidden, multiplier=multiplier)
         return hidden, normed
 
 

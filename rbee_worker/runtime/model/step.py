@@ -6,18 +6,21 @@ torch for what they do not have.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from rbee_worker.kernels.arguments import RotaryTables, Segments
+from rbee_worker.kernels.layer import KernelLayer, StepTokens
 from rbee_worker.kernels.library import Kernels, attends
 from rbee_worker.runtime.architecture.config import LayerTraits, ModelConfig
 from rbee_worker.runtime.cache.kv_cache import KVCache
 from rbee_worker.runtime.model.attention import RunAttention, Scores, Segment, attention_for
 from rbee_worker.runtime.model.layers import HeadNorm, Norm, query_key_norm
 from rbee_worker.runtime.model.rope import Tables, rotate
+
+_Table = TypeVar("_Table", Tables, RotaryTables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,15 @@ class Heads:
             config.rope_interleaved,
             Scores(traits.window, config.attention_scale, config.attention_softcap, sinks),
         )
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.size**-0.5 if self.scores.scale is None else self.scores.scale
+
+    def table(self, tables: Sequence[_Table]) -> _Table | None:
+        """The layer's own of the model's rotations; None: it has none."""
+        return None if self.traits.rope == "none" else tables[self.traits.rope == "local"]
 
     def split(self, qkv: Tensor) -> Tensor:
         """Queries, keys and values of [tokens, all of them side by side] as [tokens, heads, size]."""
@@ -107,14 +119,17 @@ class TorchStep:
         rotated = qkv[:, :both]
         if heads.norm is not None:
             rotated = heads.norm(rotated)
-        if heads.traits.rope != "none":
-            rotated = rotate(rotated, self._tables[heads.traits.rope == "local"], interleaved=heads.interleaved)
+        if (table := heads.table(self._tables)) is not None:
+            rotated = rotate(rotated, table, interleaved=heads.interleaved)
         keys, values = self._cache.write(heads.layer, self._slots, rotated[:, heads.queries :], qkv[:, both:])
         return self._attention(rotated[:, : heads.queries], keys, values, heads.scores)
 
 
 class KernelStep:
-    """The operators are the worker's own; activations are float32."""
+    """The operators are the worker's own; activations are float32.
+
+    A layer whose operators they all are is one call (:meth:`layer`).
+    """
 
     def __init__(
         self,
@@ -124,20 +139,34 @@ class KernelStep:
         segments: Sequence[Segment],
         tables: Sequence[RotaryTables],
     ) -> None:
-        """As :class:`TorchStep`."""
+        """As :class:`TorchStep`; ``tables``: of the model's rotations, at least one."""
         self._kernels, self._cache, self._slots, self._tables = kernels, cache, slots, tables
         self._segments = Segments(
             (segment.start, segment.count, segment.cache.length, segment.cache.runs(segment.count))
             for segment in segments
         )
         self._fallback = RunAttention(segments, torch.float32)
+        self._tokens = StepTokens(self._segments, tables[0].rows, slots)
+        self._between = torch.empty(0)
+
+    def layer(self, layer: KernelLayer, hidden: Tensor, addend: Tensor | None) -> Tensor:
+        """Add the addend to hidden states [tokens, hidden_size], and then all of a layer but its last addend.
+
+        Returns:
+            The last addend, which may lie where the first did.
+        """
+        after = torch.empty_like(hidden) if addend is None else addend
+        if self._between.numel() < self._tokens.count * layer.floats:
+            self._between = hidden.new_empty(self._tokens.count * layer.floats)
+        self._kernels.layer(layer, self._tokens, hidden, after, self._between, pending=addend is not None)
+        return after
 
     def attend(self, qkv: Tensor, heads: Heads) -> Tensor:
         """See :class:`Step`."""
         qkv, scores = heads.split(qkv), heads.scores
         keys, values = self._cache.layer(heads.layer)
         weights, eps = self._normed(qkv, heads)
-        tables = None if heads.traits.rope == "none" else self._tables[heads.traits.rope == "local"]
+        tables = heads.table(self._tables)
         queries = self._kernels.rotate_and_store(qkv, keys, values, self._slots, tables=tables, norm=weights, eps=eps)
         if not attends(heads.size, keys.dtype):
             return self._fallback(queries, keys, values, scores)
@@ -146,7 +175,7 @@ class KernelStep:
             keys,
             values,
             self._segments,
-            scale=heads.size**-0.5 if scores.scale is None else scores.scale,
+            scale=heads.scale,
             window=scores.window,
             softcap=scores.softcap,
             sinks=scores.sinks,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rbee_worker.kernels.arguments import StoredMatrix, StoredWeights
 from rbee_worker.kernels.formats import FLOAT_FORMATS, Format
+from rbee_worker.kernels.layer import LinearPart
 from rbee_worker.kernels.library import Kernels
 from rbee_worker.kernels.quantize import quantize
 
@@ -20,20 +21,19 @@ class StoredLinear:
     """One or more matrices of one width, their outputs side by side; float32 activations.
 
     Attributes:
-        nbytes: bytes of the weights and the bias.
+        part: weights and bias; ``nbytes``: their bytes.
     """
 
-    __slots__ = ("_bias", "_kernels", "_weights", "nbytes")
+    __slots__ = ("_kernels", "nbytes", "part")
 
     def __init__(self, kernels: Kernels, matrices: Sequence[StoredMatrix], bias: Tensor | None) -> None:
         """``bias``: [outputs], of any floating dtype."""
         self._kernels = kernels
-        self._weights = StoredWeights(matrices)
-        self._bias = bias.float() if bias is not None else None
-        self.nbytes = self._weights.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        self.part = LinearPart(StoredWeights(matrices), None if bias is None else bias.float())
+        self.nbytes = self.part.weights.nbytes + (self.part.bias.nbytes if self.part.bias is not None else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self._weights, self._bias)
+        return self._kernels.linear(x, self.part.weights, self.part.bias)
 
 
 class StoredTable:
