@@ -1,5 +1,6 @@
 """Weights quantized, as they are loaded, to the blocks that the worker's own kernels multiply by."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,34 @@ def test_what_blocks_cannot_hold_names_the_tensor(value: float, error: Any, tmp_
     if error is None:
         assert "hold 65504 at most" in raised.value.message
         assert raised.value.advice() == "Use quantize=none dtype=bfloat16."
+
+
+@pytest.mark.parametrize("matrix", ["gate_up_proj", "down_proj"])
+def test_so_does_what_they_cannot_hold_of_experts_in_one_tensor(matrix: str, tmp_path: Path) -> None:
+    path, name = save(CASES["GptOss"], tmp_path / "model"), f"model.layers.1.mlp.experts.{matrix}"
+    tensors = load_file(path / "model.safetensors")
+    tensors = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+    tensors[name][-1, -1, -1] = -7e4
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ModelUnsupported, match=f"tensor '{name}' holds -7") as raised:
+        report_of(path, quantize="int4")
+    assert "hold 65504 at most" in raised.value.message
+
+
+def test_so_does_what_they_cannot_hold_of_experts_in_mxfp4(tmp_path: Path) -> None:
+    path, wrong = save(CASES["GptOss"], tmp_path / "model"), "model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.full((experts, outputs, inputs // 32, 16), 2, dtype=torch.uint8)  # ones
+        tensors[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 127, dtype=torch.uint8)
+    tensors[f"{wrong}_scales"][-1, 0, 0] = 127 + 17
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(ModelUnsupported, match=f"tensor '{wrong}_scales' holds 131072") as raised:
+        report_of(path, quantize="int4")
+    assert "hold 65504 at most" in raised.value.message
 
 
 def test_pieces_of_a_matrix_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

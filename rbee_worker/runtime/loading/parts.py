@@ -208,20 +208,22 @@ class PartBuilder:
             end = min(begin + step, rows)
             values = self._staged(end - begin, columns)
             self._read(rows_of(info, begin, end), values, self._held)
-            lowest, highest = (float(bound) for bound in values.aminmax())
-            if max(-lowest, highest) > largest_weight(blocks):
-                raise ModelUnsupported(
-                    f"{info.file.name}: tensor {quoted(info.name)} holds {max(lowest, highest, key=abs):g}. "
-                    f"Blocks of {blocks.name} have scales in float16 and hold {largest_weight(blocks):g} at most.",
-                    remedies=[Remedy({"quantize": "none", "dtype": "bfloat16"})],
-                )
+            _check_size(info, values, blocks)
             quantize(values, blocks, data[begin:end])
 
     def _stacked(self, tensors: dict[str, TensorInfo], number: int) -> dict[str, Linear]:
-        """An expert's linear layers, from tensors that hold all experts'."""
+        """An expert's linear layers, from tensors that hold all experts'.
+
+        Raises:
+            ModelUnsupported: a weight is too large for the scales of the blocks that it is quantized to.
+        """
         made = {}
         for role in MLP_LINEARS:
             weight, bias = read_expert(tensors, role, number, self._read, device=self._device, held=self._held)
+            blocks = self._form.blocks_of("", weight.shape[1])
+            if blocks is not None:
+                info = tensors.get(f"experts.{role}")
+                _check_size(tensors[f"experts.{role}_scales"] if info is None else info, weight, blocks)
             made[role] = make_linear(weight, bias.to(self._form.activation_dtype), self._form)
         return made
 
@@ -304,3 +306,18 @@ def empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes: {error.strerror}") from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _check_size(info: TensorInfo, values: Tensor, blocks: Format) -> None:
+    """Refuse weights that the scales of the blocks they are quantized to cannot hold.
+
+    Raises:
+        ModelUnsupported: a weight is too large.
+    """
+    lowest, highest = (float(bound) for bound in values.aminmax())
+    if max(-lowest, highest) > largest_weight(blocks):
+        raise ModelUnsupported(
+            f"{info.file.name}: tensor {quoted(info.name)} holds {max(lowest, highest, key=abs):g}. "
+            f"Blocks of {blocks.name} have scales in float16 and hold {largest_weight(blocks):g} at most.",
+            remedies=[Remedy({"quantize": "none", "dtype": "bfloat16"})],
+        )
