@@ -12,11 +12,11 @@ from uuid import uuid4
 import httpx
 from httpx_sse import EventSource, SSEError
 
-from rbee_worker import errors
 from rbee_worker.address import parse_base_url
 from rbee_worker.config import GenerationRequest, GrammarKind
-from rbee_worker.errors import InferenceError, ModelNotLoaded, RbeeError, RequestRefused, WorkerUnreachable
-from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent, from_dict
+from rbee_worker.errors import WorkerUnreachable, error_of
+from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent
+from rbee_worker.wire import DONE, event_in, refusal_in
 
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 90.0
@@ -147,7 +147,7 @@ class WorkerClient:
                 response.read()
                 self._refused(response)
             for frame in EventSource(response).iter_sse():
-                if frame.data == "[DONE]":
+                if frame.data == DONE:
                     return
                 event = self._event(frame.data)
                 terminal = terminal or event.terminal
@@ -159,8 +159,8 @@ class WorkerClient:
 
     def _event(self, data: str) -> Event:
         try:
-            return from_dict(json.loads(data))
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            return event_in(data)
+        except ValueError as error:
             raise self._unintelligible(str(error)) from None
 
     @contextmanager
@@ -240,28 +240,13 @@ def _grammar_field(kind: GrammarKind, text: str) -> dict[str, Any]:
     return {"regex" if kind == "regex" else "grammar": text}
 
 
-def error_of(
-    code: str, message: str, *, status: int | None = None, hint: str | None = None, retry_after: int | None = None
-) -> RbeeError:
-    """The error of ``rbee_worker.errors`` with this code; for an unknown code, the one with this HTTP status."""
-    tree = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RbeeError)]
-    named = [kind for kind in tree if kind.code == code.upper() and "code" in vars(kind)]
-    if code == InferenceError.code and status == ModelNotLoaded.http_status:
-        named = [ModelNotLoaded]
-    by_status = [kind for kind in RequestRefused.__subclasses__() if kind.http_status == status]
-    kind: type[RbeeError] = [*named, *by_status, RbeeError][0]
-    error = kind(message, hint=hint)
-    error.retry_after = retry_after
-    return error
-
-
 def _error_in(response: httpx.Response) -> tuple[str, str, str | None] | None:
     """The code, message and hint in the body of an error: an SSE stream or JSON. None: the body is not a worker's."""
     try:
         if response.headers.get("Content-Type", "").startswith("text/event-stream"):
-            event = from_dict(json.loads(next(iter(EventSource(response).iter_sse())).data))
+            event = event_in(next(iter(EventSource(response).iter_sse())).data)
             return (event.code, event.message, None) if isinstance(event, InferenceFailed | LoadFailed) else None
-        error = response.json()["error"]
-        return str(error.get("code") or ""), str(error["message"]), error.get("hint")
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        answer = response.json()
+        return refusal_in(answer) if isinstance(answer, dict) else None
+    except (ValueError, RecursionError, StopIteration):
         return None

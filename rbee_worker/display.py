@@ -259,7 +259,15 @@ class TokenPrinter:
         self._out.flush()
 
 
-def loading_sink(*, json: bool, quiet: bool, report: bool, out: TextIO, err: TextIO) -> EventSink:
+def loading_sink(
+    *,
+    json: bool,
+    quiet: bool,
+    report: bool,
+    out: TextIO,
+    err: TextIO,
+    clock: Callable[[], float] = time.monotonic,
+) -> EventSink:
     """The sink for a load.
 
     Args:
@@ -268,16 +276,17 @@ def loading_sink(*, json: bool, quiet: bool, report: bool, out: TextIO, err: Tex
         report: show the load report at the end, but not with ``json``.
         out: for events.
         err: for bars if it is a terminal, else for lines.
+        clock: gives the seconds by which there is at most one line a second.
     """
     if json:
         return JsonLines(out)
     if quiet:
         return Silent()
-    if not err.isatty():
-        return PlainProgress(err, report=report)
     console = Console(file=err)
     # Bars need a terminal that can move its cursor. TERM=dumb says that it cannot.
-    return PlainProgress(err, report=report) if console.is_dumb_terminal else LoadProgress(console, report=report)
+    if not err.isatty() or console.is_dumb_terminal:
+        return PlainProgress(err, report=report, clock=clock)
+    return LoadProgress(console, report=report)
 
 
 def describe(event: LoadingEvent) -> str:

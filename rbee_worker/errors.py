@@ -310,3 +310,18 @@ class Unavailable(RequestRefused):
 
     code = "UNAVAILABLE"
     http_status = 503
+
+
+def error_of(
+    code: str, message: str, *, status: int | None = None, hint: str | None = None, retry_after: int | None = None
+) -> RbeeError:
+    """The error with this code; for an unknown code, the one with this HTTP status."""
+    tree = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, RbeeError)]
+    named = [kind for kind in tree if kind.code == code.upper() and "code" in vars(kind)]
+    if code == InferenceError.code and status == ModelNotLoaded.http_status:
+        named = [ModelNotLoaded]
+    by_status = [kind for kind in RequestRefused.__subclasses__() if kind.http_status == status]
+    kind: type[RbeeError] = [*named, *by_status, RbeeError][0]
+    error = kind(message, hint=hint)
+    error.retry_after = retry_after
+    return error

@@ -27,6 +27,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from rbee_worker.escape import one_line, quoted
+from rbee_worker.shapes import from_json
+
 StopReason = Literal["max_tokens", "eos", "stop_sequence", "cancelled", "context_full"]
 
 
@@ -337,32 +340,29 @@ def to_json(event: Event) -> str:
     return json.dumps(to_dict(event), ensure_ascii=False, separators=(",", ":"))
 
 
+class UnknownEvent(ValueError):
+    """The object is no event of this version: a newer worker's, or something else."""
+
+
 def from_dict(data: Mapping[str, Any]) -> Event:
     """The event that a JSON object describes. Unknown keys are ignored, because newer workers may send more.
 
     Raises:
-        ValueError: the object is not an event, or lacks a field.
+        UnknownEvent: it has neither a known ``stage`` nor a known ``event``.
+        ValueError: the event lacks a field, or a field is of another type.
     """
-    cls: type[Event] | None = _STAGES.get(str(data.get("stage"))) or _EVENTS.get(str(data.get("event")))
+    stage, event = data.get("stage"), data.get("event")
+    cls: type[Event] | None = _STAGES.get(stage) if isinstance(stage, str) else None
+    if cls is None and isinstance(event, str):
+        cls = _EVENTS.get(event)
     if cls is None:
-        raise ValueError(f"not an event: neither a known 'stage' nor a known 'event' in {sorted(data)}")
-    values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        raise UnknownEvent(f"not an event: neither a known 'stage' nor a known 'event' in {quoted(sorted(data))}")
     try:
-        if cls is Ready and isinstance(report := values.get("report"), Mapping):
-            values["report"] = LoadReport(**{f.name: report[f.name] for f in fields(LoadReport) if f.name in report})
-        if values.get("logprobs") is not None:
-            values["logprobs"] = tuple(map(_logprob, values["logprobs"]))
-        return cls(**values)
-    except (TypeError, KeyError) as error:
+        return from_json(cls, data)
+    except TypeError as error:
         raise ValueError(f"incomplete {cls.__name__} event: {error}") from None
-
-
-def _logprob(data: Mapping[str, Any]) -> TokenLogprob:
-    """The inverse of :func:`_plain` for one token."""
-    top = tuple(map(_logprob, data.get("top", ())))
-    return TokenLogprob(
-        id=data["id"], token=data["token"], bytes=tuple(data["bytes"]), logprob=data["logprob"], top=top
-    )
+    except ValueError as error:
+        raise ValueError(f"malformed {cls.__name__} event: {one_line(str(error))}") from None
 
 
 def _plain(value: Any) -> Any:

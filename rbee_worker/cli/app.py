@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rbee_worker import __version__
-from rbee_worker.cli import convert, generate, inspect, load, serve
+from rbee_worker.cli import convert, draw, generate, inspect, load, serve
 from rbee_worker.cli.bench import decode as bench_decode
 from rbee_worker.cli.bench import load as bench_load
 from rbee_worker.cli.bench import serve as bench_serve
@@ -39,6 +39,7 @@ def root(
 app.command()(reported(load.load))
 app.command()(reported(generate.generate))
 app.command()(reported(serve.serve))
+app.command()(reported(draw.draw))
 app.command()(reported(inspect.inspect))
 app.command()(reported(convert.convert))
 app.command()(reported(inspect.devices))

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from rbee_worker import errors
-from rbee_worker.client import WorkerClient, error_of, inference_body
+from rbee_worker.client import WorkerClient, inference_body
 from rbee_worker.config import GenerationRequest, GrammarSpec, Message, SamplingParams
 from rbee_worker.errors import (
     Conflict,
@@ -28,6 +28,7 @@ from rbee_worker.errors import (
     Unauthorized,
     Unavailable,
     WorkerUnreachable,
+    error_of,
 )
 from rbee_worker.events import Event, InferenceFailed, LoadFailed, Started
 from rbee_worker.server.native.bodies import InferenceBody

@@ -68,7 +68,16 @@ def complete(*words: str) -> list[str]:
 
 
 def test_commands_complete():
-    assert complete("rbee-worker", "") == ["load", "generate", "serve", "inspect", "convert", "devices", "bench"]
+    assert complete("rbee-worker", "") == [
+        "load",
+        "generate",
+        "serve",
+        "draw",
+        "inspect",
+        "convert",
+        "devices",
+        "bench",
+    ]
     assert complete("rbee-worker", "bench", "") == ["load", "decode", "serve"]
     assert complete("rbee-worker", "gen") == ["generate"]
 

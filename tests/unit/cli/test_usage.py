@@ -29,7 +29,7 @@ def test_version_and_help_import_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["load", "generate", "serve", "inspect", "convert", "devices", "bench load", "bench decode", "bench serve"],
+    ["load", "generate", "serve", "draw", "inspect", "convert", "devices", "bench load", "bench decode", "bench serve"],
 )
 def test_help_has_a_purpose_and_an_example(command: str):
     result = run(*command.split(), "--help", env={"TERMINAL_WIDTH": "100"})
