@@ -3,7 +3,7 @@
 # make test-all the slow suites too
 # make test-avx2 everything that CI runs, with AVX-512 hidden from torch
 # make coverage run the tests of make test once and list the lines and branches that none of them reached
-# make docs     regenerate completions/, docs/cli.md, docs/files.md and tables of docs/models.md, http-api.md and openai.md
+# make docs     regenerate completions/, docs/cli.md, docs/files.md, docs/events.schema.json and tables of other pages
 # make wheel    build a wheel with the CPU kernels in dist/, and check what is in it
 # make snapshots  write tests/snapshots anew: what users rely on
 # make clean    remove the environment and the prepared model
@@ -82,6 +82,7 @@ docs: $(READY)
 	$(BIN)/python -m rbee_worker.cli.reference
 	$(BIN)/python -m tests.files
 	$(BIN)/python -m tests.fields
+	$(BIN)/python -m tests.event_schema
 	$(BIN)/python -m tests.reference.families
 
 wheel: $(READY)

@@ -111,6 +111,17 @@ class WorkerClient:
             self._refused(response)
         return True
 
+    def history(self) -> list[Mapping[str, Any]]:
+        """What the worker's last loads came to, newest first: the objects of ``GET /v1/loading/history``."""
+        with self._reaching():
+            response = self._http.get("/v1/loading/history")
+        if not response.is_success:
+            self._refused(response)
+        try:
+            return [dict(load) for load in response.json()["loads"]]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise self._unintelligible("no history of loads") from None
+
     def generate(self, request: GenerationRequest) -> Iterator[InferenceEvent]:
         """The events of one job. Closing the iterator, or an interrupt inside it, cancels the job at the worker.
 

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import cast
 
 from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig, Quantization
@@ -19,6 +20,7 @@ from rbee_worker.runtime.machine.devices import MIB
 from rbee_worker.worker.broadcast import LoadingBroadcast
 from rbee_worker.worker.claim import Claim
 from rbee_worker.worker.engine_thread import EngineThread
+from rbee_worker.worker.history import LoadHistory, PastLoad
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Loads:
         broadcast: the latest load's events; None before the first and after an unload.
         error: why the latest load failed; None after one that did not.
         outcomes: how many loads have ended with ``ready``, ``error`` and ``cancelled``.
+        history: the last of them.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Loads:
         self.broadcast: LoadingBroadcast | None = None
         self.error: RbeeError | None = None
         self.outcomes: Counter[str] = Counter()
+        self.history = LoadHistory()
         self._config = config
         self._engine = engine
         self._on_loop = on_loop
@@ -118,7 +122,9 @@ class Loads:
             self.error = None
             self.broadcast = broadcast = LoadingBroadcast()
             # The context carries the request's correlation id into the load's log lines.
-            run = functools.partial(contextvars.copy_context().run, self._run, loading, broadcast)
+            run = functools.partial(
+                contextvars.copy_context().run, self._run, model or DEFAULT_MODEL, loading, broadcast
+            )
             thread = threading.Thread(target=run, name="loader", daemon=True)
             thread.start()
             self._thread = thread
@@ -160,7 +166,8 @@ class Loads:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _run(self, loading: Loading, broadcast: LoadingBroadcast) -> None:
+    def _run(self, model: str, loading: Loading, broadcast: LoadingBroadcast) -> None:
+        began = datetime.now(UTC)
         event: LoadingEvent = Resolving(seq=-1, elapsed_seconds=0.0, model="")
         try:
             for event in loading:
@@ -174,6 +181,7 @@ class Loads:
         if not isinstance(end, LoadFailed):
             logger.info("loading ended: %s after %.1f s", end.stage, end.elapsed_seconds)
         self._claim.release()
+        self._on_loop(self.history.add, PastLoad(model, began, end))
         self._on_loop(broadcast.publish, end)
 
     def _failed(self, error: BaseException, last: LoadingEvent) -> LoadingEvent:

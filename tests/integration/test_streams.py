@@ -152,7 +152,13 @@ def test_a_cancelled_load(gguf_path: Path) -> None:
         answer = httpx.post(f"{worker.url}/v1/loading", json={})
         assert (answer.status_code, answer.json()["progress_url"]) == (202, PROGRESS)
         assert httpx.post(f"{worker.url}/v1/loading", json={}).status_code == 409
-        assert worker.events()[-1]["stage"] == "ready"
+        ready = worker.events()[-1]
+        assert ready["stage"] == "ready"
+        newest, oldest = httpx.get(f"{worker.url}/v1/loading/history").json()["loads"]
+        assert newest["report"] == ready["report"]
+        assert (newest["outcome"], newest["elapsed_seconds"]) == ("ready", ready["elapsed_seconds"])
+        assert (oldest["outcome"], oldest["code"]) == ("cancelled", "CANCELLED")
+        assert oldest["vram_mb_freed"] == events[-1]["vram_mb_freed"]
 
 
 def test_a_bad_model(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ class _Exchanges:
         self.ask("load", "POST", "/v1/loading", {})
         self._wait_for_the_load()
         self.ask("progress-ready", "GET", "/v1/loading/progress")
+        self.ask("history", "GET", "/v1/loading/history")
 
     def of_the_worker(self) -> None:
         for name, path in (

@@ -260,6 +260,18 @@ def test_every_code_names_its_class(kind: type[RbeeError]):
     assert type(error_of(kind.code, "m")) is kind
 
 
+def test_the_history_of_loads(worker: FakeWorker, client: WorkerClient):
+    loads = [{"model": "m", "outcome": "ready", "new": 1}]
+    worker.answers["GET /v1/loading/history"] = answer(200, {"loads": loads})
+    assert client.history() == loads
+    worker.answers["GET /v1/loading/history"] = refused(401, "UNAUTHORIZED", "no key")
+    with pytest.raises(Unauthorized):
+        client.history()
+    for odd in ({}, [], {"loads": 1}, {"loads": ["x"]}, "text"):
+        worker.answers["GET /v1/loading/history"] = answer(200, odd)
+        assert_unreachable(worker, client.history, "no history of loads")
+
+
 # -- what goes wrong on the way
 
 

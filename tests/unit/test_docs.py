@@ -23,7 +23,7 @@ from rbee_worker.runtime.loading import reader
 from rbee_worker.runtime.machine.storage import LOCAL_READERS
 from rbee_worker.server.http.operation import routes
 from rbee_worker.server.native.bodies import InferenceBody, LoadingBody
-from rbee_worker.server.native.routes import AllowedModels, Native
+from rbee_worker.server.native.routes import AllowedModels, EndedLoad, Native
 from rbee_worker.server.openai import OpenAI
 from rbee_worker.server.openai.bodies import OpenAIBody
 from rbee_worker.server.openai.chat.body import ChatBody
@@ -144,6 +144,12 @@ def test_the_common_fields_and_the_report_are_described():
     assert rows(section(page, "Fields of every loading event")).keys() == COMMON
     report = {field.name for field in dataclasses.fields(LoadReport)}
     assert rows(section(page, "The load report")).keys() == report
+
+
+def test_the_table_of_ended_loads_is_the_shape():
+    assert (
+        rows(section(read("docs/http-api.md"), "`GET /v1/loading/history`")).keys() == EndedLoad.__annotations__.keys()
+    )
 
 
 OPENAI_TABLES = {

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, cast
 
 import anyio.to_thread
 from pydantic import Field
@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from rbee_worker import __version__
 from rbee_worker.config import DEFAULT_MODEL, ServerConfig
 from rbee_worker.errors import (
+    Cancelled,
     Conflict,
     DeviceUnavailable,
     FieldError,
@@ -25,7 +26,7 @@ from rbee_worker.errors import (
     NotFound,
     Unavailable,
 )
-from rbee_worker.events import InferenceEvent, LoadingEvent
+from rbee_worker.events import InferenceEvent, LoadCancelled, LoadFailed, LoadingEvent, LoadReport, Ready
 from rbee_worker.runtime.machine.devices import DeviceInfo, list_devices
 from rbee_worker.server.http.access import client_of
 from rbee_worker.server.http.envelope import ALWAYS, INFERENCE_PATH, Json, inference_failed, off_loop, read_object
@@ -36,12 +37,14 @@ from rbee_worker.server.observe.metrics import CONTENT_TYPE, WorkerMetrics
 from rbee_worker.server.sse import EventStream
 from rbee_worker.server.streams import Streams
 from rbee_worker.server.words import in_words
+from rbee_worker.worker.history import KEPT_LOADS, PastLoad
 from rbee_worker.worker.worker import State, Worker
 
 PROGRESS_PATH = "/v1/loading/progress"
 
 _DEAD = "The engine's thread has died; the log says why. Restart the worker."
 
+Outcome = Literal["ready", "error", "cancelled"]
 ProgressUrl = Annotated[str, Field(description="Where its events are.")]
 VramBytes = Annotated[int, Field(description="Memory of the weights, those of a load under way included.")]
 
@@ -60,6 +63,25 @@ class CancelAccepted(TypedDict):
     """The load is being cancelled."""
 
     progress_url: ProgressUrl
+
+
+class EndedLoad(TypedDict):
+    """What a load came to."""
+
+    model: Annotated[str, Field(description="The model that was asked for, as it was named.")]
+    started_at: Annotated[str, Field(description="UTC, RFC 3339 with milliseconds.")]
+    outcome: Outcome
+    elapsed_seconds: Annotated[float, Field(description="From its beginning to its end.")]
+    report: NotRequired[Annotated[LoadReport, Field(description="What `ready` carried.")]]
+    code: NotRequired[Annotated[str, Field(description="The code of the error; `CANCELLED` where it was cancelled.")]]
+    message: NotRequired[Annotated[str, Field(description="Why the load failed.")]]
+    vram_mb_freed: NotRequired[Annotated[int, Field(description="MiB of weights that a cancelled load gave back.")]]
+
+
+class LoadingHistory(TypedDict):
+    """The last loads that have ended."""
+
+    loads: Annotated[list[EndedLoad], Field(description=f"The newest first, {KEPT_LOADS} at most.")]
 
 
 class Unloaded(TypedDict):
@@ -278,6 +300,14 @@ class Native:
             raise NotFound("Nothing is being loaded.")
         return Json({"progress_url": PROGRESS_PATH}, 202)
 
+    @Operation("GET", "/v1/loading/history", tag="loading")
+    async def history(self, _request: Request) -> Json[LoadingHistory]:
+        """What the last loads came to.
+
+        The newest first; those that failed or were cancelled too. The worker keeps them until it ends.
+        """
+        return Json({"loads": [_ended(load) for load in self._worker.loads.history]})
+
     @Operation("POST", "/v1/unload", tag="loading", errors=(Conflict, Unavailable))
     async def unload(self, _request: Request) -> Json[Unloaded]:
         """Free the model's memory.
@@ -396,3 +426,20 @@ class Native:
 
     def _serves(self) -> bool:
         return self._worker.serves
+
+
+def _ended(load: PastLoad) -> EndedLoad:
+    end = load.end
+    answer: EndedLoad = {
+        "model": load.model,
+        "started_at": load.started_at,
+        "outcome": cast("Outcome", end.stage),
+        "elapsed_seconds": end.elapsed_seconds,
+    }
+    if isinstance(end, Ready):
+        answer["report"] = end.report
+    elif isinstance(end, LoadFailed):
+        answer["code"], answer["message"] = end.code, end.message
+    elif isinstance(end, LoadCancelled):
+        answer["code"], answer["vram_mb_freed"] = Cancelled.code, end.vram_mb_freed
+    return answer

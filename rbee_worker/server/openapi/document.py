@@ -95,8 +95,8 @@ def _component_schemas(served: Iterable[tuple[str, Route]]) -> dict[str, Schema]
     parts = (event_schemas(), record_schemas(sent), body_schemas(sorted(bodies, key=lambda body: body.__name__)))
     schemas: dict[str, Schema] = {}
     for part in parts:
-        if shared := schemas.keys() & part.keys():
-            raise ValueError(f"two schemas are called {', '.join(sorted(shared))}")
+        if shared := [name for name in sorted(schemas.keys() & part.keys()) if schemas[name] != part[name]]:
+            raise ValueError(f"two schemas are called {', '.join(shared)}")
         schemas |= part
     return dict(sorted(schemas.items()))
 

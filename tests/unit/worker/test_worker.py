@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 import threading
 import time
 import weakref
@@ -42,6 +43,7 @@ from rbee_worker.runtime.loading.load import LoadedModel
 from rbee_worker.runtime.loading.plan import LoadPlan, plan_local
 from rbee_worker.runtime.source import ModelSource
 from rbee_worker.worker.engine_thread import EngineThread
+from rbee_worker.worker.history import KEPT_LOADS
 from rbee_worker.worker.worker import Job, Worker
 from tests.tiny import CONFIG, write_tiny_model
 
@@ -287,6 +289,24 @@ def test_a_failed_load_is_told_and_the_resident_model_goes_on(tiny: str, tmp_pat
         assert isinstance(events[-1], LoadFailed)
         assert worker.state == "ready"
         assert end_of(await events_of(worker.submit(request()).events())).tokens_out == 10
+
+    with_worker(body)
+
+
+def test_the_last_loads_are_kept_newest_first_and_no_more(tiny: str, tmp_path: Path) -> None:
+    async def body(worker: Worker) -> None:
+        assert list(worker.loads.history) == []
+        events = await load(worker, tiny)
+        # Who has seen the end finds it in the history.
+        [kept] = worker.loads.history
+        assert (kept.model, kept.end) == (tiny, events[-1])
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", kept.started_at)
+        for number in range(KEPT_LOADS):
+            await load(worker, str(tmp_path / f"missing-{number}"))
+        await unload(worker)
+        kept_now = list(worker.loads.history)
+        assert [Path(past.model).name for past in kept_now] == [f"missing-{n}" for n in reversed(range(KEPT_LOADS))]
+        assert {past.end.stage for past in kept_now} == {"error"}
 
     with_worker(body)
 
