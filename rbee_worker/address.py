@@ -1,11 +1,15 @@
 """Reads ``--addr``: a worker's address, to bind or to reach."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from rbee_worker.errors import InvalidRequest
 
 MAX_PORT = 65535
+
+DIRECT: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+"""For clients of HTTP: a proxy set in the environment is not used for addresses of this machine."""
 
 
 class HostPort(NamedTuple):

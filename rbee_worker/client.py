@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx
 from httpx_sse import EventSource, SSEError
 
-from rbee_worker.address import parse_base_url
+from rbee_worker.address import DIRECT, parse_base_url
 from rbee_worker.config import GenerationRequest, GrammarKind
 from rbee_worker.errors import WorkerUnreachable, error_of
 from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent
@@ -25,8 +25,6 @@ CANCEL_SECONDS = 5.0
 
 PROGRESS = "/v1/loading/progress"
 _RUNNING = "Is `rbee-worker serve` running there?"
-_DIRECT: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
-"""A proxy set in the environment is not used for addresses of this machine."""
 
 
 class WorkerClient:
@@ -51,7 +49,7 @@ class WorkerClient:
         self._silence = silence_seconds
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(silence_seconds, connect=CONNECT_SECONDS)
-        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, mounts=_DIRECT)
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, mounts=DIRECT)
 
     def __enter__(self) -> Self:
         return self

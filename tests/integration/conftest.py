@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import json
 import os
 import re
 import signal
@@ -21,6 +20,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from rbee_worker.conformance.frames import check_body
+from rbee_worker.conformance.order import failures
 from tests.tiny import CHAT_TEMPLATE, write_tiny_model
 
 from .forking import Forked, ForkServer
@@ -267,24 +268,7 @@ class RawConnection:
 
 
 def events_of(body: str | bytes) -> list[dict[str, Any]]:
-    """The events of an SSE body, which must be well-formed to the byte: see CONTRACT in docs/events.md."""
-    data = body.encode() if isinstance(body, str) else body
-    assert b"\r" not in data
-    assert data.endswith(b"data: [DONE]\n\n")
-    assert data.count(b"[DONE]") == 1
-    frames = data.removesuffix(b"\n\n").split(b"\n\n")
-    events = []
-    for frame in frames[:-1]:
-        assert b"\n" not in frame, frame
-        if frame == b": keep-alive":
-            continue
-        assert frame.startswith(b"data: "), frame
-        events.append(json.loads(frame.removeprefix(b"data: ")))
-    assert sum(is_terminal(event) for event in events) == 1
-    assert is_terminal(events[-1])
-    return events
-
-
-def is_terminal(event: dict[str, Any]) -> bool:
-    """Whether nothing but ``[DONE]`` may follow."""
-    return event.get("stage") in {"ready", "error", "cancelled"} or event.get("event") in {"end", "error"}
+    """The events of an SSE body, which must keep the contract to the byte."""
+    events, findings = check_body(body.encode() if isinstance(body, str) else body)
+    assert failures(findings) == []
+    return [dict(event) for event in events]

@@ -130,7 +130,6 @@ def test_a_load_is_watched_from_the_first_moment(gguf_path: Path) -> None:
         leaver.close()
         events = worker.events()
         layers = [event["layers_loaded"] for event in events if event["stage"] == "loading_to_vram"]
-        assert layers == sorted(layers)
         assert layers[-1] == 30
         assert len(set(layers)) > 5
         assert [event["stage"] for event in events][-2:] == ["warming_up", "ready"]

@@ -34,7 +34,7 @@ def layers(seq: int, loaded: int, *, device: str = "cpu", at: float = 0.0) -> Lo
     )
 
 
-READY = Ready(seq=40, elapsed_seconds=3.75, report=REPORT)
+READY = Ready(seq=33, elapsed_seconds=3.75, report=REPORT)
 LOAD: list[Event] = [
     Resolving(model="tiny", seq=0, elapsed_seconds=0.0),
     *(layers(n + 1, n, at=n / 10) for n in range(31)),

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from rbee_worker.cancellation import Cancellation
 from rbee_worker.config import EngineConfig
+from rbee_worker.conformance.order import faults_in
 from rbee_worker.errors import ModelMalformed
-from rbee_worker.events import LoadCancelled, LoadingEvent, Ready, Stalled
+from rbee_worker.events import LoadCancelled, LoadingEvent, Ready, Stalled, to_dict
 from rbee_worker.runtime.architecture.table import LLAMA, parse_config
 from rbee_worker.runtime.engine.engine import Engine
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
@@ -304,7 +305,8 @@ def test_a_stall_is_told_again_and_again_and_loading_goes_on(
     assert seconds == sorted(set(seconds))
     assert seconds[0] >= 0.2
     assert isinstance(events[-1], Ready)
-    assert [event.seq for event in events] == list(range(len(events)))
+    assert faults_in(map(to_dict, events)) == []
+    assert events[0].seq == 0
 
 
 def test_a_stalled_load_is_cancelled_at_once(path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
