@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from tests.picture import PICTURE, draw
+from tests.picture import PICTURE, RECORDING, draw, record
 from tests.tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return draw(str(write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")))
+    return draw(record(str(write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))))
 
 
 def words(svg: str) -> str:
@@ -32,7 +32,11 @@ def test_a_load_is_drawn(drawn: tuple[str, str]) -> None:
 def test_the_kept_picture_has_the_rows_of_today(drawn: tuple[str, str]) -> None:
     kept = rows(PICTURE.read_text("utf-8"))
     assert len(kept) > 5
-    assert rows(drawn[1]) == kept, "run python -m tests.picture"
+    assert rows(drawn[1]) == kept, "run python -m tests.picture models/SmolLM2-135M-Instruct"
+
+
+def test_the_kept_picture_is_what_draw_makes_of_the_kept_recording() -> None:
+    assert words(draw(RECORDING.read_bytes())[1]) == words(PICTURE.read_text("utf-8")), "run python -m tests.picture"
 
 
 def test_the_kept_picture_needs_no_other_host() -> None:
