@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from rbee_worker.config import DTypeName
 from rbee_worker.errors import Conflict, InvalidRequest, ModelMalformed, ModelUnsupported, RbeeError, Remedy, sentence
 from rbee_worker.escape import one_line, quoted
+from rbee_worker.runtime.files import open_unbuffered
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, TensorInfo
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
 from rbee_worker.runtime.formats.quantized.options import quantization_section
@@ -362,7 +363,7 @@ def _encoded(info: TensorInfo, dtype: str) -> Iterator[npt.NDArray[Any]]:
 def _stored(info: TensorInfo) -> npt.NDArray[np.uint8]:
     data = np.empty(info.nbytes, dtype=np.uint8)
     try:
-        with info.file.open("rb", buffering=0) as stream:
+        with open_unbuffered(info.file) as stream:
             stream.seek(info.offset)
             position = 0
             while position < info.nbytes and (count := stream.readinto(data.data[position:])):

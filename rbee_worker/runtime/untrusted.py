@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
+from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.escape import one_line, quoted
+from rbee_worker.runtime.files import read_bytes
 
 MAX_JSON_BYTES = 2**25
 """Bytes of a JSON text, such as a safetensors header or an index file. The format allows headers of 100 MB. But an
@@ -123,16 +124,7 @@ def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, An
         ModelNotFound: no such file.
         ModelMalformed: the file cannot be read, is too large, or is not a JSON object.
     """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{path}: no such file.") from error
-    except OSError as error:
-        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if len(data) > limit:
-        raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
-    return parse_json_object(data, what=path.name)
+    return parse_json_object(read_bytes(path, limit=limit), what=path.name)
 
 
 @dataclass(frozen=True, slots=True)

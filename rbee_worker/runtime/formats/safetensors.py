@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import MappingProxyType
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.escape import quoted
+from rbee_worker.runtime.files import open_file
 from rbee_worker.runtime.formats.checkpoint import DTYPE_BYTES, MAX_ELEMENTS, MAX_TENSORS, Checkpoint, TensorInfo
 from rbee_worker.runtime.untrusted import MAX_JSON_BYTES, parse_json_object, read_json_object
 
@@ -77,8 +79,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         ModelUnsupported: a dtype that is not read.
     """
     try:
-        with path.open("rb") as stream:
-            size = path.stat().st_size
+        with open_file(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             header = _read_raw_header(path.name, stream.read(8), size, stream.read)
     except OSError as error:
         raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error

@@ -23,6 +23,7 @@ from rbee_worker.errors import ModelMalformed
 from rbee_worker.escape import quoted
 from rbee_worker.kernels.formats import FORMATS
 from rbee_worker.runtime.architecture.config import ModelConfig
+from rbee_worker.runtime.files import open_unbuffered
 from rbee_worker.runtime.formats.checkpoint import TensorInfo
 from rbee_worker.runtime.formats.finite import all_finite, check_finite
 from rbee_worker.runtime.formats.gguf.model import dequantize, undo_rope_permutation
@@ -56,7 +57,7 @@ class RawFile(Protocol):
 
 def open_raw(path: Path) -> RawFile:
     """Open a file without Python's buffer."""
-    return path.open("rb", buffering=0)
+    return open_unbuffered(path)
 
 
 class Stopped(Exception):

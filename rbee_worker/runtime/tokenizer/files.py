@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from rbee_worker.errors import ModelMalformed, ModelNotFound, sentence
+from rbee_worker.errors import ModelMalformed, sentence
 from rbee_worker.escape import one_line, quoted
 from rbee_worker.panics import Panic, panics_as_errors
+from rbee_worker.runtime.files import read_bytes, read_text
 from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER
 from rbee_worker.runtime.tokenizer.ranks import (
     MERGES_FAMILIES,
@@ -142,38 +143,6 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
                 "templates."
             )
     return {str(name): text for name, text in named.items()}
-
-
-def read_text(path: Path, *, limit: int, hint: str) -> str:
-    """A text file of at most ``limit`` bytes.
-
-    Raises:
-        ModelNotFound: no such file.
-        ModelMalformed: it is unreadable, larger, or not UTF-8.
-    """
-    try:
-        return read_bytes(path, limit=limit, hint=hint).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelMalformed(f"{path.name} is not UTF-8 (byte {error.start}).", hint=hint) from error
-
-
-def read_bytes(path: Path, *, limit: int, hint: str) -> bytes:
-    """A file of at most ``limit`` bytes.
-
-    Raises:
-        ModelNotFound: no such file.
-        ModelMalformed: it is unreadable or larger.
-    """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"{path}: no such file.", hint=hint) from error
-    except OSError as error:
-        raise ModelMalformed(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if len(data) > limit:
-        raise ModelMalformed(f"{path.name} is larger than {limit} bytes, too large for what it should hold.")
-    return data
 
 
 def token_text(value: object) -> str | None:

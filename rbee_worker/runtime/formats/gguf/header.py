@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import io
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.escape import quoted
+from rbee_worker.runtime.files import open_file
 from rbee_worker.runtime.formats.checkpoint import MAX_ELEMENTS, MAX_TENSORS
 
 _MAGIC: Final = b"GGUF"
@@ -89,8 +91,8 @@ def read_header(path: Path) -> GGUFHeader:
         ModelUnsupported: a version, byte order or tensor type that is not read, or one part of a split model.
     """
     try:
-        with path.open("rb") as stream:
-            return _Parser(path, stream, path.stat().st_size).header()
+        with open_file(path) as stream:
+            return _Parser(path, stream, os.fstat(stream.fileno()).st_size).header()
     except FileNotFoundError as error:
         raise ModelNotFound(f"{path}: no such file.") from error
     except OSError as error:

@@ -21,6 +21,7 @@ from gguf.quants import dequantize as ggml_dequantize
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
 from rbee_worker.escape import quoted
+from rbee_worker.runtime.files import open_file
 from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 from rbee_worker.runtime.formats.gguf.families import ARCHITECTURES, ROPE_FACTORS, Architecture
 from rbee_worker.runtime.formats.gguf.header import GGUFHeader, GGUFTensor, read_header, special_token
@@ -352,7 +353,7 @@ class GGUFModel:
             raise self._malformed(
                 f"{tensor.name} is {tensor.type.name} of shape {tensor.shape}; it must be F32 of ({head_dim // 2},)."
             )
-        with self.path.open("rb") as stream:
+        with open_file(self.path) as stream:
             stream.seek(tensor.offset)
             data = stream.read(tensor.nbytes)
         if len(data) != tensor.nbytes:

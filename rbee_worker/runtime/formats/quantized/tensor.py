@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.escape import quoted
+from rbee_worker.runtime.files import open_file
 from rbee_worker.runtime.formats.checkpoint import Checkpoint, TensorInfo
 
 WORD_BITS = 32
@@ -133,7 +134,7 @@ def read_now(info: TensorInfo, *, limit: int) -> bytes:
     if info.nbytes > limit:
         raise ModelMalformed(f"{where} is {info.nbytes} bytes, too many for what it should hold.")
     try:
-        with info.file.open("rb") as stream:
+        with open_file(info.file) as stream:
             stream.seek(info.offset)
             return stream.read(info.nbytes)
     except OSError as error:

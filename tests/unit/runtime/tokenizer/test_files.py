@@ -8,7 +8,7 @@ import pytest
 
 from rbee_worker.errors import ModelMalformed, ModelNotFound, ModelUnsupported
 from rbee_worker.runtime.source import resolve
-from rbee_worker.runtime.tokenizer.files import find_tokenizer, load_tokenizer, read_bytes, read_templates
+from rbee_worker.runtime.tokenizer.files import find_tokenizer, load_tokenizer, read_templates
 from tests.tiny import byte_tokenizer
 from tests.unit.runtime.tokenizer.test_ranks import TOKENS, lines, tekken
 from tests.unit.runtime.tokenizer.test_sentencepiece_model import LETTERS, spec
@@ -111,15 +111,6 @@ def test_a_listed_token_that_its_id_cannot_be_given_to_is_refused(tmp_path: Path
     own = byte_tokenizer().token_to_id("A")
     with pytest.raises(ModelMalformed, match=rf": the token 'A' is listed with id 257, but gets {own}\."):
         load_tokenizer(tmp_path, {}, {"added_tokens_decoder": decoder})
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelMalformed, match=r": cannot be read: Is a directory\."):
-        read_bytes(tmp_path, limit=3, hint="")
-    write(tmp_path, **{"a.model": b"four"})
-    assert read_bytes(tmp_path / "a.model", limit=4, hint="") == b"four"
-    with pytest.raises(ModelMalformed, match=r"^a\.model is larger than 3 bytes, too large for what it should hold"):
-        read_bytes(tmp_path / "a.model", limit=3, hint="")
 
 
 @pytest.mark.parametrize("legacy", [None, True, False])
