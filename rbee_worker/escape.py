@@ -1,14 +1,31 @@
 """Makes text from a file, a library or a client safe to show: it stays on its line and cannot control a terminal."""
 
+import itertools
+
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 300
+_INSIDE = 40
+"""Items of a list in a list that are looked at: with their commas they fill a value."""
 
 
 def quoted(text: object) -> str:
     """Untrusted text for a message: in quotes, control characters escaped, cut at 120 characters."""
-    # The text may be megabytes, so only its beginning goes through repr().
-    shown = repr(text[: _LONGEST_VALUE + 1] if isinstance(text, str | bytes | list | tuple) else text)
+    # It may be megabytes, so only its beginning goes through repr().
+    shown = repr(_beginning(text, _LONGEST_VALUE + 1, 3))
     return shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 3] + "..."
+
+
+def _beginning(value: object, items: int, levels: int) -> object:
+    if isinstance(value, str | bytes):
+        return value[: _LONGEST_VALUE + 1]
+    if isinstance(value, list | tuple | dict) and value and not levels:
+        return ...
+    if isinstance(value, list | tuple):
+        return type(value)([_beginning(item, _INSIDE, levels - 1) for item in value[:items]])
+    if isinstance(value, dict):
+        head = itertools.islice(value.items(), items)
+        return {_beginning(key, 0, 0): _beginning(item, _INSIDE, levels - 1) for key, item in head}
+    return value
 
 
 def printable(text: str) -> str:

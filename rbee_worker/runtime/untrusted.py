@@ -5,7 +5,6 @@ which keys were read. An unread key is refused if it may change what the model c
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,8 +28,12 @@ _MAX_DIGITS = 100
 
 _DOWNLOAD_AGAIN: Final = "Download the file again."
 
-_MAX_DIMENSION = 2**24
+MAX_DIMENSION = 2**24
 """Largest size in a config. No model comes near. A larger number is damage, and is refused before memory is taken."""
+
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Bounds of the numbers in a config that are not whole. Products of a few of them are still numbers; so is each of them
+in 32 bits."""
 
 MAX_COUNT = 4096
 """The same for the number of layers or experts."""
@@ -145,7 +148,7 @@ class ConfigReader:
         """Whether there is a value other than null. The key counts as read."""
         return self._get(key, None) is not None
 
-    def integer(self, key: str, default: int | None = None, *, most: int = _MAX_DIMENSION) -> int:
+    def integer(self, key: str, default: int | None = None, *, most: int = MAX_DIMENSION) -> int:
         """A positive integer, at most ``most``.
 
         Raises:
@@ -153,28 +156,32 @@ class ConfigReader:
         """
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a positive integer.")
+            raise ModelMalformed(
+                f"{self.file}: {key} is {quoted(value)}; it must be a positive integer of at most {most}."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite positive number. Raises as :meth:`integer` does."""
+        """A positive number between 1e-30 and 1e30. Raises as :meth:`integer` does."""
         value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a positive number.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
+            raise ModelMalformed(
+                f"{self.file}: {key} is {quoted(value)}; it must be a positive number from {_SMALLEST} to {_LARGEST}."
+            )
         return float(value)
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """True or false. Raises as :meth:`integer` does."""
         value = self._required(key, default)
         if not isinstance(value, bool):
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be true or false.")
+            raise ModelMalformed(f"{self.file}: {key} is {quoted(value)}; it must be true or false.")
         return value
 
     def text(self, key: str, default: str) -> str:
         """A string. Raises as :meth:`integer` does."""
         value = self._required(key, default)
         if not isinstance(value, str):
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a string.")
+            raise ModelMalformed(f"{self.file}: {key} is {quoted(value)}; it must be a string.")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -195,7 +202,7 @@ class ConfigReader:
         value = self._required(key, None)
         if not isinstance(value, list) or (count is not None and len(value) != count):
             length = "" if count is None else f" of {count} values"
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be a list{length}.")
+            raise ModelMalformed(f"{self.file}: {key} is {quoted(value)}; it must be a list{length}.")
         return value
 
     def section(self, key: str) -> "ConfigReader | None":
@@ -208,7 +215,7 @@ class ConfigReader:
         if not value:
             return None
         if not isinstance(value, Mapping):
-            raise ModelMalformed(f"{self.file}: {key} is {value!r:.80}; it must be an object.")
+            raise ModelMalformed(f"{self.file}: {key} is {quoted(value)}; it must be an object.")
         return ConfigReader(value, self.file)
 
     def refuse_unread(self, family: str) -> None:
@@ -221,7 +228,7 @@ class ConfigReader:
             if key in self.read or key in HARMLESS or _is_off(key, value) or not _MATHEMATICAL.search(key):
                 continue
             raise ModelUnsupported(
-                f"{self.file}: {one_line(key)} is {value!r:.80}, which this worker does not handle for {family}.",
+                f"{self.file}: {one_line(key)} is {quoted(value)}, which this worker does not handle for {family}.",
                 hint="It may change what the model computes, so the model is not run without it.",
             )
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import quoted
 from rbee_worker.runtime.architecture.config import ExpertsConfig, LayerTraits
 from rbee_worker.runtime.architecture.rope import GLOBAL, LOCAL, scaling
 from rbee_worker.runtime.formats.quantized.options import quantization_section
@@ -210,7 +211,7 @@ def kinds(config: ConfigReader, layers: int, default: Sequence[bool]) -> list[bo
     names = config.items("layer_types", layers)
     for name in names:
         if name not in (GLOBAL, LOCAL):
-            raise ModelUnsupported(f"{config.file}: layer_types names {name!r:.80}; {GLOBAL} and {LOCAL} are known.")
+            raise ModelUnsupported(f"{config.file}: layer_types names {quoted(name)}; {GLOBAL} and {LOCAL} are known.")
     return [name == LOCAL for name in names]
 
 

@@ -3,6 +3,7 @@
 import math
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
+from rbee_worker.escape import quoted
 from rbee_worker.runtime.architecture.config import ROPE_KINDS, RopeScaling
 from rbee_worker.runtime.untrusted import ConfigReader
 
@@ -100,12 +101,13 @@ def scaling(
     given.has("partial_rotary_factor")
     if kind not in ROPE_KINDS:
         raise ModelUnsupported(
-            f"{given.file}: rotary scaling {kind!r} is not supported.", hint=f"Supported: {', '.join(ROPE_KINDS)}."
+            f"{given.file}: rotary scaling {quoted(kind)} is not supported.",
+            hint=f"Supported: {', '.join(ROPE_KINDS)}.",
         )
     trained = given.optional_integer("original_max_position_embeddings")
     trained = original or trained
     if theta <= 1 or trained == 1 or (kind == "dynamic" and rotary_dim == 2):  # noqa: PLR2004 (one pair)
-        raise ModelMalformed(f"{given.file}: rotary parameters that divide by zero: {dict(given.values)!r:.200}.")
+        raise ModelMalformed(f"{given.file}: rotary parameters that divide by zero: {quoted(dict(given.values))}.")
     if kind == "default":
         rope = RopeScaling(theta=theta)
         given.has("factor")  # has no meaning without scaling
@@ -121,7 +123,7 @@ def scaling(
         rope = _yarn(given, theta, trained or max_positions, max_positions)
     else:
         rope = _longrope(given, theta, trained or max_positions, max_positions, rotary_dim // 2)
-    given.refuse_unread(f"rotary scaling {kind!r}")
+    given.refuse_unread(f"rotary scaling {quoted(kind)}")
     return rope
 
 

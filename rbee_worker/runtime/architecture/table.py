@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.escape import one_line
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.architecture import readers
 from rbee_worker.runtime.architecture.config import Activation, LayerTraits, ModelConfig
 from rbee_worker.runtime.architecture.rope import read_rope, rotary_size
 from rbee_worker.runtime.formats.quantized.options import quantization_section
-from rbee_worker.runtime.untrusted import MAX_COUNT, ConfigReader
+from rbee_worker.runtime.untrusted import MAX_COUNT, MAX_DIMENSION, ConfigReader
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -276,7 +276,13 @@ def parse_config(config: Mapping[str, Any], *, file: str) -> ModelConfig:
     values["rotary_dim"] = size
     values["rope"] = read_rope(reader, rotary_dim=size, theta=10000.0, max_positions=positions, local=local)
     reader.refuse_unread(architecture.family)
-    return ModelConfig(**values)
+    model = ModelConfig(**values)
+    if model.longest_context > MAX_DIMENSION:
+        raise ModelMalformed(
+            f"{file}: rotary scaling by {model.rope.factor:g} makes a context of {model.longest_context:g} tokens; "
+            f"{MAX_DIMENSION} are allowed."
+        )
+    return model
 
 
 def _architecture_name(config: Mapping[str, Any], file: str) -> str:
@@ -310,6 +316,6 @@ def _activation(reader: ConfigReader, key: str) -> Activation:
     name = reader.text(key, "silu")
     if name not in _ACTIVATIONS:
         raise ModelUnsupported(
-            f"{reader.file}: {key} {name!r} is not supported.", hint=f"Supported: {', '.join(_ACTIVATIONS)}."
+            f"{reader.file}: {key} {quoted(name)} is not supported.", hint=f"Supported: {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]

@@ -36,6 +36,9 @@ SINGLE_NAME = "model.safetensors"
 TEMPLATES_FOLDER = "additional_chat_templates"
 """The folder, inside a model's folder, that holds chat templates beside the default one."""
 
+_LONGEST_NAME = 200
+"""Characters in the name of a file. File systems allow 255 bytes."""
+
 _DOWNLOAD_AGAIN = "Download the file again."
 _SHARD_STEM = re.compile(r"-\d{5}-of-\d{5}$")
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
@@ -281,6 +284,7 @@ def _is_plain_name(name: object) -> bool:
         isinstance(name, str)
         and name.endswith(".safetensors")
         and not name.startswith(".")
+        and len(name) <= _LONGEST_NAME
         and name.isprintable()
         and not set(name) & set("/\\:")
     )

@@ -10,6 +10,7 @@ import tokenizers
 
 from rbee_worker.config import Message
 from rbee_worker.errors import InferenceError, InvalidRequest, ModelMalformed
+from rbee_worker.escape import quoted
 from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
 from rbee_worker.runtime.tokenizer.detokenizer import Decoding, TextStream
@@ -224,5 +225,5 @@ def _ids(config: Mapping[str, Any], file: str) -> frozenset[int]:
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
-        raise ModelMalformed(f"{file}: eos_token_id is {value!r:.80}; it must be an id or a list of ids.")
+        raise ModelMalformed(f"{file}: eos_token_id is {quoted(value)}; it must be an id or a list of ids.")
     return frozenset(values)

@@ -126,5 +126,5 @@ def _state(info: TensorInfo, kind: str) -> tuple[tuple[int, int], int, int, floa
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ModelMalformed(f"{what}: nested_offset is {value!r:.80}; it must be a number.")
+        raise ModelMalformed(f"{what}: nested_offset is {quoted(value)}; it must be a number.")
     return float(value)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rbee_worker.errors import ModelMalformed, ModelUnsupported
-from rbee_worker.escape import one_line
+from rbee_worker.escape import one_line, quoted
 from rbee_worker.runtime.untrusted import ConfigReader
 
 _KEYS: Final = ("quantization_config", "compression_config")
@@ -87,7 +87,7 @@ class QuantizationReader(ConfigReader):
     def unsupported(self, key: str, value: object, hint: str) -> ModelUnsupported:
         """Make an error about an option's value."""
         return ModelUnsupported(
-            f"{self.file}: {self.where}.{one_line(key)} is {value!r:.80}, which this worker does not read.", hint=hint
+            f"{self.file}: {self.where}.{one_line(key)} is {quoted(value)}, which this worker does not read.", hint=hint
         )
 
 
