@@ -20,8 +20,8 @@ def prepare(model: LoadedModel | None, request: GenerationRequest, config: Engin
     if model is None:
         raise ModelNotLoaded("Model not loaded", hint="Load one first.", retry_after=1)
     model.check_files()
-    prompt = _prompt_ids(model, request)
     longest = model.context_length - 1
+    prompt = _prompt_ids(model, request)
     if len(prompt) > longest:
         problem = f"The prompt has {len(prompt)} tokens; the context holds {model.context_length} with the answer."
         raise ContextTooLong(problem, fields=[FieldError(_prompt_field(request), f"at most {longest} tokens", problem)])
@@ -56,11 +56,13 @@ def _prompt_ids(model: LoadedModel, request: GenerationRequest) -> list[int]:
     if request.prompt is not None and not request.raw and tokenizer.has_chat_template:
         messages = (Message(role="user", content=request.prompt),)
     if messages is not None:
-        ids = tokenizer.encode_chat(messages, **request.template_variables).ids
+        ids = tokenizer.encode_chat(messages, _prompt_field(request), **request.template_variables).ids
     elif request.prompt_ids is not None:
         ids = list(request.prompt_ids)
     else:
-        ids = tokenizer.encode(request.prompt or "")
+        text = request.prompt or ""
+        tokenizer.require_room(text, "prompt")
+        ids = tokenizer.encode(text)
     if not ids:
         problem = "The prompt has no tokens."
         raise InvalidRequest(problem, fields=[FieldError(_prompt_field(request), "at least 1 token", problem)])

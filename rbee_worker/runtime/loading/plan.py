@@ -83,6 +83,7 @@ def make_plan(source: ModelSource, config: EngineConfig) -> LoadPlan:
     if config.mmap and (not form.native or form.quantize != "none"):
         raise _cannot_map(device, form)
     length = limit_context(parsed, form, context=parsed.context(config.max_context), engine=config)
+    tokenizer.context_length = length
     return LoadPlan(source, parsed, tokenizer, groups, device, form, length, storage, stored_as, mapped)
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
 
 from rbee_worker.errors import ModelMalformed, sentence
 from rbee_worker.escape import one_line, quoted
 from rbee_worker.panics import Panic, panics_as_errors
 from rbee_worker.runtime.files import read_bytes, read_text
 from rbee_worker.runtime.formats.safetensors import TEMPLATES_FOLDER
+from rbee_worker.runtime.tokenizer.bombs import growth_of
 from rbee_worker.runtime.tokenizer.ranks import (
     MERGES_FAMILIES,
     RANK_FAMILIES,
@@ -39,6 +40,9 @@ SPECIAL_TOKEN_KEYS: Final = (
 _CONFIG_LIMIT: Final = 16 * 1024 * 1024
 _TOKENIZER_LIMIT: Final = 256 * 1024 * 1024
 _HIGHEST_ID: Final = 2**22
+_MAX_RESERVED: Final = 2**16
+"""Ids that may lie between the tokenizer's own tokens and a listed one. Known files leave a few hundred."""
+
 _HINT: Final = "Download the file again."
 
 
@@ -107,11 +111,13 @@ def _load(path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, 
     if path.name == "tokenizer.json":
         text = read_text(path, limit=_TOKENIZER_LIMIT, hint="Download the model's tokenizer.json into the same folder.")
         backend = _parse(path, text)
+        _require_known(backend, path)
         adds = _asked_for(tokenizer_config)
         changed = _complete(backend, path.parent, listed, tokenizer_config)
     else:
         text, changed = "", True
         backend, adds = _convert(path, config, tokenizer_config, listed)
+        _require_known(backend, path)
         _complete(backend, path.parent, listed, tokenizer_config)
         adds |= _asked_for(tokenizer_config)
     changed |= _put_around(backend, adds, tokenizer_config)
@@ -146,10 +152,28 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
 
 def token_text(value: object) -> str | None:
-    """The text of a token in one of the JSON files: a string, or an object with ``content``. None: neither."""
+    """The text of a token in one of the JSON files: a string, or an object with ``content``. None: neither.
+
+    Raises:
+        ModelMalformed: it is not valid Unicode.
+    """
     if isinstance(value, Mapping):
         value = value.get("content")
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    _require_characters(value, "tokenizer_config.json")
+    return value
+
+
+def _require_characters(text: str, file: str) -> None:
+    """Refuse a text that no tokenizer can take: JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise ModelMalformed(
+            f"{file}: the token {quoted(text)} holds half of a surrogate pair (U+{half:04X}).", hint=_HINT
+        ) from None
 
 
 def _parse(path: Path, text: str) -> Tokenizer:
@@ -160,6 +184,17 @@ def _parse(path: Path, text: str) -> Tokenizer:
         raise ModelMalformed(
             f"{path}: the tokenizers library refuses it: {sentence(one_line(first))}", hint=_HINT
         ) from error
+
+
+def _require_known(backend: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer that makes too much of a text, or that cannot encode a word that it does not know."""
+    growth_of(backend, str(path))
+    model = backend.model
+    if isinstance(model, models.WordLevel | models.WordPiece) and backend.token_to_id(model.unk_token) is None:
+        raise ModelMalformed(
+            f"{path}: the vocabulary lacks {quoted(model.unk_token)}, which stands for words that it does not know.",
+            hint=_HINT,
+        )
 
 
 def _convert(
@@ -199,27 +234,34 @@ def _complete(
 ) -> bool:
     """Add the tokens that the other files list and the tokenizer lacks. Returns whether there were any."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    end = backend.get_vocab_size(with_added_tokens=True)
-    changed = False
+    end = free = backend.get_vocab_size(with_added_tokens=True)
+    new: list[AddedToken] = []
+    ids: dict[str, int] = {}
     for index, token in sorted(listed.items()):
-        if token.content in known or (index < end and backend.token_to_id(token.content) != index):
+        own = backend.token_to_id(token.content)
+        if token.content in known or (index < end and own != index):
             continue  # where files disagree, the tokenizer's own file counts
-        while (free := backend.get_vocab_size(with_added_tokens=True)) < index:
-            backend.add_tokens([AddedToken(f"<|reserved_token_{free}|>", special=True, normalized=False)])
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != index:
+        if index - free > _MAX_RESERVED:
             raise ModelMalformed(
-                f"{folder}: the token {quoted(token.content)} is listed with id {index}, but gets "
-                f"{backend.token_to_id(token.content)}.",
+                f"{folder}: the token {quoted(token.content)} is listed with id {index}, but the tokenizer has "
+                f"{free} tokens before it.",
                 hint=_HINT,
             )
+        gap = range(free, index)
+        new += [AddedToken(f"<|reserved_token_{i}|>", special=True, normalized=False) for i in gap] + [token]
+        free = max(free, index) + (own is None)
+        ids[token.content] = index
         known.add(token.content)
-        changed = True
-    for text in _named(tokenizer_config):
-        if text not in known and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-            changed = True
-    return changed
+    backend.add_tokens(new)  # all at once: each call takes as long as all tokens do
+    for text, index in ids.items():
+        if backend.token_to_id(text) != index:
+            raise ModelMalformed(
+                f"{folder}: the token {quoted(text)} is listed with id {index}, but gets {backend.token_to_id(text)}.",
+                hint=_HINT,
+            )
+    named = [text for text in _named(tokenizer_config) if text not in known and backend.token_to_id(text) is not None]
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in named])
+    return bool(new or named)
 
 
 def _listed(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[int, AddedToken]:
@@ -229,6 +271,7 @@ def _listed(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[int, Adde
     older = read_json_object(path, limit=_CONFIG_LIMIT) if path.is_file() else {}
     listed = {}
     for text, index in older.items():
+        _require_characters(text, "added_tokens.json")
         listed[_id(index, "added_tokens.json")] = AddedToken(text, special=text in named, normalized=text not in named)
     decoder = tokenizer_config.get("added_tokens_decoder")
     for index, value in (decoder if isinstance(decoder, Mapping) else {}).items():

@@ -78,6 +78,9 @@ class SecretNames:
     """A copy of a tokenizer in which each special token has a name that nobody can guess.
 
     To make it takes as long as to load the tokenizer, and as much memory, so make it only when it is needed.
+
+    Attributes:
+        backend: the copy.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -92,17 +95,20 @@ class SecretNames:
         content["post_processor"] = None  # it would use the old names, and conversations do not need it
         self._names = names
         self._own = _Finder(token.content for token in backend.get_added_tokens_decoder().values())
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self.backend = tokenizers.Tokenizer.from_str(json.dumps(content))
 
-    def encode(self, text: str, marked: str) -> list[int]:
-        """Ids of ``text``. Its special tokens are those that are whole in ``marked``, a text of the same length."""
+    def named(self, text: str, marked: str) -> str:
+        """``text`` with the names of its special tokens: those that are whole in ``marked``, a text of the same length.
+
+        :attr:`backend` encodes it.
+        """
         parts, end = [], 0
         for start, found in self._own.find(marked):
             name = self._names.get(found)
             if name is not None:
                 parts += [text[end:start], name]
                 end = start + len(found)
-        return self._backend.encode("".join([*parts, text[end:]]), add_special_tokens=False).ids
+        return "".join([*parts, text[end:]])
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from rbee_worker.errors import ModelMalformed
 from rbee_worker.escape import quoted
 from rbee_worker.panics import panics_as_errors
+from rbee_worker.runtime.tokenizer.bombs import MAX_REPLACEMENT, longest_replacement
 from rbee_worker.runtime.tokenizer.sentencepiece_model import Piece, PieceType, SentencePieceModel
 
 SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -136,6 +137,11 @@ def _set_normalizer(tokenizer: Tokenizer, model: SentencePieceModel, file: str, 
 
 def _charsmap(data: bytes, file: str) -> list[Any]:
     """The compiled rules. They are tried on every character of the basic plane: the library checks them only in use."""
+    if longest_replacement(data) > 4 * MAX_REPLACEMENT:
+        raise ModelMalformed(
+            f"{file}: the rules of its normaliser make {longest_replacement(data)} bytes of a character; "
+            f"{4 * MAX_REPLACEMENT} are allowed."
+        )
     probe = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]))
     try:
         with panics_as_errors():

@@ -1,5 +1,6 @@
 """Tokenizer: text to token ids and back. StreamingDetokenizer: token ids to text, one at a time."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +10,21 @@ from typing import Any, Protocol
 import tokenizers
 
 from rbee_worker.config import Message
-from rbee_worker.errors import InferenceError, InvalidRequest, ModelMalformed
+from rbee_worker.errors import ContextTooLong, FieldError, InferenceError, InvalidRequest, ModelMalformed
 from rbee_worker.escape import quoted
-from rbee_worker.panics import Panic, panics_as_errors
+from rbee_worker.panics import panics_as_errors
+from rbee_worker.runtime.tokenizer.bombs import growth_of
 from rbee_worker.runtime.tokenizer.chat_template import ChatTemplate
 from rbee_worker.runtime.tokenizer.detokenizer import Decoding, TextStream
 from rbee_worker.runtime.tokenizer.files import SPECIAL_TOKEN_KEYS, token_text
 from rbee_worker.runtime.tokenizer.lookalikes import LookAlikes, SecretNames
+
+_CHARACTERS_PER_TOKEN = 8
+"""A text with more has more than is usual: English has four to five."""
+_DIRECT, _PIECE, _SMALLEST_PIECE = 2**24, 2**18, 256
+"""Characters, after the tokenizer's own steps: how many are tokenized without a count, and in a piece when counted."""
+_SHORT = 2**16
+"""Characters that are tokenized in a moment."""
 
 
 class TokenizerFiles(Protocol):
@@ -48,6 +57,7 @@ class Tokenizer:
         eos_ids: ids that end generation: all that ``generation_config.json`` and ``config.json`` name; without any, the
             one that ``tokenizer_config.json`` names.
         vocab_size: number of tokens, added ones included.
+        context_length: tokens of prompt and answer together at most; None: not known.
     """
 
     def __init__(
@@ -56,11 +66,14 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self.eos_ids = eos_ids
+        self.context_length: int | None = None
         self._added = backend.get_added_tokens_decoder()
         self._decoding = Decoding(backend)
         self._look_alikes = LookAlikes(
             self.special_tokens, self.added_tokens, template.constants if template is not None else ()
         )
+        self._growth = growth_of(backend, "The model's tokenizer")
+        self._one_long_text = threading.Lock()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -113,11 +126,41 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: the text holds half of a surrogate pair, which is not a character.
-            InferenceError: the tokenizers library panics.
+            InferenceError: the tokenizers library fails.
         """
         _require_characters(text)
         with _encoding():
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._encoded(self._backend, text, add_special_tokens=add_special_tokens)
+
+    def require_room(self, text: str, field: str) -> None:
+        """Refuse a prompt with far more tokens than the context has, before all of it is tokenized.
+
+        Nothing tells from its length how many tokens a text has: a tokenizer may drop a part of it. So a text that is
+        long for the tokens is counted in pieces, and refused where they have twice as many. Cut into pieces, a text may
+        have a few tokens more.
+
+        Raises:
+            ContextTooLong: it has; the error names ``field`` of the request.
+        """
+        most = self.context_length
+        if most is None or len(text) <= min(_CHARACTERS_PER_TOKEN * most, _DIRECT / self._growth):
+            return
+        size, count = max(int(_PIECE / self._growth), _SMALLEST_PIECE), 0
+        with _encoding():
+            for begin in range(0, len(text), size):
+                piece = text[begin : begin + size]
+                count += len(self._encoded(self._backend, piece, add_special_tokens=False))
+                if count > 2 * most:
+                    problem = f"The prompt has more than {2 * most} tokens; the context holds {most} with the answer."
+                    bad = FieldError(field, f"at most {most - 1} tokens", problem)
+                    raise ContextTooLong(problem, fields=[bad])
+
+    def _encoded(self, backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        # Unlike `encode`, this lets other threads run, and it leaves out the offsets, which take most of the memory.
+        if len(text) <= _SHORT:
+            return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with self._one_long_text:  # several at a time would only take more memory
+            return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD.
@@ -153,8 +196,10 @@ class Tokenizer:
             raise InvalidRequest("The model has no chat template.", hint="Send a prompt instead of messages.")
         return self._template.render(messages, **variables)
 
-    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> ChatPrompt:
+    def encode_chat(self, messages: Sequence[Message], field: str = "messages", /, **variables: Any) -> ChatPrompt:
         """Messages as the prompt that asks for the assistant's next message.
+
+        ``field`` of the request holds them, for errors.
 
         Only special tokens of the template become special tokens. One that is written out in a message, a tool or a
         document is encoded as plain text (see :mod:`rbee_worker.runtime.tokenizer.lookalikes`).
@@ -162,15 +207,18 @@ class Tokenizer:
         Raises:
             InvalidRequest: as :meth:`render_chat` and :meth:`encode`; or the template does not copy a special token in
                 a message as plain text.
-            InferenceError: the tokenizers library panics.
+            InferenceError: the tokenizers library fails.
+            ContextTooLong: as :meth:`require_room`.
         """
         text = self.render_chat(messages, **variables)
         _require_characters(text)
+        self.require_room(text, field)
         marked = self._look_alikes.mark(text, lambda m, v: self.render_chat(m, **v), messages, variables)
         if marked is None:
             return ChatPrompt(text, self.encode(text, add_special_tokens=False))
         with _encoding():
-            return ChatPrompt(text, self._secret_names.encode(text, marked))
+            names = self._secret_names
+            return ChatPrompt(text, self._encoded(names.backend, names.named(text, marked), add_special_tokens=False))
 
     @cached_property
     def _secret_names(self) -> SecretNames:
@@ -203,12 +251,14 @@ class StreamingDetokenizer:
 
 @contextmanager
 def _encoding() -> Iterator[None]:
-    """Turn a panic of the library into an error without the panic's message, which may hold the text."""
+    """Turn a failure of the library into an error without the library's message, which may hold the text."""
     try:
         with panics_as_errors():
             yield
-    except Panic as panic:
-        raise InferenceError("The model's tokenizer cannot encode this text.") from panic
+    except (ContextTooLong, MemoryError):
+        raise
+    except Exception as error:  # a panic, or a plain Exception
+        raise InferenceError("The model's tokenizer cannot encode this text.") from error
 
 
 def _require_characters(text: str) -> None:

@@ -1,4 +1,5 @@
 import itertools
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +53,23 @@ def test_without_stops_nothing_is_held() -> None:
     matcher = StopMatcher([])
     assert matcher.push("a") == "a"
     assert matcher.flush() == ""
+
+
+@given(texts, stops)
+def test_the_match_is_the_first_end_and_there_the_longest(text: str, stop: list[str]) -> None:
+    ends = [
+        (text.find(candidate) + len(candidate), -len(candidate), candidate) for candidate in stop if candidate in text
+    ]
+    out, matched = feed(stop, list(text))
+    assert matched == (min(ends)[2] if ends else None)
+    assert out == (text[: min(ends)[0] + min(ends)[1]] if ends else text)
+
+
+def test_many_long_strings_take_no_longer_than_one() -> None:
+    stop = ["a" * 1023 + "b", *(chr(ord("c") + n) * 1024 for n in range(15))]
+    began = time.monotonic()
+    out, matched = feed(stop, ["a"] * 3000 + ["c"])
+    assert (out, matched) == ("a" * 3000 + "c", None)
+    # It takes a hundredth of a second. Before, each piece took many milliseconds.
+    assert time.monotonic() - began < 2
+    assert feed(stop, ["a"] * 3000 + ["b"]) == ("a" * (3000 - 1023), stop[0])
