@@ -3,9 +3,12 @@
 import signal
 import sys
 
+from rbee_worker.cli.standard_streams import prepare_standard_streams
+
 
 def main() -> None:
     """Run the command line. Always ends with SystemExit."""
+    prepare_standard_streams()
     try:
         # Imported here so that Ctrl-C during the imports gives an exit code, not a traceback.
         from rbee_worker.cli.app import app  # noqa: PLC0415

@@ -134,11 +134,8 @@ def _say(message: str, hint: str) -> None:
     log.flush()  # log lines about the failure come before the message
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         traceback.print_exc()
-    # The reader of stderr may be gone (`2>&1 | head`). The exit code still shows the failure.
-    # A closed stderr (`2>&-`) is None.
-    with suppress(BrokenPipeError, AttributeError):
-        sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
-        sys.stderr.flush()
+    sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
+    sys.stderr.flush()
 
 
 def _leave_pipe() -> NoReturn:

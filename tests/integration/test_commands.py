@@ -187,9 +187,8 @@ def test_a_worker_that_is_killed_leaves_the_next_start_clean(gguf_path: Path) ->
         ("generate -m {tiny} -p $'a\\xff'", 2, "not UTF-8"),
         ("load {tiny} --max-context 1", 2, "max-context"),
         ("generate -m {tiny} -p x --raw --max-tokens 2 -q >&-", 0, ""),
-        ("load {tiny} 2>&-", 0, ""),
     ],
-    ids=["odd bytes in a prompt", "a context of one", "stdout closed", "stderr closed"],
+    ids=["odd bytes in a prompt", "a context of one", "stdout closed"],
 )
 def test_odd_surroundings_are_no_surprise(tiny: Path, script: str, code: int, message: str) -> None:
     command = f"{PROGRAM} {script.format(tiny=tiny)}"
@@ -198,6 +197,33 @@ def test_odd_surroundings_are_no_surprise(tiny: Path, script: str, code: int, me
     assert message.encode() in done.stderr
     assert b"Traceback" not in done.stderr
     assert b"unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(exec true)"], ids=["closed", "full", "nobody reads"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "result"),
+    [
+        ("load {tiny}", 0, ""),
+        ("load {tiny} --json", 0, '"stage":"ready"'),
+        ("load {tiny}/nothing", 3, ""),
+        ("load {tiny} --log-level debug", 0, ""),
+        ("inspect {tiny} --json", 0, '"architecture"'),
+        ("generate -m {tiny} -p x --raw --max-tokens 2 --json", 0, '"event":"end"'),
+        ("convert {tiny} {out}", 0, ""),
+        ("load --no-such-option", 2, ""),
+    ],
+)
+def test_a_command_without_a_stderr_to_write_to_gives_its_result(
+    tiny: Path, tmp_path: Path, arguments: str, code: int, *, result: str, stderr: str
+) -> None:
+    command = f"{PROGRAM} {arguments.format(tiny=tiny, out=tmp_path / 'out')} {stderr}"
+    # `sleep`: the reader has left by then.
+    script = f"sleep 0.1; {command}" if "true" in stderr else command
+    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=SECONDS, env=environment(), check=False)
+    assert done.returncode == code
+    assert result.encode() in done.stdout
+    if arguments.startswith("convert"):
+        assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_odd_bytes_in_a_path_are_no_surprise() -> None:

@@ -293,13 +293,13 @@ def test_a_second_signal_ends_a_worker_whose_log_nobody_reads(tiny: Path) -> Non
         stream.close()
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(exec true)"])
 def test_a_worker_without_a_stderr_to_write_to_serves(tiny: Path, stderr: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = f'exec "$0" serve --addr 127.0.0.1:{port} --model "$1" {stderr}'
-    with subprocess.Popen(["sh", "-c", line, PROGRAM, str(tiny)], env=environment()) as process:
+    with subprocess.Popen(["bash", "-c", line, PROGRAM, str(tiny)], env=environment()) as process:
         try:
             worker = Served(process, f"http://127.0.0.1:{port}", [])
             eventually(lambda: ready(worker))
