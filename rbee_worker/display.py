@@ -142,7 +142,9 @@ class LoadProgress:
                 self._status = Text(describe(event), style="green")
             case LoadFailed():
                 # The message is not shown here: it follows when the error is reported.
-                self._status = Text(f"failed after {event.elapsed_seconds:.1f} s ({event.code})", style="red")
+                self._status = Text(
+                    printable(f"failed after {event.elapsed_seconds:.1f} s ({event.code})"), style="red"
+                )
             case LoadCancelled():
                 self._status = Text(describe(event), style="yellow")
             case Stalled():
@@ -165,7 +167,9 @@ class LoadProgress:
             rows.add_row("bytes", _bar(done, total), Text(_describe_bytes(self._bytes)))
         for name, event in self._devices.items():
             rows.add_row(
-                Text(name), _bar(event.layers_loaded, event.layers_total), Text(_describe_layers(event), style="cyan")
+                Text(printable(name)),
+                _bar(event.layers_loaded, event.layers_total),
+                Text(_describe_layers(event), style="cyan"),
             )
         return Group(rows, self._status) if rows.row_count else Group(self._status)
 
@@ -319,7 +323,7 @@ def describe_end(event: End) -> str:
     if event.stop_sequence_matched is not None:
         why += f" {event.stop_sequence_matched!r}"
     cached = f" ({event.cached_tokens} cached)" if event.cached_tokens else ""
-    return (
+    return printable(
         f"{event.tokens_out} tokens, {event.tokens_per_second:.1f} tok/s; prompt {event.prompt_tokens} tokens{cached} "
         f"in {event.prefill_time_ms / 1000:.2f} s; stopped by {why}"
     )
@@ -355,7 +359,7 @@ def report_rows(report: LoadReport) -> Mapping[str, str]:
         if report.kv_cache_dtype:
             rows["KV cache"] += f", {report.kv_cache_dtype}"
     rows["peak host memory"] = f"{report.peak_host_mb:,} MiB"
-    return rows
+    return {printable(name): printable(value) for name, value in rows.items()}
 
 
 def report_table(report: LoadReport) -> Table:

@@ -1,6 +1,7 @@
 """Makes text from a file, a library or a client safe to show: it stays on its line and cannot control a terminal."""
 
 import itertools
+import json
 
 _LONGEST_VALUE = 120
 _LONGEST_LINE = 300
@@ -31,6 +32,16 @@ def _beginning(value: object, items: int, levels: int) -> object:
 def printable(text: str) -> str:
     """The text with everything escaped that is not printable: control characters, ends of lines, marks of direction."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """As :func:`printable`, but the ends of its lines stay. For tracebacks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """JSON with the same content, in which everything is escaped that is not printable."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:

@@ -8,9 +8,10 @@ import sys
 import threading
 from collections import deque
 from datetime import UTC, datetime
+from textwrap import indent
 from typing import Any, Literal, TextIO, get_args
 
-from rbee_worker.escape import printable
+from rbee_worker.escape import printable, printable_json, printable_lines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -103,7 +104,7 @@ class JsonFormatter(logging.Formatter):
             out["exception"] = _one_line(record.exc_info[1])
             if self._tracebacks:
                 out["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(out, ensure_ascii=False, default=str)
+        return printable_json(json.dumps(out, ensure_ascii=False, default=str))
 
 
 class TextFormatter(logging.Formatter):
@@ -121,7 +122,10 @@ class TextFormatter(logging.Formatter):
         line = printable(line)
         if record.exc_info and record.exc_info[1] is not None:
             traceback = self.formatException(record.exc_info) if self._tracebacks else ""
-            line += f"\n{traceback}" if traceback else f" ({_one_line(record.exc_info[1])})"
+            # Indented, so that no line of a message in it looks like a record.
+            line += (
+                f"\n{indent(printable_lines(traceback), '  ')}" if traceback else f" ({_one_line(record.exc_info[1])})"
+            )
         return line
 
 

@@ -16,7 +16,7 @@ import typer
 
 from rbee_worker import log
 from rbee_worker.errors import DeviceUnavailable, OutOfMemory, RbeeError, Setting
-from rbee_worker.escape import one_line
+from rbee_worker.escape import one_line, printable_lines
 from rbee_worker.panics import panics_as_errors
 
 P = ParamSpec("P")
@@ -133,7 +133,7 @@ def _option(name: Setting, value: str | int) -> str:
 def _say(message: str, hint: str) -> None:
     log.flush()  # log lines about the failure come before the message
     if logging.getLogger().isEnabledFor(logging.DEBUG):
-        traceback.print_exc()
+        sys.stderr.write(printable_lines(traceback.format_exc()))
     sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
     sys.stderr.flush()
 

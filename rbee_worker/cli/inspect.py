@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rbee_worker import log
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.download import resolve_shown
+from rbee_worker.escape import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,7 +121,7 @@ def _add(table: "Table", *cells: str) -> None:
     from rich.text import Text  # noqa: PLC0415
 
     # Text, so that a name from a model file is never read as markup.
-    table.add_row(*(Text(cell) for cell in cells))
+    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def _console() -> "Console":

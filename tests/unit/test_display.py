@@ -14,6 +14,7 @@ from rbee_worker.display import (
     PlainProgress,
     Silent,
     TokenPrinter,
+    describe_end,
     loading_sink,
     report_rows,
 )
@@ -329,3 +330,17 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch):
 
 def test_quiet_is_silent():
     feed(Silent(), LOAD)
+
+
+def test_what_a_worker_elsewhere_says_of_itself_cannot_draw() -> None:
+    draws = "x\x1b[2J\x9b31m\u202e\nforged"
+    report = replace(REPORT, model=draws, architecture=draws, kernel=draws, storage=draws, device_mb={draws: 1})
+    assert all((name + value).isprintable() for name, value in report_rows(report).items())
+    assert describe_end(replace(END, stop_reason=draws)).isprintable()  # type: ignore[arg-type]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False, width=200)
+    events = [replace(LOAD[1], device=draws), LoadFailed(seq=9, elapsed_seconds=1.0, code=draws, message=draws)]
+    with LoadProgress(console, auto_refresh=False) as show:
+        for event in events:
+            show(event)
+    assert all(line.isprintable() for line in out.getvalue().split("\n"))

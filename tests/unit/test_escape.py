@@ -1,5 +1,6 @@
 """Text from outside in a message: short, on its line, without control characters."""
 
+import json
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from rbee_worker.errors import ModelError
-from rbee_worker.escape import one_line, quoted, reason
+from rbee_worker.escape import one_line, printable_json, printable_lines, quoted, reason
 from rbee_worker.runtime.architecture.table import parse_config
 from rbee_worker.runtime.formats.checkpoint import Checkpoint
 from rbee_worker.runtime.formats.quantized.methods import present
@@ -24,6 +25,23 @@ def test_quoted_is_short_and_printable() -> None:
     assert len(quoted("x" * 1000)) == 120
     for value in ("x" * 118, "x" * 119, [1] * 40, [1] * 41, [""] * 300, (b"y" * 130,)):
         assert quoted(value) == (repr(value) if len(repr(value)) <= 120 else repr(value)[:117] + "...")
+
+
+def test_of_a_large_value_only_the_beginning_is_looked_at() -> None:
+    deep: object = "x"
+    for _ in range(100_000):
+        deep = {"a": [deep]}
+    assert quoted(deep) == "{'a': [{'a': Ellipsis}]}"
+    assert quoted({"a": [1], "b": {}}) == "{'a': [1], 'b': {}}"
+    assert len(quoted(dict.fromkeys(range(1000), "\x1b"))) == 120
+    assert quoted([["x" * 1000] * 1000] * 1000) == f"[['{'x' * 114}..."
+
+
+def test_lines_stay_and_json_stays_the_same() -> None:
+    assert printable_lines("a\n  b\x1b\n") == "a\n  b\\x1b\n"
+    text = json.dumps(DRAWS + "\x9b\u202e\U000e0041", ensure_ascii=False)
+    assert printable_json(text).isprintable()
+    assert json.loads(printable_json(text)) == json.loads(text)
 
 
 def test_text_from_outside_stays_on_one_line_and_cannot_draw() -> None:

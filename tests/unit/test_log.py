@@ -254,3 +254,19 @@ def test_a_stderr_that_does_not_block_gets_every_line():
             found = re.findall(r"line (\d+)\n", lines.read())
         assert process.wait(60) == 0
     assert found == [str(number) for number in range(4000)]
+
+
+def test_what_is_logged_cannot_draw_in_any_format(capsys: pytest.CaptureFixture[str]):
+    draws = "x\x1b[2J\x9b31m\u202e\U000e0041\nforged"
+    for fmt in log.LOG_FORMATS:
+        for level in ("warning", "debug"):
+            log.configure(level, fmt)  # type: ignore[arg-type]
+            logging.getLogger("x").error(draws, extra={"model": draws, draws: 1}, exc_info=ValueError(draws))
+            lines = capsys.readouterr().err.removesuffix("\n").split("\n")
+            assert all(line.isprintable() for line in lines)
+            # Only the record itself stands where records do.
+            assert [line.startswith(" ") for line in lines] == [False] + [True] * (len(lines) - 1)
+    log.configure("info", "json")
+    logging.getLogger("x").info(draws, extra={"model": draws})
+    line = json.loads(capsys.readouterr().err)
+    assert line["message"] == line["model"] == draws

@@ -14,6 +14,7 @@ from rbee_worker import __version__
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.bench.machine import describe
 from rbee_worker.errors import InvalidRequest, ModelMalformed
+from rbee_worker.escape import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +193,7 @@ def tell(result: Result, former: Former | None, *, as_json: bool) -> None:
     on = console()
     on.print(table(result, former, ratios))
     for line in remarks(result, former):
-        on.print(line, markup=False, highlight=False)
+        on.print(printable(line), markup=False, highlight=False)
 
 
 def console() -> "Console":
@@ -211,7 +212,7 @@ def table(result: Result, former: Former | None, ratios: Mapping[str, Spread]) -
     columns = [Column(result.bench), Column("unit"), Column("median (min-max)", justify="right")]
     if former is not None:
         columns.append(Column("now / before", justify="right"))
-    rows = Table(*columns, title=Text(result.title), title_justify="left")
+    rows = Table(*columns, title=Text(printable(result.title)), title_justify="left")
     for key, spread in result.spreads.items():
         figure = result.figures[key]
         cells = [figure.label, figure.unit, str(spread)]

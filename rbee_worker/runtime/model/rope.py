@@ -8,6 +8,9 @@ from torch import Tensor
 from rbee_worker.kernels.arguments import RotaryTables
 from rbee_worker.runtime.architecture.config import ModelConfig, RopeScaling
 
+_ROWS = 2**14
+"""Rows that are computed at a time: what is between angles and tables takes several times their memory."""
+
 Tables = tuple[Tensor, Tensor]
 """Cosines and signed sines of a step's positions, each [tokens, 1, rotary_dim]."""
 
@@ -27,18 +30,29 @@ class Rotary:
     def __init__(
         self, rope: RopeScaling, rotary_dim: int, positions: int, device: torch.device, *, interleaved: bool = False
     ) -> None:
-        angles = torch.outer(torch.arange(positions).float(), inverse_frequencies(rope, rotary_dim, positions))
+        parts = [(positions, inverse_frequencies(rope, rotary_dim, positions))]
         if rope.kind == "longrope" and positions > rope.original_max_positions:
-            short = inverse_frequencies(rope, rotary_dim)
-            angles = torch.cat((torch.outer(torch.arange(rope.original_max_positions).float(), short), angles))
-        cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+            parts.insert(0, (rope.original_max_positions, inverse_frequencies(rope, rotary_dim)))
         self._interleaved = interleaved
-        if interleaved:
-            self._cos = cos.repeat_interleave(2, dim=-1).to(device)
-            self._sin = torch.stack((-sin, sin), dim=-1).flatten(-2).to(device)
+        self._cos, self._sin = (
+            torch.empty(sum(count for count, _ in parts), rotary_dim, device=device) for _ in range(2)
+        )
+        row = 0
+        for count, frequencies in parts:
+            for begin in range(0, count, _ROWS):
+                end = min(begin + _ROWS, count)
+                angles = torch.outer(torch.arange(begin, end).float(), frequencies)
+                self._fill(slice(row + begin, row + end), angles, rope.attention_factor)
+            row += count
+
+    def _fill(self, rows: slice, angles: Tensor, factor: float) -> None:
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        if self._interleaved:
+            self._cos[rows] = cos.repeat_interleave(2, dim=-1).to(self._cos.device)
+            self._sin[rows] = torch.stack((-sin, sin), dim=-1).flatten(-2).to(self._sin.device)
         else:
-            self._cos = torch.cat((cos, cos), dim=-1).to(device)
-            self._sin = torch.cat((-sin, sin), dim=-1).to(device)
+            self._cos[rows] = torch.cat((cos, cos), dim=-1).to(self._cos.device)
+            self._sin[rows] = torch.cat((-sin, sin), dim=-1).to(self._sin.device)
 
     def at(self, rows: Tensor, dtype: torch.dtype) -> Tables:
         """Tables for int64 rows [tokens]: cos and signed sin, each [tokens, 1, rotary_dim]."""

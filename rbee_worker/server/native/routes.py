@@ -230,7 +230,7 @@ class Native:
         """
         size = len(await request.body())
         body = await off_loop(size, InferenceBody.parse, await read_object(request))
-        asked = replace(body.to_request(), client=client_of(request.scope))
+        asked = replace(await off_loop(size, body.to_request), client=client_of(request.scope))
         if asked.sampling.grammar is not None:
             size = ALWAYS
         submit = functools.partial(self._worker.submit, asked)

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from rbee_worker.chat.output import ChatFormat, Delta, OutputParser, ToolCallDelta
 from rbee_worker.chat.tools import read_tools, tools_as_text
 from rbee_worker.config import JSON_LAYOUT, GenerationRequest, GrammarSpec, Message, SamplingParams
-from rbee_worker.errors import FieldError, InvalidRequest, Unavailable
+from rbee_worker.errors import ContextTooLong, FieldError, InvalidRequest, Unavailable
 from rbee_worker.events import End, InferenceEvent, Token, TokenLogprob
 from rbee_worker.runtime.tokenizer.tokenizer import ChatPrompt, Tokenizer
 from rbee_worker.server.openai.choices import Choices, FinishReason, finish_reason
@@ -238,6 +238,8 @@ class _Turn:
             messages = _with_system(messages, tools_as_text(self._tools))
         try:
             return tokenizer.encode_chat([_with_objects(message) for message in messages], **variables)
+        except ContextTooLong:
+            raise
         except InvalidRequest:
             if not any("tool_calls" in message for message in messages):
                 raise
