@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ AROUND = {
         (tokenizer(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 40}), "its normalizer has 40 steps"),
         (tokenizer(post_processor=AROUND), "its post_processor puts 100000 tokens"),
         (content("config.json", json.dumps(CONFIG)[:-1] + f', "x": 1{"0" * 400}}}'), "an integer of 401 digits"),
-        (content("config.json", CONFIG | {"x": [{}] * 5_000_000}), "commas"),
+        (content("config.json", json.dumps(CONFIG)[:-1] + ', "x": [' + "{}," * 5_000_000 + "{}]}"), "commas"),
         (content("config.json", CONFIG | {"rope_scaling": {"type": "dynamic", "factor": 1e308}}), "factor is 1e+308"),
         (content("model.safetensors.index.json", {"weight_map": {"x": "y" * 5000 + ".safetensors"}}), "plain name"),
     ],
@@ -119,3 +121,37 @@ def test_a_prompt_of_millions_of_characters_is_refused(worker: Served, route: st
     error = answer.json()["error"]
     assert error["message"].startswith("The prompt has more than 8192 tokens; the context holds 4096")
     assert error["code"].lower().startswith("context")
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/inference", {"messages": [{"role": "user", "content": "hi"}] * 90_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}] * 90_000}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "hi"}] * 90_000}),
+    ],
+)
+def test_the_worker_answers_others_while_it_reads_very_many_messages(
+    worker: Served, route: str, body: dict[str, Any]
+) -> None:
+    waits: list[float] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=HANG_SECONDS) as client:
+            while not ended.wait(0.005):
+                began = time.monotonic()
+                assert client.get(f"{worker.url}/livez").status_code == 200
+                waits.append(time.monotonic() - began)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    began = time.monotonic()
+    try:
+        answer = httpx.post(f"{worker.url}{route}", json=body, timeout=HANG_SECONDS)
+    finally:
+        ended.set()
+        asking.join()
+    assert answer.status_code == 400
+    # It was half of the time; now it is a thirtieth.
+    assert max(waits) < (time.monotonic() - began) / 5
