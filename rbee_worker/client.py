@@ -13,7 +13,7 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from rbee_worker.address import DIRECT, parse_base_url
-from rbee_worker.config import GenerationRequest, GrammarKind
+from rbee_worker.config import AS_CONFIGURED, GenerationRequest, GrammarKind, LoadSettings
 from rbee_worker.errors import WorkerUnreachable, error_of
 from rbee_worker.events import Event, InferenceEvent, InferenceFailed, LoadFailed, LoadingEvent
 from rbee_worker.wire import DONE, event_in, refusal_in
@@ -62,25 +62,20 @@ class WorkerClient:
     def load(
         self,
         model: str | None,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        quantize: str | None = None,
-        mmap: bool | None = None,
+        settings: LoadSettings = AS_CONFIGURED,
     ) -> Iterator[LoadingEvent]:
         """Start a load, then iterate its events. The request is sent by the call, not by the first iteration.
 
-        For an argument of None the worker uses its own: the model that it was started with, its device, dtype,
-        quantization and mapping.
+        For what is None the worker uses its own: the model that it was started with, and its settings.
 
         Raises:
             Conflict: another load is running.
             Forbidden: the worker's ``--allow-model`` does not allow this model.
             ModelError: the model cannot be loaded. The iterator may raise it too, after the ``error`` event.
         """
-        body = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "mmap": mmap}
+        body = settings.given if model is None else {"model": model, **settings.given}
         with self._reaching():
-            response = self._http.post("/v1/loading", json={k: v for k, v in body.items() if v is not None})
+            response = self._http.post("/v1/loading", json=body)
         if not response.is_success:
             self._refused(response)
         return self.progress()

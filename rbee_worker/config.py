@@ -1,7 +1,7 @@
 """Frozen settings. The command line and the request schemas read their defaults and ranges from here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, get_args
 
@@ -344,6 +344,24 @@ class EngineConfig:
     prefix_cache: bool = True
     speculate: int = 0
     stall_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """What one load may set otherwise than the worker is configured, as :class:`EngineConfig` has it; None: nothing."""
+
+    device: str | None = None
+    dtype: DTypeName | None = None
+    quantize: Quantization | None = None
+    mmap: bool | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+AS_CONFIGURED = LoadSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """``rbee-worker load``. ``generate`` uses its functions too."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -9,7 +10,7 @@ from rbee_worker import log
 from rbee_worker.cancellation import Cancellation
 from rbee_worker.cli import options as opt
 from rbee_worker.cli.failures import Interrupted, interrupts
-from rbee_worker.config import EngineConfig
+from rbee_worker.config import EngineConfig, LoadSettings
 from rbee_worker.errors import Cancelled
 from rbee_worker.events import Event, LoadCancelled, LoadingEvent
 
@@ -45,14 +46,14 @@ def load(
     if addr is None:
         load_here(model, EngineConfig(**engine), sink)
         return
-    shared = ("device", "dtype", "quantize", "mmap")
+    shared = [field.name for field in fields(LoadSettings)]
     opt.refuse_with_addr(ctx, *(name for name in engine if name not in shared))
     from rbee_worker.client import WorkerClient  # noqa: PLC0415 - httpx
 
     with WorkerClient(addr, api_key) as client:
         # Where an option is not given here, the worker's own option applies.
-        said = {name: engine[name] for name in opt.given(ctx, *shared)}
-        load_there(client, model, sink, **said)
+        said = LoadSettings(**{name: engine[name] for name in opt.given(ctx, *shared)})
+        load_there(client, model, sink, said)
 
 
 def load_here(model: str | None, config: EngineConfig, sink: "EventSink") -> "Engine":
@@ -79,11 +80,7 @@ def load_there(
     client: "WorkerClient",
     model: str | None,
     sink: "EventSink",
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    mmap: bool | None = None,
+    settings: LoadSettings,
 ) -> None:
     """Let a worker load a model, and show the events with ``sink``.
 
@@ -93,10 +90,7 @@ def load_there(
         client: of the worker.
         model: None: the model that the worker was started with.
         sink: shows the events.
-        device: None: the worker's own setting.
-        dtype: None: the worker's own setting.
-        quantize: None: the worker's own setting.
-        mmap: None: the worker's own setting.
+        settings: of this load.
 
     Raises:
         Interrupted: a signal came.
@@ -114,7 +108,7 @@ def load_there(
                 yield event
 
     with interrupts(), sink:
-        events = client.load(model, device=device, dtype=dtype, quantize=quantize, mmap=mmap)
+        events = client.load(model, settings)
         try:
             show(unseen(events), sink)
         except Interrupted:

@@ -18,6 +18,7 @@ from rbee_worker.config import (
     QUANTIZATIONS,
     DTypeName,
     EngineConfig,
+    LoadSettings,
     Quantization,
     ServerConfig,
 )
@@ -271,9 +272,7 @@ def refuse_with_addr(ctx: typer.Context, *names: str) -> None:
     if wrong := given(ctx, *names):
         options = ", ".join("--" + name.replace("_", "-") for name in wrong)
         there = (
-            " or `rbee-worker load --addr`"
-            if {"model", "device", "dtype", "quantize", "mmap"}.issuperset(wrong)
-            else ""
+            " or `rbee-worker load --addr`" if {"model", *LoadSettings.__dataclass_fields__}.issuperset(wrong) else ""
         )
         raise InvalidRequest(
             f"{options}: no effect with --addr, where the model is the worker's.",

@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import cast
 
-from rbee_worker.config import DEFAULT_MODEL, DTypeName, EngineConfig, Quantization
+from rbee_worker.config import AS_CONFIGURED, DEFAULT_MODEL, EngineConfig, LoadSettings
 from rbee_worker.errors import RbeeError, Unavailable
 from rbee_worker.events import LoadFailed, LoadingEvent, Resolving
 from rbee_worker.runtime.loading.load import failure_message, has_room, load_model, release_memory
@@ -81,15 +80,9 @@ class Loads:
     def begin(
         self,
         model: str | None,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        quantize: str | None = None,
-        mmap: bool | None = None,
+        settings: LoadSettings = AS_CONFIGURED,
     ) -> bool:
         """Begin to load a model; any thread may call this, and pays for reading headers when a model is resident.
-
-        What is None is as the worker was configured.
 
         Returns:
             True when a resident model goes on serving until the new one is ready, or has failed to load. False when
@@ -99,13 +92,7 @@ class Loads:
             Conflict: another load, or an unload, is under way.
             Unavailable: the worker is shutting down.
         """
-        config = replace(
-            self._config,
-            device=device or self._config.device,
-            dtype=cast("DTypeName", dtype or self._config.dtype),
-            quantize=cast("Quantization", quantize or self._config.quantize),
-            mmap=self._config.mmap if mmap is None else mmap,
-        )
+        config = replace(self._config, **settings.given)
         cancel = self._claim.take("load")  # first, so that what is resident stays as it is found now
         before = self.broadcast, self.error
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from rbee_worker import errors
 from rbee_worker.client import WorkerClient, inference_body
-from rbee_worker.config import GenerationRequest, GrammarSpec, Message, SamplingParams
+from rbee_worker.config import GenerationRequest, GrammarSpec, LoadSettings, Message, SamplingParams
 from rbee_worker.errors import (
     Conflict,
     ContextTooLong,
@@ -79,7 +79,7 @@ def test_events_are_not_held_back(worker: FakeWorker, client: WorkerClient):
 def test_load_asks_then_follows(worker: FakeWorker, client: WorkerClient):
     worker.answers["POST /v1/loading"] = answer(202, {"progress_url": "/v1/loading/progress"})
     worker.answers["GET /v1/loading/progress"] = stream(frames(*LOAD))
-    assert list(client.load("m.gguf", device="cpu")) == LOAD
+    assert list(client.load("m.gguf", LoadSettings(device="cpu"))) == LOAD
     assert worker.asked() == ["POST /v1/loading", "GET /v1/loading/progress"]
     assert worker.calls[0].body == {"model": "m.gguf", "device": "cpu"}
 

@@ -11,6 +11,7 @@ from rbee_worker.config import (
     PARAMS,
     DTypeName,
     GenerationRequest,
+    LoadSettings,
     Message,
     Quantization,
     SamplingParams,
@@ -126,6 +127,11 @@ class LoadingBody(Body):
         bool | None,
         Field(description="Use weights that run as they are stored where their file is mapped; by default as `serve`."),
     ] = None
+
+    @property
+    def settings(self) -> LoadSettings:
+        """What is set for this load."""
+        return LoadSettings(device=self.device, dtype=self.dtype, quantize=self.quantize, mmap=self.mmap)
 
 
 class TokenizeBody(Body):

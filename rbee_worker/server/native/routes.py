@@ -277,15 +277,7 @@ class Native:
         """
         body = LoadingBody.parse(await read_object(request))
         model = self._models.choose(body.model)
-        begin = functools.partial(
-            self._worker.loads.begin,
-            model,
-            device=body.device,
-            dtype=body.dtype,
-            quantize=body.quantize,
-            mmap=body.mmap,
-        )
-        keeps = await anyio.to_thread.run_sync(begin)  # reads headers
+        keeps = await anyio.to_thread.run_sync(self._worker.loads.begin, model, body.settings)  # reads headers
         answer: LoadAccepted = {
             "progress_url": PROGRESS_PATH,
             "model": model or DEFAULT_MODEL,

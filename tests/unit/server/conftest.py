@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import h11
 import pytest
 
-from rbee_worker.config import ServerConfig
+from rbee_worker.config import AS_CONFIGURED, ServerConfig
 from rbee_worker.errors import Unavailable
 from rbee_worker.events import End, InferenceEvent, LoadCancelled, LoadingEvent, Started, Token
 from rbee_worker.runtime.engine.stats import EngineStats
@@ -88,8 +88,8 @@ class StandInLoads:
         self._play = play
         self._script = progress
 
-    def begin(self, model, *, device=None, dtype=None, quantize=None, mmap=None):
-        self.asked.append((model, device, dtype, quantize, mmap))
+    def begin(self, model, settings=AS_CONFIGURED):
+        self.asked.append((model, settings))
         return False
 
     def unload(self):

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
+from rbee_worker.config import LoadSettings
 from rbee_worker.errors import (
     Conflict,
     ContextTooLong,
@@ -306,9 +307,9 @@ def test_loading_takes_only_the_models_that_were_allowed(start):
     refused = server.ask("POST", "/v1/loading", {"model": "/etc/passwd"})
     assert (refused.status, refused.json["error"]["type"]) == (403, "permission_error")
     assert server.worker.loads.asked == [
-        ("other", "cuda:1", "float16", "int8", True),
-        ("given", None, None, None, None),
-        ("given", None, None, None, None),
+        ("other", LoadSettings(device="cuda:1", dtype="float16", quantize="int8", mmap=True)),
+        ("given", LoadSettings()),
+        ("given", LoadSettings()),
     ]
 
 
@@ -316,7 +317,7 @@ def test_loading_the_embedded_default_by_its_name_or_by_none(start):
     server = start()
     for body in ({}, {"model": "SmolLM2-135M-Instruct"}):
         assert server.ask("POST", "/v1/loading", body).json["model"] == "SmolLM2-135M-Instruct"
-    assert server.worker.loads.asked == [(None,) * 5] * 2
+    assert server.worker.loads.asked == [(None, LoadSettings())] * 2
 
 
 def test_a_worker_started_without_a_model_asks_for_one(start):
